@@ -1,0 +1,37 @@
+"""Merge snapshots of a pre-training run as it trains, and measure the merged model beside the raw one.
+
+This module knows the public names and where they live. It loads a name's module when the name is first used, so that
+`import pretrain_merge` pulls in no trainer, logger, plotting library or compiler.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pretrain_merge import errors as errors
+
+if TYPE_CHECKING:
+    from pretrain_merge.callbacks import ModelMerging as ModelMerging
+    from pretrain_merge.checkpoints import load_merged as load_merged
+    from pretrain_merge.merger import RollingMerger as RollingMerger
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "ModelMerging": "pretrain_merge.callbacks",
+    "RollingMerger": "pretrain_merge.merger",
+    "load_merged": "pretrain_merge.checkpoints",
+}
+
+__all__ = ["ModelMerging", "RollingMerger", "errors", "load_merged"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,69 @@
+"""Every error that this package raises on purpose, in one tree.
+
+Each class is also the built-in exception that somebody who has never heard of this package would catch::
+
+    PretrainMergeError
+    ├── ConfigError (ValueError)             a key, type or value of the configuration
+    ├── CoefficientError (ValueError)        a kind of coefficients or one of its parameters
+    ├── MergeInputError (ValueError)         tensors that cannot be merged with each other
+    ├── UnsupportedModelError (TypeError)    a model or strategy that cannot be merged exactly
+    ├── WindowNotReadyError (RuntimeError)   a view asks for more snapshots than are valid now
+    ├── EvaluationError (RuntimeError)       raw and merged could not be measured on the same batches
+    ├── ProgressError (ValueError)           a counter that went backwards, or tokens that cannot be counted
+    ├── CheckpointError (OSError)            a file or folder of weights that cannot be read or written as asked
+    └── MissingDependencyError (ImportError) an optional library that this call needs
+
+A message says what was given, what is allowed and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PretrainMergeError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(PretrainMergeError, ValueError):
+    """A key, type or value of the configuration is wrong; the message starts with the key's path."""
+
+
+class CoefficientError(PretrainMergeError, ValueError):
+    """A kind of coefficients is unknown, or one of its parameters is out of range."""
+
+
+class MergeInputError(PretrainMergeError, ValueError):
+    """Tensors handed to a merge do not fit each other (count, shape, dtype, device, overlap)."""
+
+
+class UnsupportedModelError(PretrainMergeError, TypeError):
+    """The model, a parameter or the strategy cannot be merged exactly; the message names the way out."""
+
+
+class WindowNotReadyError(PretrainMergeError, RuntimeError):
+    """A view needs more valid snapshots than the window holds since the last break."""
+
+
+class EvaluationError(PretrainMergeError, RuntimeError):
+    """Raw and merged weights could not be measured on the same batches."""
+
+
+class ProgressError(PretrainMergeError, ValueError):
+    """A step, sample or token counter went backwards, or cannot be read from a batch."""
+
+
+class CheckpointError(PretrainMergeError, OSError):
+    """A file or folder of weights cannot be read or written as asked."""
+
+
+class MissingDependencyError(PretrainMergeError, ImportError):
+    """An optional library is needed here; the message names the extra that installs it."""
+
+
+def nearest(given: object, known: Iterable[str]) -> str | None:
+    """The known name that a misspelling most likely meant; None where nothing is near.
+
+    >>> nearest("windw", ["window", "every"])
+    'window'
+    """
+    return next(iter(difflib.get_close_matches(str(given).lower(), list(known), n=1)), None)

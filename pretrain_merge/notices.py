@@ -1,0 +1,21 @@
+"""Saying a thing once: what a user must know, without a line every step.
+
+This module knows text. It goes to Python's logging, so it can be silenced or kept like any other message.
+"""
+
+import logging
+
+logger = logging.getLogger("pretrain_merge")
+
+
+class Notices:
+    """Messages that were said already, by key."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def once(self, key: str, message: str) -> None:
+        """Say the message unless one with this key was said before."""
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(message)

@@ -1,0 +1,190 @@
+"""What one merge and its evaluation produced: one dataclass, the names of its metrics, and its line of JSON.
+
+This module is the border between what measures (evaluation) and what shows (loggers, plots, forecasts): those read
+records and nothing else. It knows no tensors, no trainer and no logger.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pretrain_merge.errors import CheckpointError
+
+RAW = "raw"
+_TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which snapshots a merge used, and how much of each.
+
+    Attributes:
+        steps: Steps at which the snapshots were taken, oldest first.
+        coefficients: Their coefficients, oldest first, float64, summing to 1.
+    """
+
+    steps: tuple[int, ...]
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """Everything that is known of one merge point.
+
+    Attributes:
+        name: Name of the `ModelMerging` instance; prefix of its metrics.
+        step: Step of the merge point; `samples` and `tokens` are the counters at that step, over all ranks.
+        window: Valid snapshots at the merge point.
+        spread: Relative RMS distance of the valid snapshots from their mean, dimensionless.
+        raw: Metrics of the live model.
+        views: Metrics of each merged view, on the same batches as `raw`.
+        recipes: How each view was made.
+        skipped: Views that were not made at this point, with the reason.
+        lr: Learning rate that the last step used, per parameter group.
+        phase: Name given to the last `mark_phase`, or empty.
+        refused: Non-finite snapshots refused since the start of the run.
+        slot_dtype: Dtype of the snapshots where it is smaller than the parameters', or empty.
+        timing: Wall-clock seconds of the parts. The only field that differs between two equal runs.
+    """
+
+    name: str
+    step: int
+    samples: int
+    tokens: int
+    window: int
+    spread: float
+    raw: Metrics
+    views: Mapping[str, Metrics]
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    lr: tuple[float, ...] = ()
+    phase: str = ""
+    refused: int = 0
+    slot_dtype: str = ""
+    timing: Mapping[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """The record as flat metrics: `merge/raw/val_loss`, `merge/sma/val_loss`, `merge/step`, …"""
+        counters = {"step": self.step, "window": self.window, "spread": self.spread}
+        counters |= {"tokens": self.tokens} if self.tokens else {}  # 0: the run does not count them
+        named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
+        for model, values in {RAW: self.raw, **self.views}.items():
+            named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
+        return named
+
+    def to_json(self) -> str:
+        """One line of JSON. Non-finite numbers become the strings "NaN", "Infinity" and "-Infinity"."""
+        return json.dumps(_spell_out_non_finite(asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "MergeRecord":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: The line is not JSON, or not one of our records.
+        """
+        values = json.loads(line)
+        known = {item.name for item in fields(cls)}
+        has_our_keys = isinstance(values, dict) and values.keys() <= known
+        if not has_our_keys or not all(isinstance(values.get(key), type_) for key, type_ in _TYPES.items()):
+            raise ValueError(f"no merge record: {line[:80]!r}")
+        recipes = {
+            view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
+            for view, recipe in values.pop("recipes", {}).items()
+        }
+        numbers = _read_non_finite({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
+        return cls(**values | numbers | {"recipes": recipes, "lr": tuple(numbers.get("lr", ()))})
+
+
+def metric_name(name: str, model: str, metric: str) -> str:
+    """The name under which every logger gets a metric.
+
+    >>> metric_name("merge", "sma", "val_loss")
+    'merge/sma/val_loss'
+    """
+    return f"{name}/{model}/{metric}"
+
+
+def append_record(path: Path, record: MergeRecord) -> None:
+    """Add one line to a `merges.jsonl`, creating the folder where needed.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
+            f"choose another with Trainer(default_root_dir=…)."
+        ) from error
+
+
+def read_records(path: Path) -> list[MergeRecord]:
+    """Read a `merges.jsonl`, in the order of its lines.
+
+    Raises:
+        CheckpointError: The file is missing, or a line is no record of ours.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
+    return list(_parse(path, lines))
+
+
+def keep_records_until(path: Path, step: int) -> None:
+    """Cut off the lines after a step, so that a resumed run writes no step twice; a half-written last line goes too.
+
+    Raises:
+        CheckpointError: The file cannot be read or rewritten.
+    """
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line, record in zip(whole, _parse(path, whole), strict=True) if record.step <= step]
+        if kept != lines:
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot cut {path} at step {step}: {error}. Move it away, or unlock it.") from error
+
+
+def _parse(path: Path, lines: Iterable[str]) -> Iterable[MergeRecord]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield MergeRecord.from_json(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}, line {number} is no merge record ({error}). Every line is one JSON object as ModelMerging "
+                f"writes it; remove the line, or name the merges.jsonl of a run."
+            ) from error
+
+
+def _spell_out_non_finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _spell_out_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell_out_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _read_non_finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _read_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_non_finite(item) for item in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
