@@ -1,0 +1,45 @@
+"""Slots beside the live parameters, on their devices: nothing to move, and the fastest merge."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pretrain_merge import snapshot
+from pretrain_merge.accumulate import Spread, weighted_sum_
+
+
+class DeviceStore:
+    """One tensor per live tensor and slot, of its shape, strides and device.
+
+    A slot is allocated when it is first written, so a run that ends early never pays for the whole window.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[int, list[Tensor]] = {}
+
+    def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        """Copy tensors into a slot, in one multi-tensor call."""
+        if slot not in self._slots:
+            self._slots[slot] = [
+                torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+                for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
+            ]
+        snapshot.copy_(self._slots[slot], list(tensors.values()))
+
+    def settle(self) -> None:
+        """Nothing to wait for: whatever comes next on the device comes after the copy."""
+
+    def merge_(
+        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+    ) -> Spread | None:
+        """`weighted_sum_` of slots, oldest first, into `out`."""
+        return weighted_sum_(out, [self._slots[slot] for slot in slots], coefficients, spread=spread)
+
+    def read_(self, out: Sequence[Tensor], slot: int) -> None:
+        """Copy a slot into `out`."""
+        snapshot.copy_(out, self._slots[slot])
+
+    def clear(self) -> None:
+        """Give the memory of all slots back."""
+        self._slots.clear()

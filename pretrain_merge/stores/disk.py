@@ -1,0 +1,236 @@
+"""Slots on local storage: safetensors files, written by a background thread, merged from the page cache by memory map.
+
+This module knows files, threads and buffers. Files are written here and not by safetensors' own `save_file`, which
+wants the whole model in host memory at once; the format is theirs (`slot_file`), and any of its readers opens a slot.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from pretrain_merge import snapshot
+from pretrain_merge.accumulate import Spread
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.stores.streaming import merge_from_host_
+
+STAGING_BYTES = 32 * 2**20
+_NUM_BUFFERS = 2  # one is filled while the other is written
+_LOCK = "lock"
+
+# What a capture hands to the writer: a filled buffer and its bytes; None at the end; an error where it broke off.
+_Filled = tuple[Tensor, int] | BaseException | None
+
+
+@dataclass
+class _Slot:
+    """One file: its tensors once they can be read, and the checksum of their bytes once they are on the disk."""
+
+    path: Path
+    tensors: list[Tensor] = field(default_factory=list)
+    readable: Event = field(default_factory=Event)
+    failure: Exception | None = None
+    checksum: int = 0
+
+
+class DiskStore:
+    """One safetensors file per slot.
+
+    A capture copies into a bounded staging buffer, from which a thread writes. It returns when the last byte is in the
+    buffer, so the live parameters may change; a model larger than the buffer waits until the page cache has taken its
+    first part. A slot can be merged as soon as its bytes are in the page cache; only the next capture waits for the
+    disk.
+
+    Args:
+        folder: Where slot files go; created where needed, and locked against other processes, which would overwrite
+            the slots. Local storage, since it is read at memory speed.
+        staging_bytes: Host memory between capture and disk, at least 16 bytes.
+
+    Raises:
+        CheckpointError: The folder cannot be made or written, or another process keeps its window there.
+    """
+
+    def __init__(self, folder: Path, *, staging_bytes: int = STAGING_BYTES) -> None:
+        self._folder = folder
+        self._slots: dict[int, _Slot] = {}
+        self._staging_bytes = max(staging_bytes // _NUM_BUFFERS, torch.float64.itemsize)
+        self._staging: list[Tensor] = []
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pretrain-merge-writer")
+        self._writing: Future[None] | None = None
+        self._lock: weakref.finalize[..., DiskStore] | None = None
+        self._claim_folder()
+
+    def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        """Copy tensors into a slot, through the staging buffer.
+
+        Raises:
+            CheckpointError: This write or the one before it failed; the message names the file.
+        """
+        self._finish()
+        self._claim_folder()
+        layout = Layout.of(tensors, dtypes)
+        entry = _Slot(self._folder / f"slot-{slot:03d}.safetensors")
+        free: SimpleQueue[Tensor | None] = SimpleQueue()  # a new one: whatever happened before, no buffer is missing
+        for staging in self._staging_buffers(pinned=any(tensor.is_cuda for tensor in tensors.values())):
+            free.put(staging)
+        filled: SimpleQueue[_Filled] = SimpleQueue()
+        self._writing = self._writer.submit(_write_file, entry, layout, filled, free)
+        self._slots[slot] = entry
+        try:
+            for chunk in layout.chunks(tensors, self._staging_bytes):
+                buffer = free.get()
+                if buffer is None:
+                    break  # the writer gave up
+                filled.put((buffer, _stage(buffer, chunk)))
+        except BaseException as error:
+            filled.put(error)  # what is written so far must not pass for a slot
+            wait([self._writing])
+            self._writing = None
+            raise
+        else:
+            filled.put(None)
+            if buffer is None:
+                self._finish()  # raises what the writer met
+
+    def settle(self) -> None:
+        """Nothing to wait for: a capture returns when it has read the last byte."""
+
+    def merge_(
+        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+    ) -> Spread | None:
+        """`weighted_sum_` of slots, oldest first, into `out`, from the page cache.
+
+        Raises:
+            CheckpointError: One of the slots could not be written.
+        """
+        return merge_from_host_(out, [self._mapped(slot) for slot in slots], coefficients, spread=spread)
+
+    def read_(self, out: Sequence[Tensor], slot: int) -> None:
+        """Copy a slot into `out`.
+
+        Raises:
+            CheckpointError: The slot could not be written.
+        """
+        snapshot.copy_(out, self._mapped(slot))
+
+    def clear(self) -> None:
+        """Delete the files of all slots, written or not, and let others use the folder."""
+        if self._writing is not None:
+            wait([self._writing])  # its failure does not matter any more
+            self._writing = None
+        for slot in self._slots.values():
+            slot.path.unlink(missing_ok=True)
+        self._slots.clear()
+        self._staging.clear()
+        if self._lock is not None:
+            (self._folder / _LOCK).unlink(missing_ok=True)
+            self._lock()
+            self._lock = None
+
+    def _claim_folder(self) -> None:
+        if self._lock is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._folder / _LOCK, os.O_CREAT | os.O_WRONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {self._folder} for the window: {error}. Set store_folder to a folder on local "
+                f"storage that can be written."
+            ) from error
+        closing = weakref.finalize(self, os.close, lock)  # also for a store that nobody clears
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                closing()
+                raise CheckpointError(
+                    f"{self._folder} holds the window of another run, which is still going. Give each run a "
+                    f"store_folder of its own."
+                ) from error
+        self._lock = closing
+        for leftover in self._folder.glob("slot-*.tmp"):  # of a run that was killed
+            if f".{os.getpid()}-" not in leftover.name:
+                leftover.unlink(missing_ok=True)
+
+    def _mapped(self, slot: int) -> list[Tensor]:
+        entry = self._slots[slot]
+        entry.readable.wait()
+        if entry.failure is not None:
+            raise self._write_error(entry.failure) from entry.failure
+        return entry.tensors
+
+    def _finish(self) -> None:
+        """Wait until the file before is on the disk."""
+        if self._writing is not None:
+            wait([self._writing])
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except OSError as error:
+                raise self._write_error(error) from error
+
+    def _write_error(self, error: Exception) -> CheckpointError:
+        remedy = (
+            "Free space there, or set store_folder to another local disk." if error.args[1:] else "Take another one."
+        )
+        return CheckpointError(f"cannot write a snapshot to {self._folder}: {error}. {remedy}")
+
+    def _staging_buffers(self, *, pinned: bool) -> list[Tensor]:
+        if not self._staging:
+            size = self._staging_bytes
+            self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_NUM_BUFFERS)]
+        return self._staging
+
+
+def _write_file(slot: _Slot, layout: Layout, filled: SimpleQueue[_Filled], free: SimpleQueue[Tensor | None]) -> None:
+    """The writer's side of a capture: takes filled buffers, gives them back, and None where it gave up."""
+    # the name is of this process, which tells leftovers, and of this slot, as two windows may share a folder
+    temporary = slot.path.with_suffix(f".{os.getpid()}-{id(slot):x}.tmp")
+    try:
+        with temporary.open("wb+") as file:
+            file.write(layout.header)
+            while (item := filled.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise OSError(f"the capture broke off ({type(item).__name__})")
+                file.write(item[0].numpy().data[: item[1]])
+                free.put(item[0])
+            file.flush()
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants memory it could write
+            slot.tensors = layout.tensors_over(pages)
+            slot.readable.set()  # a merge need not wait for the disk, only for the page cache
+            slot.checksum = zlib.crc32(memoryview(pages)[len(layout.header) :])
+            os.fsync(file.fileno())
+        temporary.replace(slot.path)
+    except Exception as error:
+        slot.failure = error
+        free.put(None)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        slot.readable.set()
+
+
+def _stage(buffer: Tensor, chunk: Sequence[tuple[Tensor, torch.dtype]]) -> int:
+    """Copy pieces into a staging buffer, one behind the other; returns the bytes filled."""
+    offset = 0
+    with torch.no_grad():
+        for source, dtype in chunk:
+            stop = offset + source.numel() * dtype.itemsize
+            buffer[offset:stop].view(dtype).copy_(source)
+            offset = stop
+    return offset

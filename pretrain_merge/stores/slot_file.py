@@ -1,0 +1,77 @@
+"""Where each tensor of a snapshot lies in a safetensors file, and which part of which tensor to write next.
+
+This module knows the format and computes offsets. It opens no file.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes; where the data begin, so that vector loads from a mapped file cross no cache line
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan of one file. Largest elements come first, so that all are aligned.
+
+    Attributes:
+        header: Everything before the first tensor's bytes.
+        order: Names in the order of the file.
+        places: By name, in the order of the live tensors: dtype, shape, first byte after the header, one past the last.
+    """
+
+    header: bytes
+    order: tuple[str, ...]
+    places: Mapping[str, tuple[torch.dtype, torch.Size, int, int]]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> "Layout":
+        """The plan for contiguous tensors, each written as its dtype."""
+        chosen = dict(zip(tensors, dtypes, strict=True))
+        order = sorted(tensors, key=lambda name: -chosen[name].itemsize)
+        places, start = {}, 0
+        for name in order:
+            stop = start + tensors[name].numel() * chosen[name].itemsize
+            places[name] = (chosen[name], tensors[name].shape, start, stop)
+            start = stop
+        entries = {
+            name: {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            for name, (dtype, shape, begin, end) in places.items()
+        }
+        text = json.dumps(entries).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        return cls(struct.pack("<Q", len(text)) + text, tuple(order), {name: places[name] for name in tensors})
+
+    def chunks(self, tensors: Mapping[str, Tensor], num_bytes: int) -> Iterator[list[tuple[Tensor, torch.dtype]]]:
+        """The tensors in the order of the file, in pieces that fill up to `num_bytes`, at least one element's."""
+        chunk: list[tuple[Tensor, torch.dtype]] = []
+        room = num_bytes
+        for name in self.order:
+            dtype, flat, start = self.places[name][0], tensors[name].view(-1), 0
+            while start < flat.numel():
+                stop = min(flat.numel(), start + room // dtype.itemsize)
+                if stop > start:
+                    chunk.append((flat[start:stop], dtype))
+                    room -= (stop - start) * dtype.itemsize
+                if stop < flat.numel():
+                    yield chunk
+                    chunk, room = [], num_bytes
+                start = stop
+        yield chunk
+
+    def tensors_over(self, pages: mmap.mmap) -> list[Tensor]:
+        """Tensors over the pages of the file, in the order of the live tensors."""
+        mapped = []
+        for dtype, shape, start, stop in self.places.values():
+            if start == stop:
+                mapped.append(torch.empty(shape, dtype=dtype))
+            else:
+                count, offset = (stop - start) // dtype.itemsize, len(self.header) + start
+                mapped.append(torch.frombuffer(pages, dtype=dtype, count=count, offset=offset).view(shape))
+        return mapped
