@@ -1,0 +1,399 @@
+"""The state machine that any training loop can drive: observe every step, merge when it is due, raw weights back.
+
+`RollingMerger` joins the parts below it: the cadence says when, the window which, the coefficients how much, the store
+where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluation and no logger.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_merge import coefficients, config, interrupts, ranks, snapshot
+from pretrain_merge.accumulate import Spread
+from pretrain_merge.block_mean import BlockMean
+from pretrain_merge.cadence import Progress
+from pretrain_merge.errors import CoefficientError, ConfigError, ProgressError, WindowNotReadyError
+from pretrain_merge.notices import Notices, logger
+from pretrain_merge.records import Recipe
+from pretrain_merge.stores import Store, choose_store, slot_dtype
+from pretrain_merge.window import Snapshot, Window
+
+
+class RollingMerger:
+    """A rolling window of snapshots of one model, and their merges.
+
+    Args:
+        **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
+            `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `merge_buffers`, `batch_norm`, `store`,
+            `store_folder`, `slot_dtype`.
+
+    Raises:
+        ConfigError: An unknown key or an impossible value.
+
+    >>> import torch
+    >>> model = nn.Linear(2, 1)
+    >>> merger = RollingMerger(window=4, every=10)
+    >>> for step in range(1, 41):
+    ...     with torch.no_grad():
+    ...         _ = model.weight.fill_(step)  # stands for an optimizer step
+    ...     _ = merger.observe(model, step)
+    >>> with merger.merged(model, "sma"):  # mean of steps 10, 20, 30, 40
+    ...     model.weight.tolist()
+    [[25.0, 25.0]]
+    >>> model.weight.tolist()
+    [[40.0, 40.0]]
+    """
+
+    def __init__(self, **options: Any) -> None:
+        settings = config.build(config.WindowConfig, options)
+        self._settings = settings
+        self._cadence = config.snapshot_cadence(settings)
+        self._merge_cadence = config.merge_cadence(settings) or self._cadence
+        self._views = {view.name: view for view in config.parse_views(settings)}
+        self._store: Store | None = None
+        self._notices = Notices()
+        self._block = BlockMean(settings.sample_every) if settings.average == "block" else None
+        self._layout: tuple[object, ...] = ()
+        self._captured: list[tuple[int, int]] = []
+        self._progress = Progress()
+        self._lr: tuple[float, ...] = ()
+        self._segment_lr: tuple[float, ...] = ()
+        self._phase = ""
+        self._slot_dtype: torch.dtype | None = getattr(torch, settings.slot_dtype) if settings.slot_dtype else None
+        self._snapshot_is_new = False
+        self._spread = float("nan")
+        self.window = Window(settings.window)
+        self.num_refused = 0
+
+    @property
+    def progress(self) -> Progress:
+        """Counters of the last observed step."""
+        return self._progress
+
+    @property
+    def lr(self) -> tuple[float, ...]:
+        """Learning rates of the last observed step, per parameter group."""
+        return self._lr
+
+    @property
+    def phase(self) -> str:
+        """Name given to the last `mark_phase`, or empty."""
+        return self._phase
+
+    @property
+    def spread(self) -> float:
+        """Relative RMS distance of the valid snapshots from their mean, as measured by the last merge."""
+        return self._spread
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the configured views."""
+        return tuple(self._views)
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
+        self._progress = progress
+        if self._block is not None and progress.count(self._cadence.every.unit) % self._cadence.every.amount:
+            self._block.skip()  # the open interval began in the run before
+
+    def observe(self, module: nn.Module, progress: Progress | int, *, lr: float | Sequence[float] = ()) -> bool:
+        """Look at the model after an optimizer step; takes a snapshot where one is due.
+
+        Args:
+            module: The live model. It is read, never written.
+            progress: Totals since the start of the run; an integer is a number of steps.
+            lr: The learning rate that this step used, one per parameter group; a change is a break.
+
+        Returns:
+            Whether a snapshot was taken.
+
+        Raises:
+            ProgressError: A counter went backwards.
+        """
+        before, self._progress = self._progress, _later(self._progress, progress)
+        # what is no sequence may be a number of torch (capturable optimizers) or NumPy
+        self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
+        self._break_on_new_lr()
+        due = self._cadence.crossed(before, self._progress)
+        if self._block is None:
+            self._snapshot_is_new = due and self._capture(module)
+        else:
+            self._snapshot_is_new = self._observe_block(self._block, module, before, due)
+        return self._snapshot_is_new
+
+    def merge_is_due(self) -> bool:
+        """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
+        if not self._snapshot_is_new or len(self.window.valid) < 2:
+            return False
+        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress)
+
+    def why_not(self, view: str) -> str | None:
+        """Why a view cannot be merged now; None if it can.
+
+        Raises:
+            ConfigError: No view of this name is configured.
+        """
+        if view not in self._views:
+            known = ", ".join(self._views)
+            raise ConfigError(
+                f"view {view!r} is not configured{config.did_you_mean(view, self._views)} Configured: {known}."
+            )
+        needed, valid = self._num_needed(view), self.window.valid
+        if len(valid) >= needed:
+            return self._why_no_recipe(view)
+        steps = f" (steps {valid[0].progress.step} to {valid[-1].progress.step})" if valid else ""
+        last = self.window.last_break
+        since = f" since the break at step {last.step} ({last.reason})" if last else ""
+        lost = self._block is not None and self._block.is_spoiled
+        due = self._cadence.due_after(self._progress, times=needed - len(valid) + lost)
+        ready = f"step {due.amount}" if due.unit == "steps" else str(due)
+        others = [repr(name) for name in self._views if len(valid) >= self._num_needed(name)]
+        now = f"; {', '.join(others)} {'is' if len(others) == 1 else 'are'} ready now" if others else ""
+        return (
+            f"view {view!r} needs {needed} snapshots and the window holds {len(valid)}{steps}{since}. "
+            f"It will be ready at {ready}{now}."
+        )
+
+    @contextmanager
+    def merged(self, module: nn.Module, view: str) -> Iterator[Recipe]:
+        """The merged weights in the live model; the raw weights are back when the block ends, however it ends.
+
+        Args:
+            module: The model that was observed.
+            view: Name of a configured view.
+
+        Yields:
+            Which snapshots were merged, and how much of each.
+
+        Raises:
+            WindowNotReadyError: Too few valid snapshots; says how many, since when, and when it will be ready.
+            ConfigError: No view of this name is configured.
+        """
+        with self.swapping(module) as put:
+            recipe = put(view)
+            with interrupts.ctrl_c_breaks_in():
+                yield recipe
+
+    @contextmanager
+    def swapping(self, module: nn.Module) -> Iterator[Callable[[str], Recipe]]:
+        """Several views one after another, with one restore at the end.
+
+        Yields:
+            A function that writes one view's merge into the live model; it raises what `merged` raises.
+        """
+        live = list(self._live(module).values())
+        is_sharded = snapshot.is_sharded(module)
+        raw_slot = self._slot_that_is_raw(live)
+        scratch = [tensor.clone() for tensor in live] if raw_slot is None else []
+        written: list[str] = []
+
+        def put(view: str) -> Recipe:
+            if reason := self.why_not(view):
+                raise WindowNotReadyError(reason)
+            chosen = self._chosen(view)
+            recipe = self._recipe(view, chosen)
+            first = not written
+            written.append(view)
+            snapshot.reshard(module)  # P18
+            valid = self.window.valid
+            if first and len(chosen) < len(valid):  # the spread speaks of the whole window
+                self._merge_into(live, valid, coefficients.sma(len(valid)), is_sharded=is_sharded)
+            self._merge_into(live, chosen, recipe.coefficients, is_sharded=is_sharded)
+            return recipe
+
+        def restore() -> None:
+            if written:
+                snapshot.reshard(module)
+                if raw_slot is None:
+                    snapshot.copy_(live, scratch)
+                elif self._store is not None:
+                    self._store.read_(live, raw_slot)
+                    self._captured = _identities(live)
+
+        with interrupts.held():
+            try:
+                yield put
+            finally:
+                restore()
+
+    def mark_phase(self, name: str) -> None:
+        """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
+        self._phase = name
+        self._break(f"phase {name!r}")
+
+    def close(self) -> None:
+        """Give the memory of the window back."""
+        self._clear_store()
+        self.window.clear()
+        if self._block is not None:
+            self._block = BlockMean(self._settings.sample_every)
+
+    def _why_no_recipe(self, view: str) -> str | None:
+        try:
+            self._recipe(view, self._chosen(view))
+        except CoefficientError as error:  # a kind that asks for even spacing, say
+            return f"view {view!r}: {error}"
+        return None
+
+    def _chosen(self, view: str) -> tuple[Snapshot, ...]:
+        return self.window.valid[-(self._views[view].last or self.window.size) :]
+
+    def _num_needed(self, view: str) -> int:
+        return self._views[view].last or 2
+
+    def _live(self, module: nn.Module) -> dict[str, Tensor]:
+        settings = self._settings
+        return snapshot.mergeable_tensors(module, merge_buffers=settings.merge_buffers, batch_norm=settings.batch_norm)
+
+    def _break_on_new_lr(self) -> None:
+        if self._settings.breaks.lr and _differs(self._lr, self._segment_lr, self._settings.lr_tolerance):
+            if self._segment_lr:
+                changed = f"learning rate changed from {_listed(self._segment_lr)} to {_listed(self._lr)}"
+                self._break(changed, said_as="lr")
+            self._segment_lr = self._lr
+
+    def _break(self, reason: str, *, said_as: str | None = None) -> None:
+        step = self._progress.step
+        num_lost = self.window.break_at(step, reason)
+        if self._block is not None:
+            self._block.spoil()
+        if num_lost:
+            self._notices.once(
+                said_as or reason,
+                f"break at step {step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
+            )
+
+    def _observe_block(self, block: BlockMean, module: nn.Module, before: Progress, due: bool) -> bool:
+        # an iterate beyond the multiple that it crossed belongs to the next block: the block is ((k-1)V, kV]
+        ends = self._cadence.index(self._progress) > self._cadence.index(before)
+        overshoots = ends and self._progress.count(self._cadence.every.unit) % self._cadence.every.amount > 0
+        unseen = self._progress.step > before.step + 1
+        if unseen:
+            block.skip()
+        if not overshoots:
+            block.sample(self._progress.step, lambda: self._live(module))
+        taken = due and self._capture(module)
+        if ends:
+            block.restart()
+        if overshoots:
+            if unseen:  # some of what was not seen may belong to the new block
+                block.skip()
+            block.sample(self._progress.step, lambda: self._live(module))
+        return taken
+
+    def _capture(self, module: nn.Module) -> bool:
+        live = self._live(module)
+        self._adopt(live)
+        source = list(live.values())
+        if self._block is not None:
+            if not self._block.is_whole:
+                self._notices.once(
+                    f"block {self.window.segment}",
+                    f"step {self._progress.step}: no block mean, since its interval was not observed from its start.",
+                )
+                return False
+            source = self._block.sums
+        if ranks.any_rank(not snapshot.all_finite(source)):
+            self._refuse_non_finite()
+            return False
+        slot = self.window.next_slot()
+        if self._block is not None:
+            source = self._block.mean()
+        dtypes = [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
+        self._opened_store(live, dtypes).write(slot, dict(zip(live, source, strict=True)), dtypes)
+        self.window.add(self._progress, lr=self._lr, phase=self._phase)
+        self._captured = _identities(live.values())
+        return True
+
+    def _opened_store(self, live: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> Store:
+        if self._store is None:
+            slot_bytes = sum(t.numel() * dtype.itemsize for t, dtype in zip(live.values(), dtypes, strict=True))
+            folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
+            self._store, said = choose_store(
+                self._settings.store, list(live.values()), slot_bytes * self.window.size, folder or None
+            )
+            logger.info(said)
+        return self._store
+
+    def _adopt(self, live: Mapping[str, Tensor]) -> None:
+        """Start over where the set of trainable tensors is another than that of the snapshots held."""
+        layout = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in live.items())
+        if self._layout and layout != self._layout:
+            self._break("the set of trainable parameters changed")
+            self._clear_store()
+            self.window.clear()
+        self._layout = layout
+
+    def _refuse_non_finite(self) -> None:
+        self.num_refused += 1
+        self._break("a snapshot held NaN or infinity")
+        self._notices.once(
+            "non-finite",
+            f"step {self._progress.step}: the snapshot holds NaN or infinity and was refused; so is every further one "
+            f"until the weights are finite. Records count them as `refused`.",
+        )
+
+    def _slot_that_is_raw(self, live: Sequence[Tensor]) -> int | None:
+        """The newest slot if it holds the live model bit for bit, so that no copy of raw is needed to restore it."""
+        newest = self.window.newest
+        is_raw = (
+            newest is not None
+            and newest.progress == self._progress
+            and self._block is None
+            and all(slot_dtype(tensor.dtype, self._slot_dtype) == tensor.dtype for tensor in live)
+            and self._captured == _identities(live)
+        )
+        return newest.slot if newest is not None and is_raw else None
+
+    def _recipe(self, view: str, chosen: Sequence[Snapshot]) -> Recipe:
+        times = [item.progress.count(self._cadence.every.unit) for item in chosen]
+        kind, params = self._views[view].kind, self._views[view].params
+        return Recipe(
+            tuple(item.progress.step for item in chosen),
+            coefficients.compute(kind, len(chosen), times=times, **params),
+        )
+
+    def _merge_into(
+        self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, is_sharded: bool
+    ) -> None:
+        if self._store is None:
+            return
+        is_whole_window = len(chosen) == len(self.window.valid)
+        measured = self._store.merge_(live, [item.slot for item in chosen], weights, spread=is_whole_window)
+        if measured is not None:
+            # what several ranks hold alike counts several times, in numerator and denominator
+            self._spread = (Spread(*ranks.sum_over_ranks(measured)) if is_sharded else measured).relative_rms
+
+    def _clear_store(self) -> None:
+        if self._store is not None:
+            self._store.clear()
+            self._store = None
+
+
+def _listed(lr: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(lr))
+
+
+def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
+    if len(lr) != len(reference):
+        return True
+    return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))
+
+
+def _later(before: Progress, given: Progress | int) -> Progress:
+    after = given if isinstance(given, Progress) else Progress(step=given)
+    if after.step <= before.step or after.samples < before.samples or after.tokens < before.tokens:
+        raise ProgressError(
+            f"observe() was given {after} after {before}. Steps must grow and other counters must not shrink; call it "
+            f"once after each optimizer step with totals since the start of the run."
+        )
+    return after
