@@ -1,0 +1,122 @@
+"""How far a Trainer's run has come: steps, samples and tokens over all ranks, and the learning rate of each step.
+
+This module knows batches and optimizers. A step is a batch in which at least one optimizer stepped, however many did.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.data import _extract_batch_size
+
+from pretrain_merge import ranks
+from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.errors import ProgressError
+
+TokensPerBatch = int | str | Callable[[Any], int]
+
+
+class Clock:
+    """Counters of one run.
+
+    Args:
+        cadences: Everything that will be due by this clock. Samples or tokens are required if one of them counts them.
+        tokens_per_batch: Tokens of one batch on one rank: a number, a key of the batch, or a function of the batch.
+        start: Counters to go on from.
+        pending: What a clock before this one had counted on this rank and not yet added to its counters.
+    """
+
+    def __init__(
+        self,
+        cadences: list[Cadence],
+        tokens_per_batch: TokensPerBatch,
+        start: Progress,
+        pending: Mapping[str, int] | None = None,
+    ) -> None:
+        units = {quantity.unit for cadence in cadences for quantity in (cadence.every, cadence.start)}
+        self._required = units - {"steps"}
+        self._snapshots = cadences[0]
+        self._tokens_per_batch = tokens_per_batch
+        self._stepped = False
+        self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
+        self._lr: dict[int, tuple[float, ...]] = {}
+        self.progress = start
+
+    @property
+    def lr(self) -> tuple[float, ...]:
+        """Learning rates of the last step of each optimizer, per parameter group."""
+        return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
+
+    @property
+    def pending(self) -> dict[str, int]:
+        """Samples and tokens of this rank that are not yet in `progress`."""
+        return dict(self._local)
+
+    def optimizer_steps(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        """Call before an optimizer steps: its rate is that of this step (P28: afterwards schedulers have moved)."""
+        self._stepped = True
+        self._lr[index] = tuple(float(group["lr"]) for group in optimizer.param_groups)
+
+    def batch_ends(self, batch: Any, *, share: float = 1.0) -> Progress | None:
+        """Count a batch.
+
+        Args:
+            batch: The batch that this rank trained on.
+            share: Data-parallel replicas per rank: below 1 where several ranks read the same data.
+
+        Returns:
+            Totals over all ranks if an optimizer stepped in this batch, else None: what accumulates between optimizer
+            steps waits for the next one.
+
+        Raises:
+            ProgressError: A cadence counts samples or tokens and this batch does not tell them.
+        """
+        self._local["samples"] += self._counted("samples", batch, _num_samples)
+        self._local["tokens"] += self._counted("tokens", batch, self._num_tokens)
+        if not self._stepped:
+            return None
+        self._stepped = False
+        after = replace(self.progress, step=self.progress.step + 1)
+        # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
+        if self._required or self._snapshots.crossed(self.progress, after):
+            after = self._with_totals(after, share)
+        self.progress = after
+        return after
+
+    def _with_totals(self, progress: Progress, share: float) -> Progress:
+        samples, tokens = ranks.sum_over_ranks([self._local["samples"], self._local["tokens"]])
+        self._local = {"samples": 0, "tokens": 0}
+        return replace(
+            progress, samples=progress.samples + round(samples * share), tokens=progress.tokens + round(tokens * share)
+        )
+
+    def _counted(self, unit: str, batch: Any, count: Callable[[Any], int]) -> int:
+        try:
+            number = count(batch)
+        except Exception as error:
+            if unit in self._required:
+                raise ProgressError(
+                    f"a cadence counts {unit}, and a batch of type {type(batch).__name__} does not tell how many it "
+                    f"has ({type(error).__name__}: {error}). Set tokens_per_batch to a number, to a key of the batch "
+                    f"whose elements are the tokens, or to a function of the batch; or count in steps."
+                ) from error
+            return 0
+        if unit in self._required and number <= 0:
+            raise ProgressError(f"a cadence counts {unit}, and this batch has {number}. Check tokens_per_batch.")
+        return number
+
+    def _num_tokens(self, batch: Any) -> int:
+        source = self._tokens_per_batch
+        if isinstance(source, int):
+            return source
+        if isinstance(source, str):
+            if not hasattr(batch, "keys"):  # indexing a tensor by text makes torch complain on stderr before it raises
+                raise TypeError("a batch without keys")
+            return int(batch[source].numel())
+        return int(source(batch))
+
+
+def _num_samples(batch: Any) -> int:
+    # the first size that Lightning finds; its public function also warns where tensors of one batch differ in size
+    return int(next(size for size in _extract_batch_size(batch) if size is not None))

@@ -1,0 +1,409 @@
+"""The Lightning callback: hooks to clock, merger, evaluation, records and files.
+
+This module knows the order of Lightning's hooks and nothing of how a merge is computed or measured. Training is read
+and never written, except while merged weights are in the model, between two batches.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as lightning
+import torch
+
+from pretrain_merge import evaluate, interrupts, snapshot
+from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
+from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.checkpoints.folders import move_aside
+from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
+from pretrain_merge.errors import UnsupportedModelError
+from pretrain_merge.evaluate import Evaluator, Measure
+from pretrain_merge.loaders import EvaluationInterrupted
+from pretrain_merge.merger import RollingMerger
+from pretrain_merge.notices import Notices
+from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
+from pretrain_merge.tracking import Tracker
+
+_CALLBACKS: tuple[type, ...] = (lightning.Callback,)
+if find_spec("pytorch_lightning"):
+    # the same library under its other name: a Trainer of either checks for the Callback class of its own
+    from pytorch_lightning import Callback as _OtherCallback
+
+    _CALLBACKS += (_OtherCallback,)
+
+_REFUSED_STRATEGIES = {
+    "FSDPStrategy": "FSDP1 flattens parameters; use FSDP2 (ModelParallelStrategy)",
+    "DeepSpeedStrategy": "DeepSpeed partitions parameters and optimizer state; use DDP or FSDP2",
+}
+
+
+class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
+    """Keeps a rolling window of snapshots, merges them at intervals, and measures merged beside raw.
+
+    At each merge point every view is merged into the live parameters, evaluated on the same batches as the raw model,
+    and the raw model is put back bit for bit. Training is not changed: weights, optimizer state, metrics and random
+    numbers are those of a run without the callback.
+
+    Args:
+        window: How many snapshots are kept, at least 2.
+        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        start: No snapshot before this point.
+        merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
+        views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
+            optionally `last`, and the parameters of the kind.
+        average: "last": a snapshot is the model after a step; "block": the mean of the models in the interval.
+        sample_every: With "block": steps between the models that enter the mean.
+        tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
+            or a function of the batch.
+        lr_tolerance: Relative change of a learning rate that counts as a break.
+        breaks: What counts as a break: {"lr": False} for runs whose learning rate decays.
+        merge_buffers: Patterns of float buffers that are merged like parameters.
+        batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
+        store: Where snapshots lie: "device", "host", "disk", or "auto", which chooses by free memory.
+        store_folder: Where a disk store writes; None: `window/` in the run's folder.
+        slot_dtype: Dtype of snapshots where smaller than the parameter's, e.g. "bfloat16"; None: the parameter's.
+        save: Which merged models are kept on disk: {every, keep, best, mode, at_end}.
+        evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
+        validate: Whether to evaluate on the Trainer's validation loaders.
+        stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
+        name: Prefix of metrics and folders; a second instance needs its own.
+        **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
+
+    Raises:
+        ConfigError: A key is unknown or a value impossible; the message starts with the key.
+    """
+
+    def __init__(
+        self,
+        window: int = 10,
+        every: int | str = "1000 steps",
+        start: int | str = 0,
+        merge_every: int | str | None = None,
+        views: Sequence[str | dict[str, Any]] = ("sma",),
+        average: str = "last",
+        sample_every: int = 1,
+        tokens_per_batch: int | str | Callable[[Any], int] = "input_ids",
+        lr_tolerance: float = 1e-3,
+        breaks: Mapping[str, bool] | None = None,
+        merge_buffers: Sequence[str] = (),
+        batch_norm: str = "refuse",
+        store: str = "auto",
+        store_folder: str | None = None,
+        slot_dtype: str | None = None,
+        save: Mapping[str, Any] | None = None,
+        evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
+        validate: bool = True,
+        stateful_data: str = "refuse",
+        name: str = "merge",
+        **options: NoReturn,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key in {item.name for item in fields(MergeConfig)}}
+        given |= {"breaks": {} if breaks is None else breaks, "save": {} if save is None else save} | options
+        if callable(tokens_per_batch):  # the schema holds what YAML can say
+            given.pop("tokens_per_batch")
+        self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
+        self._tokens_per_batch: TokensPerBatch = tokens_per_batch
+        self._evaluators: dict[str, Evaluator] = dict(evaluators or {})
+        self._notices = Notices()
+        self._tracker = Tracker()
+        self._state: dict[str, Any] = {}
+        self._merger: RollingMerger | None = None
+        self._clock: Clock | None = None
+        self._monitors: Monitors | None = None
+        self._merged_models: MergedModels | None = None
+        self._records_path: Path | None = None
+        self.last_record: MergeRecord | None = None
+
+    @classmethod
+    def from_config(cls, source: object, **python_only: Any) -> "ModelMerging":
+        """The callback from a YAML file, an OmegaConf config or a mapping.
+
+        Args:
+            source: Path of a YAML file, or the keys themselves.
+            **python_only: What YAML cannot hold: `evaluators`, or a `tokens_per_batch` function.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or an impossible value.
+        """
+        return cls(**asdict(build(MergeConfig, source)) | python_only)
+
+    @property
+    def state_key(self) -> str:
+        """Key in Lightning's checkpoints: by name only, so that a changed option never loses the state (P21)."""
+        return f"ModelMerging[{self.config.name}]"
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The best merged model on disk, by `save.best`."""
+        return self._merged_models.best_path if self._merged_models else None
+
+    def mark_phase(self, name: str) -> None:
+        """Say that something changed that the weights will show (a data switch): merges do not reach across it."""
+        if self._merger is not None:
+            self._merger.mark_phase(name)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
+        reason = _REFUSED_STRATEGIES.get(type(trainer.strategy).__name__)
+        if stage == "fit" and reason:
+            raise UnsupportedModelError(f"{type(trainer.strategy).__name__} is not supported: {reason}.")
+        if stage == "fit" and trainer.global_step == 0:
+            self._state = {}  # of another Trainer's run (P24); that of a resumed run is loaded after this
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
+        snapshot.mergeable_tensors(
+            pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
+        )
+        save = self.config.save
+        if snapshot.is_sharded(pl_module) and (save.at_end or save.best is not None or save.every is not None):
+            raise UnsupportedModelError(
+                "save: the parameters are sharded over ranks, and merged models are written from whole ones only. "
+                "Remove `save` (merging and measuring need no whole parameters), or train with DDP."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start or go on counting, and find the run's folder."""
+        start = self._resumed_progress(trainer)
+        folder = self._run_folder(trainer)
+        self._clock = Clock(self._cadences(), self._tokens_per_batch, start, self._state.get("pending"))
+        self._merger = RollingMerger(**self._window_options(folder))
+        self._merger.go_on_from(start)
+        self.last_record = self._records_path = self._merged_models = None
+        self._tracker = Tracker()
+        self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
+        if not trainer.fast_dev_run:
+            self._open_folder(trainer, folder, start)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the learning rate that this step uses (P28)."""
+        if self._clock is not None:
+            optimizers = [getattr(item, "optimizer", item) for item in trainer.optimizers]
+            index = next((i for i, item in enumerate(optimizers) if item is optimizer), len(optimizers))
+            self._clock.optimizer_steps(index, optimizer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Observe the step; at a merge point, measure and publish."""
+        clock, merger = self._clock, self._merger
+        if clock is None or merger is None:
+            return
+        progress = clock.batch_ends(batch, share=_data_share(trainer))
+        if progress is None:
+            return
+        if trainer.fast_dev_run:
+            self._rehearse(trainer, pl_module)
+            return
+        merger.observe(pl_module, progress, lr=clock.lr)
+        if merger.merge_is_due():
+            self._publish(trainer, self._measure(trainer, pl_module, merger))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save merges of the newest snapshots where the user asked for it."""
+        merger, models = self._merger, self._merged_models
+        newest = merger.window.newest if merger is not None else None
+        if merger is not None and models is not None and self.config.save.at_end and newest is not None:
+            with merger.swapping(pl_module) as put:
+                for view in merger.views:
+                    if merger.why_not(view) is None:
+                        models.keep_last(pl_module, view, newest.progress, put(view))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Free the window and give other callbacks their hooks back."""
+        if stage == "fit":
+            self._end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lightning calls no `teardown` after an exception."""
+        self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the folders of saved models, as plain values (P11, P12)."""
+        self._remember()
+        return dict(self._state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The state of the run that is resumed."""
+        self._state = dict(state_dict)
+
+    def _end(self) -> None:
+        """Free the window and give other callbacks their hooks back; what a checkpoint needs stays."""
+        self._remember()
+        if self._merger is not None:
+            self._merger.close()
+        if self._monitors is not None:
+            self._monitors.release()
+        self._merger = self._clock = self._monitors = None
+
+    def _remember(self) -> None:
+        if self._clock is not None:
+            # `pending` is of this rank: exact on resume where all ranks' batches are of one size
+            self._state = {"progress": asdict(self._clock.progress), "pending": self._clock.pending}
+            if self._merged_models is not None:
+                self._state["saved"] = self._merged_models.state_dict()
+
+    def _cadences(self) -> list[Cadence]:
+        optional = (merge_cadence(self.config), save_cadence(self.config.save))
+        return [snapshot_cadence(self.config), *(cadence for cadence in optional if cadence is not None)]
+
+    def _resumed_progress(self, trainer: Any) -> Progress:
+        if trainer.global_step == 0:
+            return Progress()
+        if "progress" in self._state:
+            progress = Progress(**self._state["progress"])
+            self._notices.once("refill", f"resumed at step {progress.step}: the window starts empty and refills.")
+            return progress
+        # with optimizers stepped by hand, `global_step` counts each of them
+        by_hand = not trainer.lightning_module.automatic_optimization
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped if by_hand else trainer.global_step
+        self._notices.once(
+            "no state",
+            f"resumed at step {step} from a checkpoint without counters of {self.config.name!r}: samples and tokens "
+            f"count from here.",
+        )
+        return Progress(step=step)
+
+    def _run_folder(self, trainer: Any) -> Path:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
+        return folder if self.config.name == MergeConfig.name else folder / self.config.name
+
+    def _window_options(self, folder: Path) -> dict[str, Any]:
+        values = asdict(self.config)
+        options = {item.name: values[item.name] for item in fields(WindowConfig)}
+        return options | {"store_folder": options["store_folder"] or str(folder / "window")}
+
+    def _open_folder(self, trainer: Any, folder: Path, start: Progress) -> None:
+        self._records_path = folder / "merges.jsonl"
+        if self._monitors is not None and self._monitors.checkpoints:
+            self._notices.once(
+                "monitor",
+                f"a ModelCheckpoint monitors a metric of {self.config.name!r}. Its checkpoints hold RAW weights; the "
+                f"best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
+            )
+        if not trainer.is_global_zero:
+            return
+        if start.step == 0:
+            for path in (self._records_path, folder / "merged"):
+                if aside := move_aside(path):
+                    self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
+        else:
+            keep_records_until(self._records_path, start.step)
+        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
+        self._merged_models.load_state_dict(self._state.get("saved", {}))
+
+    def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
+        """Raw and every view on the same batches; None where a signal ended the evaluation early."""
+        ready = [view for view in merger.views if merger.why_not(view) is None]
+        skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
+        for view, reason in skipped.items():
+            self._notices.once(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
+        models = self._merged_models
+        recipes: dict[str, Recipe] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        stopwatch = _Stopwatch()
+        try:
+            # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
+            with interrupts.held(), self._isolated(trainer, pl_module) as measure:
+                raw = measure("raw")
+                stopwatch.lap("evaluate_raw")
+                with merger.swapping(pl_module) as put:
+                    for view in ready:
+                        recipes[view] = put(view)
+                        stopwatch.lap(f"merge_{view}")
+                        metrics[view] = measure(view)
+                        stopwatch.lap(f"evaluate_{view}")
+                        if models is not None:
+                            models.keep(pl_module, view, merger.progress, recipes[view], metrics[view])
+                            stopwatch.lap(f"save_{view}")
+                stopwatch.lap("restore")
+        except EvaluationInterrupted:
+            return None
+        if not raw and not any(metrics.values()):
+            self._notices.once(
+                "nothing", "no validation loader and no evaluator: merges are made, nothing is measured."
+            )
+        return MergeRecord(
+            name=self.config.name,
+            **asdict(merger.progress),
+            window=len(merger.window.valid),
+            spread=merger.spread,
+            raw=raw,
+            views=metrics,
+            recipes=recipes,
+            skipped=skipped,
+            lr=merger.lr,
+            phase=merger.phase,
+            refused=merger.num_refused,
+            slot_dtype=self.config.slot_dtype or "",
+            timing=stopwatch.seconds,
+        )
+
+    def _isolated(self, trainer: Any, pl_module: Any) -> AbstractContextManager[Measure]:
+        return evaluate.isolated(
+            trainer,
+            pl_module,
+            evaluators=self._evaluators,
+            validate=self.config.validate,
+            stateful_data=self.config.stateful_data,
+        )
+
+    def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
+        if record is None:
+            return
+        self.last_record = record
+        self._tracker.publish(trainer.loggers, record)
+        if trainer.is_global_zero and self._records_path is not None:
+            append_record(self._records_path, record)
+        metrics = {key: torch.tensor(value, dtype=torch.float64) for key, value in record.metrics().items()}
+        trainer.callback_metrics.update(metrics)
+        if self._monitors is not None:
+            self._monitors.new_values()
+
+    def _rehearse(self, trainer: Any, pl_module: Any) -> None:
+        """`fast_dev_run`: a full window of this one model, once, so that all views, memory and evaluation are tried."""
+        if self.last_record is not None:
+            return
+        options = self._window_options(self._run_folder(trainer)) | {
+            "every": 1,
+            "start": 0,
+            "merge_every": None,
+            "sample_every": 1,
+        }
+        merger = RollingMerger(**options)
+        for step in range(1, self.config.window + 1):
+            merger.observe(pl_module, step)
+        try:
+            self._publish(trainer, self._measure(trainer, pl_module, merger))
+        finally:
+            merger.close()
+
+
+class _Stopwatch:
+    """Wall-clock seconds between laps, summed by label."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, label: str) -> None:
+        now = time.perf_counter()
+        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._last
+        self._last = now
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as the schema takes them. Text is no list of letters: the schema refuses it as a whole."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _data_share(trainer: Any) -> float:
+    """Data-parallel replicas per rank: below 1 under tensor parallelism, where several ranks read the same batch."""
+    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": trainer.world_size}
+    return float(sampler["num_replicas"]) / float(trainer.world_size)

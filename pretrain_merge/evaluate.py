@@ -1,0 +1,165 @@
+"""Paired evaluation: raw and merged weights on the same batches, without the run noticing.
+
+This module knows Lightning's evaluation loop and nothing of windows or coefficients. It runs an evaluation loop of its
+own, of Lightning's class, so that a metric means here exactly what it means in the user's own validation: batch-size
+weights, several loaders, torchmetrics, precision and strategy. Everything that such a loop touches in the Trainer is a
+stand-in while it runs (`isolation`), and loaders are iterated by iterators of our own (`loaders`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pretrain_merge import interrupts, isolation, loaders, ranks
+from pretrain_merge.errors import EvaluationError
+
+Evaluator = Callable[[Any], Mapping[str, float]]
+Measure = Callable[[str], dict[str, float]]
+
+
+@contextmanager
+def isolated(
+    trainer: Any,
+    module: Any,
+    *,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    validate: bool = True,
+    stateful_data: str = "refuse",
+) -> Iterator[Measure]:
+    """Evaluate the live model, as often as needed, each time on the same batches with the same random numbers.
+
+    Args:
+        trainer: A Trainer inside `fit`, between two training batches.
+        module: Its LightningModule.
+        evaluators: Further evaluations by name; each gets the module in eval mode and returns metrics.
+        validate: Whether to run the module's `validation_step` on the Trainer's validation loaders.
+        stateful_data: "refuse" loaders that carry a position of their own, or "iterate" them.
+
+    Yields:
+        A function from a label (for the progress bar) to metrics: those of the validation loop under the names that
+        `trainer.callback_metrics` would use, those of evaluators as `<evaluator>/<key>`.
+
+    Raises:
+        EvaluationError: The loaders gave other batches than the first time, or a metric is no number.
+    """
+    with ExitStack() as stack:
+        random_state = stack.enter_context(isolation.random_state_kept())
+        data = stack.enter_context(_own_data(trainer, stateful_data)) if validate else None
+        bar = stack.enter_context(_progress_bar(trainer, data))
+        stack.enter_context(isolation.stand_ins(trainer))
+
+        def measure(label: str) -> dict[str, float]:
+            if ranks.any_rank(interrupts.requested()):
+                raise loaders.EvaluationInterrupted
+            bar.reset()
+            bar.set_description(f"evaluating {label}")
+            metrics: dict[str, float] = {}
+            with torch.no_grad(), isolation.module_kept(module):
+                if data is not None:
+                    random_state()
+                    metrics |= _validate(trainer, data, bar)
+                for name, evaluator in (evaluators or {}).items():
+                    random_state()
+                    module.eval()
+                    with interrupts.ctrl_c_breaks_in():
+                        values = evaluator(module)
+                    metrics |= {f"{name}/{key}": value for key, value in _numbers(name, values).items()}
+            return metrics
+
+        yield measure
+
+
+def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any) -> dict[str, float]:
+    """One run of Lightning's evaluation loop, on loaders, results and counters of its own."""
+    users_loop = trainer.fit_loop.epoch_loop.val_loop
+    loop = _new_loop(trainer, users_loop)
+    loop._combined_loader = data.combined(on_batch=lambda: bar.update(1))
+    loop._max_batches = list(data.max_batches)
+    loop._last_val_dl_reload_epoch = trainer.current_epoch  # this loop's loaders are never reloaded
+    connector = type(trainer._logger_connector)(trainer)
+    inherited = dict(trainer._logger_connector._callback_metrics)
+    connector._callback_metrics = dict(inherited)
+    with (
+        isolation.replaced(trainer.fit_loop.epoch_loop, val_loop=loop),
+        isolation.replaced(trainer, _logger_connector=connector),
+    ):
+        try:
+            with interrupts.ctrl_c_breaks_in():
+                loop.run()
+        finally:
+            loop.teardown()
+    data.end_pass()
+    measured = connector._callback_metrics
+    return _numbers("validation", {key: item for key, item in measured.items() if item is not inherited.get(key)})
+
+
+def _new_loop(trainer: Any, users_loop: Any) -> Any:
+    # of the same class as the Trainer's own loop, whether that is lightning's or pytorch_lightning's;
+    # no inference_mode: its tensors would outlive the pass in users' caches
+    return type(users_loop)(trainer, users_loop._trainer_fn, users_loop._stage, verbose=False, inference_mode=False)
+
+
+def _numbers(source: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise EvaluationError(
+            f"{source} gave {metrics!r}, of which not every value is a number. Return a mapping from names to numbers "
+            f"or one-element tensors."
+        ) from error
+
+
+@contextmanager
+def _own_data(trainer: Any, stateful_data: str) -> Iterator["loaders.OwnLoaders | None"]:
+    users_loop = trainer.fit_loop.epoch_loop.val_loop
+    combined, max_batches = users_loop._combined_loader, users_loop._max_batches
+    if combined is None and trainer.enable_validation:
+        # the user's loop has not asked for its loaders yet: ask for ours alone, so that it will ask just as it would
+        loop = _new_loop(trainer, users_loop)
+        loop._data_source = users_loop._data_source
+        with isolation.stage(trainer, "validating"):
+            loop.setup_data()
+        combined, max_batches = loop._combined_loader, loop._max_batches
+    if combined is None or sum(max_batches) == 0:
+        yield None
+        return
+    with loaders.OwnLoaders(combined, max_batches, stateful_data=stateful_data) as data:
+        yield data
+
+
+@contextmanager
+def _progress_bar(trainer: Any, data: "loaders.OwnLoaders | None") -> Iterator[Any]:
+    """A bar below the user's own, of its kind; none where the user has none."""
+    users_bar = trainer.progress_bar_callback
+    shown = users_bar is not None and users_bar.is_enabled and trainer.is_global_zero
+    total = data.num_batches if data is not None else None
+    if shown and getattr(users_bar, "progress", None) is not None:  # rich: a second bar of another kind would break it
+        task = users_bar.progress.add_task("", total=math.inf if total is None else total)
+        try:
+            yield _RichTask(users_bar.progress, task)
+        finally:
+            # hidden and not removed: Lightning finds its own bars by their place
+            users_bar.progress.update(task, visible=False)
+        return
+    with tqdm(disable=not shown, total=total, leave=False, unit="batch", dynamic_ncols=True) as bar:
+        yield bar
+
+
+class _RichTask:
+    """A line of rich's display, with tqdm's methods."""
+
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def reset(self) -> None:
+        self._progress.reset(self._task)
+
+    def set_description(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def update(self, number: int) -> None:
+        self._progress.advance(self._task, number)

@@ -1,0 +1,153 @@
+"""Records to matplotlib figures.
+
+This module knows how raw, merged and annealed curves are drawn. It reads records and nothing else, returns figures and
+never shows or saves one, and touches no global state of pyplot: a figure made here belongs to the caller alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pretrain_merge.errors import ConfigError, MissingDependencyError
+from pretrain_merge.records import MergeRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_RAW, _ANNEALED, _GRID, _TEXT = "#8a8f98", "#1a1a1a", "#e6e8eb", "#30343a"
+# Okabe and Ito's palette: told apart by people with any colour vision, and in print
+_VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MAX_MARKERS = 60
+_EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
+
+
+def curves(
+    records: Sequence[MergeRecord],
+    *,
+    metric: str = "val_loss",
+    annealed: Mapping[int, float] | None = None,
+    label: str | None = None,
+    title: str | None = None,
+) -> "Figure":
+    """Raw, every merged view and a real anneal against steps; below, how far each view is from raw in percent.
+
+    Args:
+        records: Merge points of one run, oldest first, at least one.
+        metric: A metric that the records hold; smaller or larger may be better.
+        annealed: Metric of a real annealing branch at its steps, if one was trained.
+        label: Name of the metric on the axis, with its unit; default: the metric's own name.
+        title: Title of the figure; default: none.
+
+    Returns:
+        A figure with two axes, values above and differences to raw below. The upper one may cut off the first steps.
+
+    Raises:
+        ConfigError: There is no record, or none holds the metric.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    raw = _series(records, metric)
+    views = _views(records, metric)
+    branch = dict(sorted((annealed or {}).items()))
+    figure = _new_figure()
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.25))
+    # points are marked while they can be told apart, so that gaps and single merges show
+    line = {"linewidth": 1.8, "marker": "o" if len(records) <= _MAX_MARKERS else "", "markersize": 3.5}
+    _draw(upper, raw, "raw", color=_RAW, **line)
+    for index, (view, values) in enumerate(views.items()):
+        style = line | {"color": _VIEWS[index % len(_VIEWS)], "zorder": 3 - index / len(views)}  # the first on top
+        _draw(upper, values, f"merged: {view}", **style)
+        _draw(lower, _relative(values, raw), None, **style)
+    if branch:
+        _draw_branch(upper, branch, "annealed: a real branch")
+    _frame(upper, ylabel=label or metric, title=title)
+    _frame(lower, ylabel="merged − raw (%)", xlabel="step")
+    _focus(upper, [raw, *views.values(), branch])
+    _focus(lower, [_relative(values, raw) for values in views.values()], around=0.0)
+    lower.axhline(0.0, color=_RAW, linewidth=1.5, zorder=1)
+    upper.legend(
+        loc="upper right",
+        frameon=False,
+        labelcolor=_TEXT,
+        title="at the last step",
+        title_fontproperties={"size": 9},
+        alignment="left",
+    )
+    return figure
+
+
+def _new_figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Figures are drawn with matplotlib, which is not installed. Run: pip install 'pretrain-merge[plots]'"
+        ) from error
+    # a Figure of its own brings the non-interactive Agg canvas: it works without a display
+    return Figure(figsize=(8.0, 5.6), dpi=160, layout="constrained")
+
+
+def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
+    values = {record.step: record.raw[metric] for record in records if metric in record.raw}
+    if not values:
+        known = sorted({name for record in records for name in record.raw})
+        raise ConfigError(
+            f"metric: {metric!r} is in none of the {len(records)} records. "
+            f"Measured: {', '.join(known) or 'nothing'}. Name one of these, or records of a run that measured it."
+        )
+    return values
+
+
+def _views(records: Sequence[MergeRecord], metric: str) -> dict[str, dict[int, float]]:
+    """Values of each view, in the order in which the views first appear; a skipped view has a gap in its steps."""
+    names = dict.fromkeys(view for record in records for view in record.views)
+    return {
+        view: {record.step: record.views[view][metric] for record in records if metric in record.views.get(view, {})}
+        for view in names
+    }
+
+
+def _relative(values: Mapping[int, float], raw: Mapping[int, float]) -> dict[int, float]:
+    """Differences to raw in percent of raw, at the steps where both were measured."""
+    return {
+        step: 100.0 * (value - raw[step]) / abs(raw[step])
+        for step, value in values.items()
+        if raw.get(step, 0.0) != 0.0
+    }
+
+
+def _draw(axes: "Axes", values: Mapping[int, float], label: str | None, **style: Any) -> None:
+    (line,) = axes.plot(list(values), list(values.values()), **style)
+    if label and values:
+        line.set_label(f"{list(values.values())[-1]:#.4g}  {label}")
+
+
+def _draw_branch(axes: "Axes", values: Mapping[int, float], label: str | None) -> None:
+    _draw(axes, values, label, color=_ANNEALED, linewidth=1.8, linestyle=(0, (4, 1.5)))
+    axes.plot(*list(values.items())[-1], marker="*", markersize=11, color=_ANNEALED, markeredgecolor="white", zorder=5)
+
+
+def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str | None = None) -> None:
+    axes.set_ylabel(ylabel, color=_TEXT)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_TEXT, length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    if xlabel:
+        axes.set_xlabel(xlabel, color=_TEXT)
+    if title:
+        axes.set_title(title, loc="left", color=_TEXT, fontsize=11)
+
+
+def _focus(axes: "Axes", curves: Sequence[Mapping[int, float]], *, around: float | None = None) -> None:
+    """Fit the y axis to what comes after the early part of the run."""
+    steps = [step for values in curves for step in values]
+    early = min(steps) + _EARLY * (max(steps) - min(steps)) if steps else 0
+    late = [value for values in curves for step, value in values.items() if step >= early and math.isfinite(value)]
+    late += [] if around is None else [around]
+    if not late:
+        return
+    low, high = min(late), max(late)
+    margin = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
