@@ -1,0 +1,152 @@
+"""What the demo says: the comparison of raw, merged and annealed as numbers, as a table and as one sentence.
+
+This module reads records and knows neither models nor trainers. Every word follows from the numbers: where the merge
+did not help, it says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain_merge.records import MergeRecord
+from pretrain_merge.tables import merges_table, percent
+
+METRIC = "val_loss"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The demo's result. Losses are cross entropies in nats per byte, all on the same held-out bytes.
+
+    Attributes:
+        raw: Loss of the live model after the last step.
+        merged: Loss of each view after the last step.
+        annealed: Loss of the real annealing branch, which ends at the same step.
+        steps: Length of the run.
+        seconds: Training and annealing together, with all evaluations.
+        best: The view with the smallest loss.
+        gap_closed: `(raw - merged) / (raw - annealed)` of each view; None where the anneal did not lower the loss.
+        better_than_raw: Of the merge points past the first quarter of the run, the share at which each view beats raw.
+        window: Snapshots in the last merge.
+        anneal_steps: Steps of the annealing branch.
+        anneal_curve: Loss of the branch at its steps.
+        model: Name of the model.
+        parameters: Number of its parameters.
+        tokens: Bytes that the run was trained on, counted with repetition.
+        seconds_train: The run's part of `seconds`.
+        seconds_anneal: The branch's part of `seconds`.
+    """
+
+    raw: float
+    merged: Mapping[str, float]
+    annealed: float
+    steps: int
+    seconds: float
+    best: str
+    gap_closed: Mapping[str, float | None]
+    better_than_raw: Mapping[str, float]
+    window: int
+    anneal_steps: int
+    anneal_curve: Mapping[int, float]
+    model: str
+    parameters: int
+    tokens: int
+    seconds_train: float
+    seconds_anneal: float
+
+
+def summarise(
+    records: Sequence[MergeRecord],
+    anneal_curve: Mapping[int, float],
+    *,
+    model: str,
+    parameters: int,
+    seconds_train: float,
+    seconds_anneal: float,
+) -> Summary:
+    """Compare the last merge with the raw model and with the real anneal.
+
+    Args:
+        records: All merge points of the run; the last one is at its last step.
+        anneal_curve: Loss of the branch from the step where it left the run to the run's last step.
+        model: Name of the model.
+        parameters: Number of its parameters.
+        seconds_train: Wall-clock time of the run.
+        seconds_anneal: Wall-clock time of the branch.
+    """
+    last = records[-1]
+    raw, annealed = last.raw[METRIC], anneal_curve[last.step]
+    merged = {view: metrics[METRIC] for view, metrics in last.views.items()}
+    late = [record for record in records if record.step > last.step / 4]
+    return Summary(
+        raw=raw,
+        merged=merged,
+        annealed=annealed,
+        steps=last.step,
+        seconds=seconds_train + seconds_anneal,
+        best=min(merged, key=lambda view: merged[view]),
+        gap_closed={view: (raw - loss) / (raw - annealed) if raw > annealed else None for view, loss in merged.items()},
+        better_than_raw={view: sum(_beats_raw(record, view) for record in late) / len(late) for view in merged},
+        window=last.window,
+        anneal_steps=last.step - min(anneal_curve),
+        anneal_curve=dict(anneal_curve),
+        model=model,
+        parameters=parameters,
+        tokens=last.tokens,
+        seconds_train=seconds_train,
+        seconds_anneal=seconds_anneal,
+    )
+
+
+def show(records: Sequence[MergeRecord], summary: Summary, out: Path) -> None:
+    """Print the table, the comparison, where the files are, and what was seen."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        merges_table(
+            records,
+            METRIC,
+            title="Validation loss in nats per byte, raw and merged on the same bytes",
+            gap_closed={summary.steps: summary.gap_closed[summary.best]},
+        )
+    )
+    console.print(f"\n{comparison(summary)}", style="bold", soft_wrap=True)
+    console.print(
+        f"\nIn {out}: curves.png, summary.json, merges.jsonl, merged/ (safetensors), wandb/ (an offline run).\n"
+        f"Training took {summary.seconds_train:.0f} s and annealing {summary.seconds_anneal:.0f} s.\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(sentence(summary))
+
+
+def comparison(summary: Summary) -> str:
+    """Raw, merged and annealed in one line."""
+    return (
+        f"raw {summary.raw:.4f}  |  merged ({summary.best}) {summary.merged[summary.best]:.4f}  |  "
+        f"annealed {summary.annealed:.4f}  |  gap closed {percent(summary.gap_closed[summary.best])}"
+    )
+
+
+def sentence(summary: Summary) -> str:
+    """What the user just saw."""
+    merged, closed = summary.merged[summary.best], summary.gap_closed[summary.best]
+    before = (
+        f"What you just saw: a {summary.model} of {summary.parameters:,} parameters trained for {summary.steps} steps "
+        f"without ever lowering its learning rate, and a merge of its last {summary.window} snapshots "
+    )
+    if closed is None or merged >= summary.raw:
+        return before + (
+            f"({summary.best}: {merged:.4f}) did not tell what a real anneal reaches ({summary.annealed:.4f}; raw "
+            f"{summary.raw:.4f}), as happens when a run is too short or its learning rate too low for merging."
+        )
+    return before + (
+        f"({summary.best}) has a loss of {merged:.4f} instead of {summary.raw:.4f}, {closed:.0%} of the way down to "
+        f"the {summary.annealed:.4f} that {summary.anneal_steps} steps of real annealing reach; the merge took no "
+        f"training at all."
+    )
+
+
+def _beats_raw(record: MergeRecord, view: str) -> bool:
+    return view in record.views and record.views[view][METRIC] < record.raw[METRIC]
