@@ -1,0 +1,1 @@
+"""Speed, memory and overhead, each one command: `python -m benchmarks.<name> [--json FILE]`."""
