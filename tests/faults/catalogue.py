@@ -1,0 +1,407 @@
+"""The seeded faults: one line of the package broken at a time, and the tests that must notice."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One break.
+
+    Attributes:
+        what: What goes wrong, in a few words.
+        file: Module below `pretrain_merge/`.
+        before: Text of the module, found exactly once.
+        after: What it becomes.
+        tests: Tests of which at least one must fail.
+    """
+
+    what: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+    def check(self, root: Path) -> str:
+        """The module's text, in which the fault has exactly one place; a stale fault is an error."""
+        text = (root / "pretrain_merge" / self.file).read_text(encoding="utf-8")
+        if text.count(self.before) != 1:
+            raise ValueError(f"{self.what}: {self.before!r} is {text.count(self.before)} times in {self.file}")
+        return text
+
+    def break_(self, root: Path) -> None:
+        """Put the fault into a copy of the repository."""
+        broken = self.check(root).replace(self.before, self.after)
+        (root / "pretrain_merge" / self.file).write_text(broken, encoding="utf-8")
+
+
+_COEFFICIENTS = "tests/test_coefficients.py"
+_CADENCE = "tests/test_cadence.py"
+_WINDOW = "tests/test_window.py"
+_BLOCK = "tests/test_block_mean.py"
+_MERGER = "tests/test_merger.py"
+_SNAPSHOT = "tests/test_snapshot.py"
+_RECORDS = "tests/test_records.py"
+_ACCUMULATE = "tests/accumulate/test_contract.py"
+_EVALUATE = "tests/test_evaluate.py"
+_NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
+
+FAULTS = (
+    # coefficients
+    Fault(
+        "wma is one snapshot late", "coefficients.py", "for i in range(1, n + 1))", "for i in range(n))", _COEFFICIENTS
+    ),
+    Fault(
+        "ema takes the share of the older side",
+        "coefficients.py",
+        "coefficients = [*((1.0 - share) * c for c in coefficients), share]",
+        "coefficients = [*(share * c for c in coefficients), 1.0 - share]",
+        _COEFFICIENTS,
+    ),
+    Fault("half-life in e-foldings", "coefficients.py", "-math.log(2.0) * ((after", "-1.0 * ((after", _COEFFICIENTS),
+    Fault(
+        "decay is reversed",
+        "coefficients.py",
+        "pairwise((1.0, *rates, 0.0))",
+        "pairwise((1.0, *rates[::-1], 0.0))",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "decay ends on the newest snapshot",
+        "coefficients.py",
+        "* n / (n - 1)) for time",
+        "or 1.0) for time",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "qam mixes the wrong way",
+        "coefficients.py",
+        "(1.0 - rate) * stay + rate * step",
+        "rate * stay + (1.0 - rate) * step",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "rounding is not made up for", "coefficients.py", "+= 1.0 - math.fsum(coefficients)", "+= 0.0", _COEFFICIENTS
+    ),
+    Fault(
+        "the inverse is off by one",
+        "coefficients.py",
+        "math.fsum(checked[i:]) for i in range(1,",
+        "math.fsum(checked[i - 1 :]) for i in range(1,",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "n_eff forgets to square",
+        "coefficients.py",
+        "1.0 / math.fsum(c * c for c",
+        "1.0 / math.fsum(c for c",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "mean age counts from the oldest",
+        "coefficients.py",
+        "c * (taken[-1] - time)",
+        "c * (time - taken[0])",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "1-sqrt is 1-square",
+        "lr_schedules.py",
+        "1.0 - math.sqrt(t)",
+        "1.0 - t * t",
+        f"tests/test_lr_schedules.py {_COEFFICIENTS}",
+    ),
+    # cadence
+    Fault(
+        "fires on the remainder only",
+        "cadence.py",
+        "return self.index(after) > last and",
+        "return after.count(self.every.unit) % self.every.amount == 0 and",
+        _CADENCE,
+    ),
+    Fault(
+        "fires again at a standstill",
+        "cadence.py",
+        "return self.index(after) > last and",
+        "return self.index(after) >= last and",
+        _CADENCE,
+    ),
+    Fault("ignores start", "cadence.py", " and after.count(self.start.unit) >= self.start.amount", "", _CADENCE),
+    Fault("B means a million", "cadence.py", '"B": 10**9', '"B": 10**6', _CADENCE),
+    # window
+    Fault(
+        "the newest snapshot leaves, not the oldest",
+        "window.py",
+        "self.snapshots[1:] if len(self.snapshots) == self.size",
+        "self.snapshots[:-1] if len(self.snapshots) == self.size",
+        _WINDOW,
+    ),
+    Fault(
+        "a full window writes over the newest slot",
+        "window.py",
+        "return self.snapshots[0].slot",
+        "return self.snapshots[-1].slot",
+        _WINDOW,
+    ),
+    Fault(
+        "a break does not end the segment",
+        "window.py",
+        "self.segment += 1",
+        "self.segment += 0",
+        f"{_WINDOW} {_MERGER}",
+    ),
+    # block means
+    Fault(
+        "the sum starts with the old one",
+        "block_mean.py",
+        "weighted_sum_(self.sums, [tensors], [1.0])",
+        "weighted_sum_(self.sums, [self.sums, tensors], [1.0, 1.0])",
+        _BLOCK,
+    ),
+    Fault(
+        "the mean divides by one too many",
+        "block_mean.py",
+        "[1.0 / self.num_samples]",
+        "[1.0 / (self.num_samples + 1)]",
+        _BLOCK,
+    ),
+    Fault(
+        "a spoiled block stays whole",
+        "block_mean.py",
+        "self._complete = self._complete and self._num_seen == 0",
+        "pass",
+        _BLOCK,
+    ),
+    Fault(
+        "sums in the dtype of the parameter",
+        "block_mean.py",
+        "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
+        "return tensor.dtype",
+        _BLOCK,
+    ),
+    # which tensors
+    Fault("frozen parameters are merged", "snapshot.py", "if parameter.requires_grad:", "if True:", _SNAPSHOT),
+    Fault("tied parameters are merged twice", "snapshot.py", "if identity not in seen:", "if True:", _SNAPSHOT),
+    Fault(
+        "BatchNorm passes in silence",
+        "snapshot.py",
+        'if statistics and batch_norm == "refuse":',
+        "if False:",
+        _SNAPSHOT,
+    ),
+    Fault(
+        "names keep what compile added",
+        "snapshot.py",
+        'return name.replace("_orig_mod.", "")',
+        "return name",
+        _SNAPSHOT,
+    ),
+    # merge and swap
+    Fault(
+        "a view takes the oldest snapshots",
+        "merger.py",
+        "return self.window.valid[-(self._views[view].last or self.window.size) :]",
+        "return self.window.valid[: (self._views[view].last or self.window.size)]",
+        _MERGER,
+    ),
+    Fault(
+        "a changed learning rate is no break",
+        "merger.py",
+        "if self._settings.breaks.lr and _differs(",
+        "if False and _differs(",
+        _MERGER,
+    ),
+    Fault(
+        "a slow drift of the learning rate is no break",
+        "merger.py",
+        "            self._segment_lr = self._lr\n",
+        "        self._segment_lr = self._lr\n",
+        _MERGER,
+    ),
+    Fault(
+        "non-finite snapshots are kept",
+        "merger.py",
+        "if ranks.any_rank(not snapshot.all_finite(source)):",
+        "if False:",
+        _MERGER,
+    ),
+    Fault("raw is not restored", "merger.py", "            if written:\n", "            if False:\n", _MERGER),
+    Fault(
+        "raw is always taken from the newest slot",
+        "merger.py",
+        "if newest is not None and is_raw else None",
+        "if newest is not None else None",
+        _MERGER,
+    ),
+    Fault(
+        "raw is always copied", "merger.py", "if newest is not None and is_raw else None", "if False else None", _MERGER
+    ),
+    Fault(
+        "merges are due without regard to merge_every",
+        "merger.py",
+        "return self._merge_cadence.crossed(",
+        "return self._cadence.crossed(",
+        _MERGER,
+    ),
+    Fault(
+        "a block keeps the iterate beyond its end",
+        "merger.py",
+        "        if not overshoots:\n",
+        "        if True:\n",
+        _MERGER,
+    ),
+    # the merge's arithmetic
+    Fault(
+        "sums in bfloat16",
+        "accumulate/reference.py",
+        "torch.float64 if double else torch.float32\n    longest",
+        "snapshots[0][0].dtype\n    longest",
+        _ACCUMULATE,
+    ),
+    Fault(
+        "the last snapshot is left out",
+        "accumulate/reference.py",
+        "zip(sources[1:], coefficients[1:], strict=True)",
+        "zip(sources[1:-1], coefficients[1:-1], strict=True)",
+        _ACCUMULATE,
+    ),
+    Fault(
+        "the spread is from zero",
+        "accumulate/reference.py",
+        "pivot = sources[0].to(torch.float64)",
+        "pivot = torch.zeros_like(sources[0], dtype=torch.float64)",
+        _ACCUMULATE,
+    ),
+    Fault(
+        "bfloat16 is truncated",
+        "accumulate/cpu_kernel.py",
+        "b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))",
+        "b.lshr(bits, v.constant(I32, 16))",
+        _ACCUMULATE,
+    ),
+    # evaluation
+    Fault(
+        "other random numbers at each pass",
+        "evaluate.py",
+        "                if data is not None:\n                    random_state()\n",
+        "                if data is not None:\n",
+        _EVALUATE,
+    ),
+    Fault(
+        "the run's generators move on",
+        "isolation.py",
+        "        yield lambda: _set_rng_states(states)\n    finally:\n        _set_rng_states(states)\n",
+        "        yield lambda: _set_rng_states(states)\n    finally:\n        pass\n",
+        _NON_INTERFERENCE,
+    ),
+    Fault(
+        "modules stay in eval mode",
+        "isolation.py",
+        "            now.update({name: value for name, value in before.items() if now.get(name, now) is not value})",
+        "            pass",
+        _NON_INTERFERENCE,
+    ),
+    Fault(
+        "users' callbacks hear of the evaluation",
+        "isolation.py",
+        "deaf = [_deaf(callback) for callback in trainer.callbacks]",
+        "deaf = trainer.callbacks",
+        _EVALUATE,
+    ),
+    Fault(
+        "users' loggers hear of the evaluation",
+        "isolation.py",
+        "_loggers=silent",
+        "_loggers=trainer.loggers",
+        _EVALUATE,
+    ),
+    Fault(
+        "other batches pass in silence",
+        "loaders.py",
+        "self._first[place] != self._current[place]",
+        "False",
+        "tests/test_loaders.py",
+    ),
+    Fault(
+        "the users' persistent workers are used",
+        "loaders.py",
+        "vars(own).update(_iterator=None, persistent_workers=False)",
+        "own = loader",
+        f"tests/test_loaders.py {_NON_INTERFERENCE}",
+    ),
+    Fault(
+        "a waiting signal does not end the pass",
+        "loaders.py",
+        "if interrupts.requested() and ranks.num_ranks() == 1:",
+        "if False:",
+        "tests/test_loaders.py",
+    ),
+    Fault(
+        "signals are lost",
+        "interrupts.py",
+        "delivery.callback(signal.raise_signal, signum)",
+        "pass",
+        "tests/test_interrupts.py",
+    ),
+    # what is published and kept
+    Fault(
+        "schedulers' next rate is taken for the one used",
+        "callbacks/model_merging.py",
+        "merger.observe(pl_module, progress, lr=clock.lr)",
+        "merger.observe(pl_module, progress, lr=[g['lr'] for o in trainer.optimizers for g in o.param_groups])",
+        "tests/callbacks",
+    ),
+    Fault(
+        "early stopping checks a stale value",
+        "callbacks/monitors.py",
+        "if self._num_published > seen:",
+        "if self._num_published > 0:",
+        "tests/callbacks/test_monitors.py",
+    ),
+    Fault(
+        "early stopping checks a missing value",
+        "callbacks/monitors.py",
+        "if self._num_published > seen:",
+        "if True:",
+        "tests/callbacks/test_monitors.py",
+    ),
+    Fault(
+        "the record carries the view's metric as raw",
+        "records.py",
+        "{RAW: self.raw, **self.views}",
+        "{**self.views, RAW: next(iter(self.views.values()))}",
+        _RECORDS,
+    ),
+    Fault(
+        "W&B draws against its own step",
+        "tracking.py",
+        "step_metric=prefix + axes[0]",
+        "step_metric=None",
+        "tests/test_tracking.py",
+    ),
+    Fault(
+        "the worst merged model is kept",
+        "callbacks/saving.py",
+        '-value if self._config.mode == "max" else value',
+        'value if self._config.mode == "max" else -value',
+        "tests/callbacks/test_saving.py",
+    ),
+    Fault(
+        "an existing folder is overwritten",
+        "checkpoints/folders.py",
+        "if target.exists():",
+        "if False:",
+        "tests/checkpoints/test_folders.py",
+    ),
+    Fault(
+        "a misfit model is loaded as far as it fits",
+        "checkpoints/merged.py",
+        "    if problems:\n",
+        "    if False:\n",
+        "tests/checkpoints/test_merged.py",
+    ),
+    # the demo's check
+    Fault(
+        "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
+    ),
+)

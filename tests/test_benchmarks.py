@@ -1,0 +1,96 @@
+"""Every benchmark is one command that prints a table and writes one JSON list, with the keys that notes and CI read."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALWAYS = {"machine", "torch", "elements"}
+RATIOS = {"seconds", "ratio_to_copy"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a benchmark as its reader would; returns its rows and what it printed."""
+
+    def run_benchmark(name, *arguments):
+        path = tmp_path_factory.mktemp("rows") / f"{name}.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(path), "--threads", "1"]
+        finished = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+        assert finished.returncode == 0, finished.stderr
+        rows = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert isinstance(rows, list)
+        assert all(row.keys() >= ALWAYS for row in rows)
+        return rows, finished.stdout
+
+    return run_benchmark
+
+
+def numbers(rows, *keys):
+    return [row[key] for row in rows for key in keys]
+
+
+def check_ratios(rows):
+    assert all(RATIOS | {"ratio_lowest", "ratio_highest", "rounds"} <= row.keys() for row in rows)
+    assert all(math.isfinite(number) and number > 0 for number in numbers(rows, *RATIOS))
+    assert all(row["ratio_lowest"] <= row["ratio_to_copy"] <= row["ratio_highest"] for row in rows)
+
+
+def test_merge_kernel(run):
+    small = ["--elements", "4096", "--snapshots", "3", "--rounds", "2", "--skip-model", "--dtypes", "bfloat16"]
+    rows, printed = run("merge_kernel", *small)
+    check_ratios(rows)
+    assert {"backend", "dtype", "n"} <= rows[0].keys()
+    assert {row["n"] for row in rows} == {3}
+    peers = {"swa_utils, avg_fn", "swa_utils, multi_avg_fn", "Lightning EMAWeightAveraging", "stack, as mergekit"}
+    assert {"ours: cpu", "ours: reference", "foreach chain, float32 sums"} | peers <= {row["backend"] for row in rows}
+    assert "ratio to copy" in printed
+
+
+def test_capture(run):
+    rows, printed = run("capture", "--quick")
+    check_ratios(rows)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
+    assert {"capture", "capture with finite check", "finite check", "block: next sample"} <= {
+        row["what"] for row in rows
+    }
+    assert "capture with finite check" in printed
+
+
+def test_stores(run, tmp_path):
+    rows, printed = run("stores", "--quick", "--snapshots", "3", "--folder", str(tmp_path))
+    check_ratios(rows)
+    done = {(row["dtype"], row["store"], row["what"]) for row in rows}
+    for dtype in ("float32", "bfloat16"):
+        for store in ("device", "host", "disk"):
+            assert {(dtype, store, what) for what in ("capture", "merge", "merge with spread", "restore")} <= done
+    to_page_cache = {row["what"]: row["ratio_to_page_cache"] for row in rows if row["store"] == "disk"}
+    assert to_page_cache["merge"] > 0
+    assert to_page_cache["capture"] is None
+    assert "ratio to reading" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overhead(run):
+    rows, printed = run("overhead", "--quick", "--length", "8")
+    overheads = [row for row in rows if row["kind"] == "overhead"]
+    costs = {row["what"]: row for row in rows if row["kind"] == "cost"}
+    assert [row["what"] for row in overheads] == ["snapshots", "snapshots and merges", "blocks, every 10th step"]
+    for row in overheads:
+        assert row["steps_per_second_with"] > 0 < row["steps_per_second_without"]
+        assert row["num_snapshots"] == 2
+        assert row["pairs"] == 18  # of blocks of one step, but for the two with a snapshot
+        assert 0 < row["overhead_in_hooks"] < math.inf
+        assert math.isfinite(row["overhead"])
+        assert 0 < row["idle_microseconds"] < 1e5
+    assert costs.keys() == {"training step", "snapshot", "merge and restore"}
+    assert costs["training step"]["ratio_to_step"] == 1
+    assert all(math.isfinite(number) and number > 0 for number in numbers(costs.values(), *RATIOS, "ratio_to_step"))
+    assert "a snapshot every 10 steps" in printed
+
+
+# `memory` is run by test_memory.py, which also holds its figures to the promise.

@@ -1,0 +1,170 @@
+"""When something is due: quantities as people write them, and firing on crossing whatever the counters do."""
+
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_merge.cadence import UNITS, Cadence, Progress, Quantity
+from pretrain_merge.errors import ConfigError, ProgressError
+
+
+def fires(cadence, run):
+    """At which observations of a run the cadence is due."""
+    return [after for before, after in zip([Progress(), *run], run, strict=False) if cadence.crossed(before, after)]
+
+
+def due_by_hand(cadence, run):
+    """The same from the definition alone: look at every single count between two observations."""
+    due, before = [], Progress()
+    for after in run:
+        counts = range(before.count(cadence.every.unit) + 1, after.count(cadence.every.unit) + 1)
+        multiples = [count for count in counts if count % cadence.every.amount == 0]
+        if cadence.start.unit == cadence.every.unit:
+            multiples = [count for count in multiples if count >= cadence.start.amount]
+        elif after.count(cadence.start.unit) < cadence.start.amount:
+            multiples = []
+        if multiples:
+            due.append(after)
+        before = after
+    return due
+
+
+def steps(*counts):
+    return [Progress(step) for step in counts]
+
+
+@given(strategies.cadences, strategies.runs())
+def test_it_fires_once_where_a_multiple_is_crossed_however_the_counters_jump(cadence, run):
+    assert fires(cadence, run) == due_by_hand(cadence, run)
+
+
+@given(strategies.amounts, st.integers(0, 60), strategies.runs())
+def test_a_jump_fires_if_and_only_if_one_of_its_single_steps_would_have(every, start, run):
+    cadence = Cadence(Quantity(every), Quantity(start))
+    single = {progress.step for progress in fires(cadence, steps(*range(1, run[-1].step + 1)))}
+    expected = [
+        after
+        for before, after in zip([Progress(), *run], run, strict=False)
+        if single & set(range(before.step + 1, after.step + 1))
+    ]
+    assert fires(cadence, run) == expected
+
+
+def test_testing_the_remainder_instead_would_miss_what_jumps_over():
+    run = steps(8, 11, 19, 21)
+    assert [progress for progress in run if progress.step % 10 == 0] == []
+    assert fires(Cadence(Quantity(10)), run) == steps(11, 21)
+
+
+def test_a_jump_over_several_multiples_fires_once():
+    assert fires(Cadence(Quantity(10)), steps(9, 45, 46, 50)) == steps(45, 50)
+
+
+def test_nothing_is_due_before_start_and_the_multiples_stay_where_they_are():
+    assert fires(Cadence(Quantity(10), Quantity(25)), steps(*range(1, 51))) == steps(30, 40, 50)
+
+
+def test_start_itself_is_due_if_it_is_a_multiple():
+    assert fires(Cadence(Quantity(10), Quantity(20)), steps(*range(1, 31))) == steps(20, 30)
+
+
+def test_a_multiple_before_start_is_not_due_late():
+    assert fires(Cadence(Quantity(10), Quantity(15)), steps(8, 16, 20)) == steps(20)
+
+
+def test_start_may_count_in_another_unit_than_every():
+    cadence = Cadence(Quantity(10, "tokens"), Quantity(3, "steps"))
+    run = [Progress(step, tokens=10 * step) for step in range(1, 6)]
+    assert [progress.step for progress in fires(cadence, run)] == [3, 4, 5]
+
+
+def test_tokens_that_stand_still_fire_nothing():
+    cadence = Cadence(Quantity(10, "tokens"))
+    run = [Progress(1, tokens=10), Progress(2, tokens=10), Progress(3, tokens=19), Progress(4, tokens=20)]
+    assert [progress.step for progress in fires(cadence, run)] == [1, 4]
+
+
+@given(strategies.cadences, st.integers(0, 100), st.integers(1, 5))
+def test_the_next_due_counts_are_those_where_it_fires(cadence, done, times):
+    unit = cadence.every.unit
+    if cadence.start.unit != unit:
+        cadence = Cadence(cadence.every, Quantity(cadence.start.amount, unit))
+    field = {"steps": "step"}.get(unit, unit)
+    run = [Progress(**{field: count}) for count in range(1, 400)]
+    later = [progress.count(unit) for progress in fires(cadence, run) if progress.count(unit) > done]
+    promised = cadence.due_after(Progress(**{field: done}), times=times)
+    assert (promised.amount, promised.unit) == (later[times - 1], unit)
+
+
+@pytest.mark.parametrize(
+    ("written", "amount", "unit"),
+    [
+        (1000, 1000, "steps"),
+        (1e3, 1000, "steps"),
+        ("1000", 1000, "steps"),
+        ("1000 steps", 1000, "steps"),
+        ("1 step", 1, "steps"),
+        ("8B tokens", 8 * 10**9, "tokens"),
+        ("8 b Tokens", 8 * 10**9, "tokens"),
+        ("2e6 samples", 2 * 10**6, "samples"),
+        ("0.5T tokens", 5 * 10**11, "tokens"),
+        ("1.5K", 1500, "steps"),
+        ("1_000_000", 10**6, "steps"),
+        (" 7 ", 7, "steps"),
+    ],
+)
+def test_quantities_are_read_as_people_write_them(written, amount, unit):
+    assert Quantity.parse(written) == Quantity(amount, unit)
+
+
+@given(strategies.written_quantities())
+def test_a_written_quantity_is_read_exactly(case):
+    written, expected = case
+    assert Quantity.parse(written) == expected
+
+
+@given(strategies.quantities)
+def test_a_quantity_reads_back_from_its_text(quantity):
+    assert Quantity.parse(str(quantity)) == quantity
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "steps", "0", 0, "-5", -5, "+5", "1.5", 1.5, "1e-2", "0x10", "1..2", "five", "5 parsecs", "1000 step s"),
+        *(True, None, [1000], {"steps": 5}, b"5", float("nan"), float("inf"), "1e999T", "9" * 5000, 10**19),
+        "1." + "0" * 30 + "1",  # a float or a Decimal of 28 digits takes it for 1
+        "5\N{KELVIN SIGN}",  # a K, if letters are compared without case in Unicode
+        "5 \N{LATIN SMALL LETTER LONG S}teps",
+    ],
+)
+def test_what_is_no_quantity_is_refused_with_what_is_one(written):
+    with pytest.raises(ConfigError) as caught:
+        Quantity.parse(written, key="save.every")
+    message = str(caught.value)
+    assert message.startswith(f"save.every: {written!r} ")
+    assert "whole number of at least 1 steps, samples or tokens" in message
+    assert "'8B tokens'" in message
+
+
+@given(st.text(max_size=30))
+def test_no_text_raises_an_error_that_is_not_ours(text):
+    try:
+        quantity = Quantity.parse(text)
+    except ConfigError:
+        return
+    assert quantity.amount >= 1
+    assert quantity.unit in UNITS
+
+
+def test_a_start_may_be_zero_and_an_interval_may_not():
+    assert Quantity.parse(0, key="start", minimum=0) == Quantity(0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Quantity.parse(0)
+
+
+@pytest.mark.parametrize("count", [-1, 1.0, True, "3", None])
+def test_counters_that_are_no_counts_are_refused(count):
+    with pytest.raises(ProgressError, match="integers of at least 0"):
+        Progress(tokens=count)

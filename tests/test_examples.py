@@ -1,0 +1,136 @@
+"""Every example runs as its reader would run it, and shows what it says it shows."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_merge.config import MergeConfig, build
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .* does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@pytest.fixture(autouse=True)
+def run_folder(tmp_path, monkeypatch):
+    """An empty folder to run in, with the examples' folder on the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *map(str, arguments)])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def records(folder):
+    (path,) = folder.rglob("merges.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_merging_helped(folder, view="sma"):
+    last = records(folder)[-1]
+    assert last["views"][view]["val_loss"] < last["raw"]["val_loss"]
+
+
+def shown(output):
+    """What `show` printed, as numbers by name."""
+    return {name: float(value) for name, value in re.findall(r"^(merge/\S+) +(\S+)$", output, re.M)}
+
+
+def test_existing_trainer(monkeypatch, run_folder, capsys):
+    run(monkeypatch, "existing_trainer.py")
+    assert_merging_helped(run_folder)
+    metrics = shown(capsys.readouterr().out)
+    assert metrics["merge/step"] == 200
+    assert metrics["merge/sma/val_loss"] < metrics["merge/raw/val_loss"]
+
+
+def test_an_existing_trainer_needs_three_changed_lines_at_most(monkeypatch):
+    lines = (EXAMPLES / "existing_trainer.py").read_text().splitlines()
+    new = [line for line in lines if "pretrain_merge" in line or "ModelMerging" in line]
+    assert [line for line in lines if line.endswith("# new")] == new
+    assert 1 <= len(new) <= 3
+    without = "\n".join(line for line in lines if line not in new)
+    compile(without, "existing_trainer.py", "exec")
+    assert "merg" not in without.partition('"""\n')[2]
+
+
+def test_yaml_config(monkeypatch, run_folder, capsys):
+    run(monkeypatch, "yaml_config.py")
+    assert_merging_helped(run_folder)
+    assert len(list(run_folder.rglob("model.safetensors"))) == 1
+    assert re.search(r"^best: \w+ of steps \[\d+", capsys.readouterr().out, re.M)
+
+
+def test_the_yaml_file_changes_what_the_defaults_say():
+    assert build(MergeConfig, EXAMPLES / "merge.yaml") != MergeConfig()
+
+
+def test_lightning_cli(monkeypatch, run_folder):
+    pytest.importorskip("jsonargparse")
+    run(monkeypatch, "lightning_cli/train.py", "fit", "--config", EXAMPLES / "lightning_cli/config.yaml")
+    assert_merging_helped(run_folder)
+    assert_merging_helped(run_folder, "cos3")
+
+
+@pytest.mark.filterwarnings("ignore:register_new_resolver:UserWarning")  # Hydra 1.3 with OmegaConf 2.4
+@pytest.mark.filterwarnings("ignore:Implicit conversion from Version:FutureWarning")
+def test_hydra(monkeypatch, run_folder):
+    pytest.importorskip("hydra")
+    run(monkeypatch, "hydra/train.py", "callbacks.window=4", "trainer.max_steps=180")
+    assert_merging_helped(run_folder)
+    assert records(run_folder)[-1]["window"] == 4
+    assert not (run_folder / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["plain_torch.py", "fabric.py"])
+def test_loops_of_your_own(monkeypatch, capsys, name):
+    run(monkeypatch, name)
+    raw, merged = re.findall(r"raw ([\d.]+)  (?:sma|merged) ([\d.]+)", capsys.readouterr().out)[-1]
+    assert float(merged) < float(raw)
+
+
+def test_evaluators(monkeypatch, run_folder):
+    run(monkeypatch, "evaluators.py")
+    last = records(run_folder)[-1]
+    assert last["views"]["sma"]["other_code/loss"] < last["raw"]["other_code/loss"]
+    assert last["views"]["sma"]["other_code/accuracy"] > 0
+
+
+def test_huggingface_datasets(monkeypatch, run_folder, capsys):
+    pytest.importorskip("transformers")
+    run(monkeypatch, "huggingface_datasets.py", "--steps", 80)
+    assert records(run_folder)[-1]["views"]["sma"]["val_loss"] > 0
+    assert "is a LlamaForCausalLM of" in capsys.readouterr().out
+
+
+def test_a_data_set_that_cannot_be_loaded_is_said_with_the_way_out(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "huggingface_datasets.py", "--dataset", "nobody/nothing")
+    message = str(caught.value)
+    assert "cannot load the data set 'nobody/nothing'" in message
+    assert "pip install datasets" in message
+    assert "Without --dataset" in message
+
+
+def test_every_example_is_in_the_list_and_tested():
+    listed = (EXAMPLES / "README.md").read_text()
+    tested = Path(__file__).read_text()
+    scripts = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.py") if path.name != "tiny_lm.py"]
+    assert len(scripts) == 8
+    for script in scripts:
+        assert str(script.parent if script.parent.name else script) in listed
+        assert f'"{script}"' in tested

@@ -1,0 +1,174 @@
+"""Records: one line of JSON per merge that reads back equal, under names that every logger and plot shares."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.records import (
+    MergeRecord,
+    Recipe,
+    append_record,
+    keep_records_until,
+    metric_name,
+    read_records,
+)
+
+RECORD = MergeRecord(
+    name="merge",
+    step=400,
+    samples=3200,
+    tokens=409_600,
+    window=4,
+    spread=0.25,
+    raw={"val_loss": 2.0},
+    views={"sma": {"val_loss": 1.5}, "sma2": {"val_loss": 1.75}},
+    recipes={"sma": Recipe((100, 200, 300, 400), (0.25, 0.25, 0.25, 0.25))},
+    skipped={"sma8": "needs 8"},
+    lr=(3e-4,),
+    phase="long context",
+    timing={"merge": 0.01},
+)
+
+
+def at(step):
+    return dataclasses.replace(RECORD, step=step)
+
+
+def written(tmp_path, *steps):
+    path = tmp_path / "run" / "merges.jsonl"
+    for step in steps:
+        append_record(path, at(step))
+    return path
+
+
+def plain(value):
+    """A record as nested plain values in which NaN equals NaN."""
+    return repr(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+
+
+def test_metrics_have_the_names_that_charts_overlay():
+    assert RECORD.metrics() == {
+        "merge/raw/val_loss": 2.0,
+        "merge/sma/val_loss": 1.5,
+        "merge/sma2/val_loss": 1.75,
+        "merge/step": 400.0,
+        "merge/tokens": 409_600.0,
+        "merge/window": 4.0,
+        "merge/spread": 0.25,
+    }
+
+
+def test_tokens_are_no_metric_where_the_run_does_not_count_them():
+    assert "merge/tokens" not in dataclasses.replace(RECORD, tokens=0).metrics()
+
+
+def test_the_name_of_an_instance_prefixes_every_metric():
+    renamed = dataclasses.replace(RECORD, name="long")
+    assert all(key.startswith("long/") for key in renamed.metrics())
+    assert metric_name("long", "sma", "val_loss") in renamed.metrics()
+
+
+@given(strategies.records)
+def test_a_record_reads_back_equal_from_one_line_of_strict_json(record):
+    line = record.to_json()
+    assert "\n" not in line
+    json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert plain(MergeRecord.from_json(line)) == plain(record)
+
+
+def test_text_that_reads_nan_stays_text():
+    record = dataclasses.replace(RECORD, phase="NaN", skipped={"sma8": "Infinity"})
+    assert MergeRecord.from_json(record.to_json()) == record
+
+
+@given(st.lists(strategies.records, max_size=4))
+def test_a_file_holds_its_records_in_order(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("run") / "merges.jsonl"
+    path.touch()
+    for record in records:
+        append_record(path, record)
+    assert [plain(record) for record in read_records(path)] == [plain(record) for record in records]
+
+
+def test_the_folder_of_the_first_record_is_made(tmp_path):
+    assert read_records(written(tmp_path, 100)) == [at(100)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "{", "[]", "5", "null", '"merge"', "{}", '{"name": "merge"}'),
+        json.dumps({**json.loads(RECORD.to_json()), "unknown": 1}),
+        json.dumps({key: value for key, value in json.loads(RECORD.to_json()).items() if key != "window"}),
+        json.dumps({**json.loads(RECORD.to_json()), "recipes": [1]}),
+        json.dumps({**json.loads(RECORD.to_json()), "recipes": {"sma": [1]}}),
+        json.dumps({**json.loads(RECORD.to_json()), "recipes": {"sma": {"steps": 5, "coefficients": []}}}),
+        json.dumps({**json.loads(RECORD.to_json()), "lr": 5}),
+        json.dumps({**json.loads(RECORD.to_json()), "step": "400"}),
+        json.dumps({**json.loads(RECORD.to_json()), "views": 5}),
+    ],
+)
+@pytest.mark.parametrize("read", [read_records, lambda path: keep_records_until(path, 200)], ids=["read", "keep"])
+def test_a_line_that_is_no_record_is_an_error_that_names_file_and_line(tmp_path, line, read):
+    path = written(tmp_path, 100)
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    assert f"{path}, line 2 is no merge record" in str(caught.value)
+    assert "remove the line" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_missing_file_says_what_to_name(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*merges\.jsonl.*Name the merges\.jsonl of a run"):
+        read_records(tmp_path / "merges.jsonl")
+
+
+def test_a_file_that_cannot_be_written_says_which_and_what_to_do(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError) as caught:
+        append_record(tmp_path / "file" / "merges.jsonl", RECORD)
+    assert "cannot append the merge at step 400" in str(caught.value)
+    assert "default_root_dir" in str(caught.value)
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    path = written(tmp_path, 100, 200, 300, 400)
+    keep_records_until(path, 250)
+    append_record(path, at(300))
+    assert [record.step for record in read_records(path)] == [100, 200, 300]
+
+
+def test_a_half_written_last_line_goes_when_the_run_resumes(tmp_path):
+    path = written(tmp_path, 100, 200)
+    path.write_text(path.read_text() + at(300).to_json()[:57])
+    keep_records_until(path, 1000)
+    assert [record.step for record in read_records(path)] == [100, 200]
+
+
+def test_a_file_with_nothing_to_cut_is_not_touched(tmp_path):
+    path = written(tmp_path, 100, 200)
+    before = path.stat()
+    keep_records_until(path, 200)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_cutting_a_run_that_has_no_records_yet_makes_no_file(tmp_path):
+    keep_records_until(tmp_path / "merges.jsonl", 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_that_is_not_finite_is_kept_and_readable(tmp_path):
+    record = dataclasses.replace(RECORD, raw={"val_loss": math.inf}, views={"sma": {"val_loss": math.nan}})
+    append_record(tmp_path / "merges.jsonl", record)
+    (read,) = read_records(tmp_path / "merges.jsonl")
+    assert read.raw["val_loss"] == math.inf
+    assert math.isnan(read.views["sma"]["val_loss"])

@@ -1,0 +1,344 @@
+"""Two ranks train with DDP and with FSDP2: merged weights are right, and the run is that of a run without merging."""
+
+import copy
+import warnings
+
+import lightning.pytorch as pl
+import numpy as np
+import oracles
+import pytest
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain_merge import ModelMerging, RollingMerger, load_merged, snapshot
+from pretrain_merge.errors import UnsupportedModelError
+
+EVERY, WINDOW, STEPS = 2, 3, 12
+RUNS = ["ddp", "resharding", "not resharding"]
+
+
+class Group(ClusterEnvironment):
+    """The process group that is there already."""
+
+    creates_processes_externally = True
+    main_address, main_port = "unused", 0
+
+    @staticmethod
+    def detect():
+        return False
+
+    def world_size(self):
+        return torch.distributed.get_world_size()
+
+    def global_rank(self):
+        return torch.distributed.get_rank()
+
+    def local_rank(self):
+        return self.global_rank()
+
+    def node_rank(self):
+        return 0
+
+    def set_world_size(self, size):
+        pass
+
+    def set_global_rank(self, rank):
+        pass
+
+
+class Rows(Dataset):
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(48, 5, generator=generator)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+def full(tensor):
+    """All of a parameter, whatever part of it is on this rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class Model(pl.LightningModule):
+    """Layers whose rows do not divide by two; notes what the layers compute with in training."""
+
+    def __init__(self, reshard):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.Linear(3, 1))
+        self.reshard = reshard
+        self.used = []
+
+    def configure_model(self):
+        if self.reshard is not None:
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh, reshard_after_forward=self.reshard)
+            fully_shard(self.net, mesh=mesh, reshard_after_forward=self.reshard)
+        for index in (0, 2, 3):
+            # FSDP's own hook came first, so the layer holds all of its weight here
+            self.net[index].register_forward_pre_hook(self.note)
+
+    def note(self, layer, _):
+        if self.trainer.training:
+            self.used.append(layer.weight.detach().clone())
+
+    def loss(self, x):
+        return (self.net(x) - x.sum(1, keepdim=True).sin()).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Recorder(pl.Callback):
+    """All weights after every step, before anybody else sees them."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.weights.append({name: full(parameter) for name, parameter in pl_module.named_parameters()})
+
+
+class Probe:
+    """An evaluator that keeps all of the weights it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, module):
+        self.seen.append({name: full(parameter) for name, parameter in module.named_parameters()})
+        return {"number": len(self.seen)}
+
+
+def strategy(kind):
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def train(kind, folder, merging=None):
+    """One run; returns everything that tests look at, the same on every rank."""
+    pl.seed_everything(1, verbose=False)
+    module = Model({"ddp": None, "resharding": True, "not resharding": False}[kind])
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy(kind), plugins=[Group()], max_steps=STEPS,
+        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[recorder, *([merging] if merging else [])], num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Rows(0), 4, shuffle=True), DataLoader(Rows(1), 4))
+    optimizer = [{key: full(value) for key, value in state.items()} for state in trainer.optimizers[0].state.values()]
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return {"weights": recorder.weights, "optimizer": optimizer, "metrics": metrics, "used": module.used}
+
+
+def with_merging(kind, folder, **options):
+    probe = Probe()
+    merging = ModelMerging(window=WINDOW, every=EVERY, views=["sma", "wsm"], evaluators={"probe": probe}, **options)
+    result = train(kind, folder, merging)
+    return result | {"seen": probe.seen, "spread": merging.last_record.spread, "record": merging.last_record.to_json()}
+
+
+def all_runs(folder):
+    warnings.simplefilter("ignore")
+    on = {kind: with_merging(kind, f"{folder}/{kind}") for kind in RUNS}
+    off = {kind: train(kind, f"{folder}/{kind} off") for kind in RUNS}
+    saved = with_merging("ddp", f"{folder}/saved", save={"at_end": True})
+    refused = ""
+    try:
+        with_merging("resharding", f"{folder}/refused", save={"at_end": True})
+    except UnsupportedModelError as error:
+        refused = str(error)
+    loops = [loop_of_ones_own(reshard) for reshard in (True, False)]
+    return {
+        "on": on,
+        "loops": loops,
+        "off": off,
+        "saved": saved,
+        "refused": refused,
+        "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
+    }
+
+
+def loop_of_ones_own(reshard):
+    """FSDP2 without a Trainer, which validates between a step and its snapshot: outputs, and what they should be."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
+    sharded, x = copy.deepcopy(plain), torch.randn(8, 5)
+    fully_shard(sharded[0], reshard_after_forward=reshard)
+    fully_shard(sharded, reshard_after_forward=reshard)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    merging, taken = RollingMerger(window=3, every=1, views=["sma", "wsm"]), []
+    for step in range(1, 5):
+        sharded(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sharded(x)
+        merging.observe(sharded, step)
+        taken.append({name: full(weight) for name, weight in sharded.named_parameters()})
+    given, expected = [], []
+    with torch.no_grad(), merging.swapping(sharded) as put:
+        for view in merging.views:
+            recipe = put(view)
+            given.append(sharded(x).clone())
+            pairs = list(zip(recipe.coefficients, taken[1:], strict=True))
+            merged = {name: sum(c * weights[name] for c, weights in pairs) for name in taken[-1]}
+            expected.append(torch.func.functional_call(plain, merged, x))
+    given.append(sharded(x).detach().clone())
+    expected.append(torch.func.functional_call(plain, taken[-1], x).detach())
+    return {"given": given, "expected": expected}
+
+
+def zeroed_between_forwards(reshard):
+    """What a sharded layer gives after its shards were set to zero behind a forward without gradients."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3), torch.randn(4, 5)
+    fully_shard(layer)
+    layer(x).sum().backward()
+    shards = snapshot.mergeable_tensors(layer)
+    with torch.no_grad():
+        layer(x)
+    if reshard:
+        snapshot.reshard(layer)
+    for shard in shards.values():
+        shard.zero_()
+    return layer(x).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    return on_ranks(all_runs, str(folder), timeout=100)
+
+
+def equal(one, other):
+    if torch.is_tensor(one):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(equal(*pair) for pair in zip(one, other, strict=True))
+    return one == other
+
+
+def merge_points():
+    """Steps at which merges are due, and the steps of the snapshots in each."""
+    taken = list(range(EVERY, STEPS + 1, EVERY))
+    return {step: taken[:count][-WINDOW:] for count, step in enumerate(taken, start=1) if count >= 2}
+
+
+def forwards_on_raw(run):
+    """For each training step, whether its forward used exactly the weights that the step before left."""
+    names = ["net.0.weight", "net.2.weight", "net.3.weight"]
+    forwards = [run["used"][start : start + 3] for start in range(0, len(run["used"]), 3)]
+    pairs = zip(run["weights"], forwards[1:], strict=False)
+    return [equal([weights[name] for name in names], used) for weights, used in pairs]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_merged_weights_are_the_weighted_sum_of_the_gathered_snapshots(runs, kind):
+    for rank in runs:
+        run, shown = rank["on"][kind], iter(rank["on"][kind]["seen"])
+        for step, steps in merge_points().items():
+            assert equal(next(shown), run["weights"][step - 1])  # raw first
+            for coefficients in (oracles.sma(len(steps)), oracles.decay(oracles.SHAPES["1-sqrt"], steps)):
+                merged = next(shown)
+                for name, weight in merged.items():
+                    snapshots = [run["weights"][step - 1][name].double().numpy() for step in steps]
+                    error = np.abs(weight.double().numpy() - oracles.merged(snapshots, coefficients))
+                    assert np.all(error <= oracles.merge_tolerance(snapshots, coefficients, "float32"))
+        assert next(shown, None) is None
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_is_the_same_bit_for_bit_with_and_without_merging(runs, kind):
+    for rank in runs:
+        on, off = rank["on"][kind], rank["off"][kind]
+        assert equal(on["weights"], off["weights"])
+        assert equal(on["optimizer"], off["optimizer"])
+        assert equal(on["used"], off["used"])
+        assert {key: on["metrics"][key] for key in off["metrics"]} == off["metrics"]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_first_training_forward_after_an_evaluation_is_bitwise_raw(runs, kind):  # P18
+    for rank in runs:
+        assert len(rank["on"][kind]["used"]) == 3 * STEPS
+        assert forwards_on_raw(rank["on"][kind]) == [True] * (STEPS - 1)
+
+
+def test_a_forward_on_anything_else_would_be_seen(runs):
+    run = dict(runs[0]["on"]["ddp"])
+    run["used"] = [*run["used"]]
+    run["used"][3] = run["used"][3] + 1e-7
+    assert forwards_on_raw(run).count(False) == 1
+
+
+def test_resharding_makes_the_next_forward_see_what_was_written_into_shards(runs):  # P18
+    for rank in runs:
+        resharded, careless = rank["zeroed"]
+        assert resharded == 0.0
+        assert careless > 0.0
+
+
+@pytest.mark.parametrize("loop", [0, 1], ids=["resharding", "not resharding"])
+def test_a_loop_of_ones_own_evaluates_each_view_and_goes_on_with_raw(runs, loop):  # P18
+    for rank in runs:
+        sma, wsm, raw = rank["loops"][loop]["expected"]
+        assert min((sma - wsm).abs().max(), (wsm - raw).abs().max(), (sma - raw).abs().max()) > 1e-4
+        for given, expected in zip(rank["loops"][loop]["given"], (sma, wsm, raw), strict=True):
+            torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_all_ranks_measure_the_same(runs, kind):
+    one, other = (rank["on"][kind] for rank in runs)
+    merged = {key: value for key, value in one["metrics"].items() if key.startswith("merge/")}
+    assert {"merge/raw/val_loss", "merge/sma/val_loss", "merge/wsm/val_loss"} <= merged.keys()
+    assert merged == {key: other["metrics"][key] for key in merged}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_spread_is_that_of_the_whole_model(runs, kind):
+    run = runs[0]["on"][kind]
+    held = list(merge_points().values())[-1]
+    flat = [np.concatenate([w.double().numpy().ravel() for w in run["weights"][step - 1].values()]) for step in held]
+    assert [rank["on"][kind]["spread"] for rank in runs] == pytest.approx([oracles.relative_spread(flat)] * 2, rel=1e-6)
+
+
+def test_one_rank_writes_the_merged_model_of_all(runs, folder):
+    assert sorted(path.name for path in (folder / "saved" / "merged").iterdir()) == [
+        "step-00000012-sma",
+        "step-00000012-wsm",
+    ]
+    module = Model(reshard=None)
+    provenance = load_merged(module, folder / "saved" / "merged" / "step-00000012-sma")
+    assert provenance["steps"] == [8, 10, 12]
+    assert equal({name: full(weight) for name, weight in module.named_parameters()}, runs[0]["saved"]["seen"][-2])
+
+
+def test_saving_sharded_models_is_refused_on_every_rank_instead_of_waiting_for_each_other(runs):
+    for rank in runs:
+        assert rank["refused"].startswith("save: the parameters are sharded over ranks")
+        assert "Remove `save`" in rank["refused"]

@@ -1,0 +1,226 @@
+"""Records in real loggers, read back from their own files."""
+
+import csv
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning_models import LIGHTNING_REMARKS, MemoryLogger, Regression, TiedModel, documents, rows, trainer
+
+from pretrain_merge import ModelMerging
+from pretrain_merge.records import MergeRecord, read_records
+from pretrain_merge.tracking import Tracker
+
+pytestmark = LIGHTNING_REMARKS
+
+RECORD = MergeRecord(
+    name="merge",
+    step=40,
+    samples=80,
+    tokens=160,
+    window=3,
+    spread=0.25,
+    raw={"loss": 2.0},
+    views={"sma": {"loss": 1.0}},
+)
+
+
+def fit(folder: Path, *loggers: Any) -> dict[int, dict[str, float]]:
+    """Merges at steps 4 and 6, with a second callback whose merge is at step 6; what the records say, by step."""
+    callbacks = [ModelMerging(window=2, every=2, views=["sma", "wma"]), ModelMerging(window=2, every=3, name="slow")]
+    own = trainer(folder, *callbacks, max_steps=6, logger=list(loggers), val_check_interval=2, log_every_n_steps=1)
+    own.fit(TiedModel(), documents(), documents(6, seed=1))
+    lines: dict[int, dict[str, float]] = {}
+    for path in Path(own.log_dir).rglob("merges.jsonl"):
+        for record in read_records(path):
+            lines.setdefault(record.step, {}).update(record.metrics())
+    return lines
+
+
+# --- W&B ---
+
+
+def finished_wandb_records(path: Path, patience: float = 30.0) -> list[Any]:
+    """All records, once W&B's own process has written its last one (it goes on after `wandb.finish`)."""
+    deadline = time.monotonic() + patience
+    while True:
+        records = list(wandb_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{path} has no end after {patience} s"
+        time.sleep(0.1)
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Records of a `.wandb` file: LevelDB's log format (blocks of 32 KiB, records in parts) around protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # too little for a header: padding
+            position += left
+            continue
+        _, length, part = struct.unpack("<IHB", data[position : position + 7])
+        body = data[position + 7 : position + 7 + length]
+        if len(body) < length:  # still being written
+            return
+        record = body if part in (1, 2) else record + body  # whole or first
+        if part in (1, 4):  # whole or last
+            yield wandb_internal_pb2.Record.FromString(record)
+        position += 7 + length
+
+
+@pytest.fixture(scope="module")
+def wandb_run(tmp_path_factory) -> tuple[dict[int, dict[str, float]], list[dict[str, float]], dict[str, str]]:
+    """What the records say, the rows of the history, and the step metric that each metric was given."""
+    import wandb
+
+    folder = tmp_path_factory.mktemp("wandb")
+    lines = fit(folder, WandbLogger(save_dir=folder, offline=True, project="tests"))
+    wandb.finish()
+    (path,) = folder.rglob("*.wandb")
+    history, axes = [], {}
+    for record in finished_wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.append(row)
+        elif record.WhichOneof("record_type") == "metric":
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    return lines, history, axes
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_has_raw_merged_and_step_of_every_merge_in_one_row(wandb_run):
+    lines, history, _ = wandb_run
+    assert sorted(lines) == [4, 6]
+    for step, name in ((4, "merge"), (6, "merge"), (6, "slow")):
+        (row,) = (row for row in history if row.get(f"{name}/step") == step)
+        expected = {key: value for key, value in lines[step].items() if key.startswith(f"{name}/")}
+        assert {key: row[key] for key in expected} == pytest.approx(expected)
+        assert {f"{name}/raw/val_loss", f"{name}/sma/val_loss", f"{name}/tokens", f"{name}/spread"} <= expected.keys()
+        assert row["trainer/global_step"] == step
+
+
+def test_wandb_draws_every_metric_of_ours_against_the_step_of_the_merge(wandb_run):
+    lines, _, axes = wandb_run
+    for metric in {**lines[4], **lines[6]}:
+        name = metric.partition("/")[0]
+        own_axis = metric in (f"{name}/step", f"{name}/tokens")
+        assert axes[metric] == ("" if own_axis else f"{name}/step"), metric
+
+
+def test_wandb_keeps_the_users_own_metrics_on_their_axis(wandb_run):
+    _, history, axes = wandb_run
+    assert axes["*"] == "trainer/global_step"
+    own = [row for row in history if "val_loss" in row]
+    assert [row["trainer/global_step"] for row in own] == [1, 3, 5]  # Lightning's own count, untouched by us
+    assert not any(key.startswith("merge/") for row in own for key in row)
+
+
+class _Experiment:
+    def __init__(self) -> None:
+        self.defined: list[tuple[str, str | None]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.defined.append((name, step_metric))
+
+
+class _LikeWandb(MemoryLogger):
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.experiment, self._prefix, self.num_saves = _Experiment(), prefix, 0
+
+    def save(self) -> None:
+        self.num_saves += 1
+
+
+def test_axes_carry_the_loggers_prefix_and_are_defined_once():
+    logger, tracker = _LikeWandb("mine"), Tracker()
+    tracker.publish([logger], RECORD)
+    tracker.publish([logger], RECORD)
+    assert sorted(logger.experiment.defined, key=str) == [
+        ("mine-merge/raw/loss", "mine-merge/step"),
+        ("mine-merge/sma/loss", "mine-merge/step"),
+        ("mine-merge/spread", "mine-merge/step"),
+        ("mine-merge/step", None),
+        ("mine-merge/tokens", None),
+        ("mine-merge/window", "mine-merge/step"),
+    ]
+
+
+def test_every_logger_is_given_its_axes():
+    first, second = _LikeWandb(), _LikeWandb()
+    Tracker().publish([first, second], RECORD)
+    assert len(first.experiment.defined) == len(second.experiment.defined) == 6
+
+
+def test_a_second_run_of_one_callback_is_given_its_axes(tmp_path):
+    merging, loggers = ModelMerging(window=2, every=2), [_LikeWandb(), _LikeWandb()]
+    for logger in loggers:
+        trainer(tmp_path, merging, max_steps=4, logger=logger).fit(Regression(), rows(), rows(4, seed=1))
+    assert loggers[0].experiment.defined == loggers[1].experiment.defined != []
+
+
+def test_the_step_is_that_of_the_merge_and_the_logger_is_saved():
+    logger = _LikeWandb()
+    Tracker().publish([logger], RECORD)
+    assert logger.lines == [(40, RECORD.metrics())]
+    assert logger.num_saves == 1
+
+
+# --- other loggers ---
+
+
+def test_tensorboard_has_every_metric_at_the_step_of_its_merge(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="run")
+    lines = fit(tmp_path, logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    for metric in {**lines[4], **lines[6]}:
+        found = {event.step: event.value for event in events.Scalars(metric)}
+        assert found == pytest.approx({step: line[metric] for step, line in lines.items() if metric in line}, rel=1e-6)
+    assert [event.step for event in events.Scalars("val_loss")] == [1, 3, 5]
+
+
+def test_csv_has_every_metric_at_the_step_of_its_merge(tmp_path):
+    logger = CSVLogger(tmp_path, name="run")
+    lines = fit(tmp_path, logger)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    for step, line in lines.items():
+        for metric, value in line.items():
+            assert float(value) in [float(row[metric]) for row in table if row["step"] == str(step) and row[metric]]
+
+
+def test_several_loggers_are_given_the_same(tmp_path):
+    loggers = [MemoryLogger(tmp_path / "a"), MemoryLogger(tmp_path / "b")]
+    lines = fit(tmp_path, *loggers)
+    for logger in loggers:
+        ours = [(step, line) for step, line in logger.lines if any("/" in key for key in line)]
+        assert [step for step, _ in ours] == [4, 6, 6]
+        assert {**ours[1][1], **ours[2][1]} == lines[6]
+
+
+def test_without_a_logger_nothing_is_missing(tmp_path):
+    assert sorted(fit(tmp_path)) == [4, 6]
+
+
+def test_a_metric_that_is_not_finite_reaches_logger_and_file(tmp_path):
+    logger = MemoryLogger(tmp_path)
+    merging = ModelMerging(window=2, every=2, evaluators={"own": lambda _: {"x": float("nan"), "y": float("inf")}})
+    trainer(tmp_path, merging, max_steps=4, logger=logger).fit(Regression(), rows(), rows(4, seed=1))
+    (line,) = (line for step, line in logger.lines if step == 4)
+    assert str(line["merge/sma/own/x"]) == "nan"
+    (record,) = read_records(tmp_path / "merges.jsonl")
+    assert str(record.views["sma"]["own/x"]) == "nan"
+    assert record.views["sma"]["own/y"] == float("inf")
