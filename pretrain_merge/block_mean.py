@@ -23,8 +23,9 @@ class BlockMean:
     def __init__(self, sample_every: int) -> None:
         self._sample_every = sample_every
         self._complete = True
-        self._num_seen = 0
+        self.num_seen = 0
         self.num_samples = 0
+        self.names: tuple[str, ...] = ()
         self.sums: list[Tensor] = []
 
     @property
@@ -39,13 +40,15 @@ class BlockMean:
 
     def sample(self, step: int, live: Callable[[], Mapping[str, Tensor]]) -> None:
         """Add the live model if this step is due; `live` is only called then."""
-        self._num_seen += 1
+        self.num_seen += 1
         if step % self._sample_every or not self._complete:
             return
-        tensors = list(live().values())
+        named = live()
+        tensors = list(named.values())
         if self.num_samples == 0:
             if not self._fits(tensors):
-                self.sums = [torch.empty_like(tensor, dtype=_accumulator_dtype(tensor)) for tensor in tensors]
+                self.sums = [torch.empty_like(tensor, dtype=accumulator_dtype(tensor)) for tensor in tensors]
+            self.names = tuple(named)
             weighted_sum_(self.sums, [tensors], [1.0])
         elif not self._fits(tensors):
             self.spoil()
@@ -59,9 +62,21 @@ class BlockMean:
         weighted_sum_(self.sums, [self.sums], [1.0 / self.num_samples])
         return self.sums
 
+    def go_on(self, num_seen: int, num_samples: int, *, is_complete: bool, sums: Mapping[str, Tensor]) -> None:
+        """Continue an interval that another accumulator began.
+
+        Args:
+            num_seen: Models that went by in it.
+            num_samples: Models that were added.
+            is_complete: Whether it can still give a mean.
+            sums: By name, on the devices of the live tensors; empty where nothing was added yet.
+        """
+        self.num_seen, self.num_samples, self._complete = num_seen, num_samples, is_complete
+        self.names, self.sums = tuple(sums), list(sums.values())
+
     def spoil(self) -> None:
         """A break: the open interval can no longer give a mean, unless none of its models was seen yet."""
-        self._complete = self._complete and self._num_seen == 0
+        self._complete = self._complete and self.num_seen == 0
 
     def skip(self) -> None:
         """Steps went by that were not seen, so the open interval is not whole."""
@@ -69,7 +84,7 @@ class BlockMean:
 
     def restart(self) -> None:
         """A new interval begins."""
-        self._num_seen = self.num_samples = 0
+        self.num_seen = self.num_samples = 0
         self._complete = True
 
     def _fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -77,5 +92,6 @@ class BlockMean:
         return bool(self.sums) and shapes == [(tensor.shape, tensor.device) for tensor in tensors]
 
 
-def _accumulator_dtype(tensor: Tensor) -> torch.dtype:
+def accumulator_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype in which models of this tensor's dtype are added up."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -21,6 +21,7 @@ from pretrain_merge.records import RAW
 
 AVERAGES = ("last", "block")
 BATCH_NORMS = ("refuse", "live", "merge")
+ON_MISSING = ("error", "refill")
 STORES = ("auto", "device", "host", "disk")
 SLOT_DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("min", "max")
@@ -112,6 +113,8 @@ class MergeConfig(WindowConfig):
         save: Which merged models are written to disk.
         validate: Evaluate on the Trainer's validation loaders at merge points.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
+        window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
+        on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; two instances in one Trainer need two names.
     """
 
@@ -119,6 +122,8 @@ class MergeConfig(WindowConfig):
     save: SaveConfig = field(default_factory=SaveConfig)
     validate: bool = True
     stateful_data: str = "refuse"
+    window_folder: str | None = None
+    on_missing: str = "error"
     name: str = "merge"
 
 
@@ -316,6 +321,7 @@ def _refuse_impossible_trainer_values(config: MergeConfig) -> None:
         )
     _require(config, "name", _NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first")
     _require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
+    _require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     save_cadence(config.save)
     _require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     _require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")

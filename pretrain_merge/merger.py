@@ -4,22 +4,25 @@
 where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluation and no logger.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pretrain_merge import coefficients, config, interrupts, ranks, snapshot
+from pretrain_merge import coefficients, config, interrupts, open_block, ranks, snapshot
 from pretrain_merge.accumulate import Spread
 from pretrain_merge.block_mean import BlockMean
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CoefficientError, ConfigError, ProgressError, WindowNotReadyError
-from pretrain_merge.notices import Notices, logger
+from pretrain_merge.manifest import Manifest
+from pretrain_merge.notices import Notices
 from pretrain_merge.records import Recipe
-from pretrain_merge.stores import Store, choose_store, slot_dtype
+from pretrain_merge.snapshots import Snapshots
+from pretrain_merge.stores import snapshot_file
+from pretrain_merge.stores.sidecar import Sidecar
 from pretrain_merge.window import Snapshot, Window
 
 
@@ -54,20 +57,21 @@ class RollingMerger:
         self._cadence = config.snapshot_cadence(settings)
         self._merge_cadence = config.merge_cadence(settings) or self._cadence
         self._views = {view.name: view for view in config.parse_views(settings)}
-        self._store: Store | None = None
         self._notices = Notices()
         self._block = BlockMean(settings.sample_every) if settings.average == "block" else None
-        self._layout: tuple[object, ...] = ()
-        self._captured: list[tuple[int, int]] = []
         self._progress = Progress()
         self._lr: tuple[float, ...] = ()
         self._segment_lr: tuple[float, ...] = ()
         self._phase = ""
-        self._slot_dtype: torch.dtype | None = getattr(torch, settings.slot_dtype) if settings.slot_dtype else None
         self._snapshot_is_new = False
         self._spread = float("nan")
-        self.window = Window(settings.window)
+        self._snapshots = Snapshots(settings)
         self.num_refused = 0
+
+    @property
+    def window(self) -> Window:
+        """Which snapshots are held, and which of them are valid."""
+        return self._snapshots.window
 
     @property
     def progress(self) -> Progress:
@@ -187,7 +191,7 @@ class RollingMerger:
         """
         live = list(self._live(module).values())
         is_sharded = snapshot.is_sharded(module)
-        raw_slot = self._slot_that_is_raw(live)
+        raw_slot = self._snapshots.slot_that_is_raw(live, self._progress)
         scratch = [tensor.clone() for tensor in live] if raw_slot is None else []
         written: list[str] = []
 
@@ -210,9 +214,8 @@ class RollingMerger:
                 snapshot.reshard(module)
                 if raw_slot is None:
                     snapshot.copy_(live, scratch)
-                elif self._store is not None:
-                    self._store.read_(live, raw_slot)
-                    self._captured = _identities(live)
+                else:
+                    self._snapshots.put_back(live, raw_slot)
 
         with interrupts.held():
             try:
@@ -225,12 +228,81 @@ class RollingMerger:
         self._phase = name
         self._break(f"phase {name!r}")
 
+    def manifest(self, sidecar: Sidecar) -> Manifest:
+        """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
+
+        Args:
+            sidecar: Where the files go. What is there already is not written again.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        return Manifest(
+            settings=self._what_a_snapshot_is(),
+            progress=self._progress,
+            lr=self._lr,
+            segment_lr=self._segment_lr,
+            phase=self._phase,
+            num_refused=self.num_refused,
+            segment=self.window.segment,
+            last_break=self.window.last_break,
+            snapshots=self._snapshots.keep(sidecar),
+            block=open_block.keep(self._block, sidecar.folder, self._progress.step) if self._block else None,
+        )
+
+    def restore(self, manifest: Manifest, module: nn.Module, folder: Path) -> None:
+        """Go on where another merger was: its window, open block, breaks and counters.
+
+        Args:
+            manifest: What `manifest` gave.
+            module: The live model, with the shapes and dtypes that it had.
+            folder: Where the files lie.
+
+        Raises:
+            ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
+            CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
+        """
+        self._refuse_other_settings(manifest)
+        live = self._live(module)
+        read = partial(snapshot_file.read, folder)
+        try:
+            self.window.go_on_from(manifest.segment, manifest.last_break)
+            self._snapshots.load(manifest.snapshots, live, read, folder)
+            if self._block is not None and manifest.block is not None:
+                open_block.load(self._block, manifest.block, live, read)
+        except BaseException:
+            self.close()
+            self.window.go_on_from(0, None)
+            raise
+        self._progress, self._phase, self.num_refused = manifest.progress, manifest.phase, manifest.num_refused
+        self._lr, self._segment_lr = manifest.lr, manifest.segment_lr
+
     def close(self) -> None:
         """Give the memory of the window back."""
-        self._clear_store()
-        self.window.clear()
+        self._snapshots.clear()
         if self._block is not None:
             self._block = BlockMean(self._settings.sample_every)
+
+    def _what_a_snapshot_is(self) -> dict[str, Any]:
+        settings = self._settings
+        keys = ["average", "slot_dtype", "batch_norm", *(["sample_every"] if self._block is not None else [])]
+        chosen = {key: getattr(settings, key) for key in keys}
+        return chosen | {"every": str(self._cadence.every), "merge_buffers": list(settings.merge_buffers)}
+
+    def _refuse_other_settings(self, manifest: Manifest) -> None:
+        here = self._what_a_snapshot_is()
+        for key in sorted(here.keys() | manifest.settings.keys()):
+            if here.get(key) != manifest.settings.get(key):
+                raise ConfigError(
+                    f"{key}: {here.get(key)!r}, and the snapshots of the resumed run were taken with "
+                    f"{manifest.settings.get(key)!r}. Set it back, or start with an empty window by "
+                    f"on_missing='refill'."
+                )
+        if len(manifest.snapshots) > self.window.size:
+            raise ConfigError(
+                f"window: {self.window.size}, and the resumed run holds {len(manifest.snapshots)} snapshots. Keep at "
+                f"least as many, or start with an empty window by on_missing='refill'."
+            )
 
     def _why_no_recipe(self, view: str) -> str | None:
         try:
@@ -287,7 +359,9 @@ class RollingMerger:
 
     def _capture(self, module: nn.Module) -> bool:
         live = self._live(module)
-        self._adopt(live)
+        if self._snapshots.are_of_other_tensors(live):
+            self._break("the set of trainable parameters changed")
+            self._snapshots.clear()
         source = list(live.values())
         if self._block is not None:
             if not self._block.is_whole:
@@ -300,33 +374,10 @@ class RollingMerger:
         if ranks.any_rank(not snapshot.all_finite(source)):
             self._refuse_non_finite()
             return False
-        slot = self.window.next_slot()
         if self._block is not None:
             source = self._block.mean()
-        dtypes = [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
-        self._opened_store(live, dtypes).write(slot, dict(zip(live, source, strict=True)), dtypes)
-        self.window.add(self._progress, lr=self._lr, phase=self._phase)
-        self._captured = _identities(live.values())
+        self._snapshots.capture(live, source, self._progress, lr=self._lr, phase=self._phase)
         return True
-
-    def _opened_store(self, live: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> Store:
-        if self._store is None:
-            slot_bytes = sum(t.numel() * dtype.itemsize for t, dtype in zip(live.values(), dtypes, strict=True))
-            folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
-            self._store, said = choose_store(
-                self._settings.store, list(live.values()), slot_bytes * self.window.size, folder or None
-            )
-            logger.info(said)
-        return self._store
-
-    def _adopt(self, live: Mapping[str, Tensor]) -> None:
-        """Start over where the set of trainable tensors is another than that of the snapshots held."""
-        layout = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in live.items())
-        if self._layout and layout != self._layout:
-            self._break("the set of trainable parameters changed")
-            self._clear_store()
-            self.window.clear()
-        self._layout = layout
 
     def _refuse_non_finite(self) -> None:
         self.num_refused += 1
@@ -336,18 +387,6 @@ class RollingMerger:
             f"step {self._progress.step}: the snapshot holds NaN or infinity and was refused; so is every further one "
             f"until the weights are finite. Records count them as `refused`.",
         )
-
-    def _slot_that_is_raw(self, live: Sequence[Tensor]) -> int | None:
-        """The newest slot if it holds the live model bit for bit, so that no copy of raw is needed to restore it."""
-        newest = self.window.newest
-        is_raw = (
-            newest is not None
-            and newest.progress == self._progress
-            and self._block is None
-            and all(slot_dtype(tensor.dtype, self._slot_dtype) == tensor.dtype for tensor in live)
-            and self._captured == _identities(live)
-        )
-        return newest.slot if newest is not None and is_raw else None
 
     def _recipe(self, view: str, chosen: Sequence[Snapshot]) -> Recipe:
         times = [item.progress.count(self._cadence.every.unit) for item in chosen]
@@ -360,27 +399,15 @@ class RollingMerger:
     def _merge_into(
         self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, is_sharded: bool
     ) -> None:
-        if self._store is None:
-            return
         is_whole_window = len(chosen) == len(self.window.valid)
-        measured = self._store.merge_(live, [item.slot for item in chosen], weights, spread=is_whole_window)
+        measured = self._snapshots.merge_(live, chosen, weights, spread=is_whole_window)
         if measured is not None:
             # what several ranks hold alike counts several times, in numerator and denominator
             self._spread = (Spread(*ranks.sum_over_ranks(measured)) if is_sharded else measured).relative_rms
 
-    def _clear_store(self) -> None:
-        if self._store is not None:
-            self._store.clear()
-            self._store = None
-
 
 def _listed(lr: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(lr))
-
-
-def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:

@@ -161,6 +161,18 @@ def keep_records_until(path: Path, step: int) -> None:
         raise CheckpointError(f"cannot cut {path} at step {step}: {error}. Move it away, or unlock it.") from error
 
 
+def copy_records_until(source: Path, target: Path, step: int) -> None:
+    """Begin the records of a resumed run in a new folder with those of the run before, up to a step.
+
+    Raises:
+        CheckpointError: A file cannot be read or written.
+    """
+    if source.exists() and not target.exists():
+        for record in read_records(source):
+            if record.step <= step:
+                append_record(target, record)
+
+
 def _parse(path: Path, lines: Iterable[str]) -> Iterable[MergeRecord]:
     for number, line in enumerate(lines, start=1):
         try:

@@ -61,9 +61,18 @@ class Window:
             return self.snapshots[0].slot
         return min(set(range(self.size)) - {snapshot.slot for snapshot in self.snapshots})
 
-    def add(self, progress: Progress, *, lr: tuple[float, ...] = (), phase: str = "") -> Snapshot:
-        """Enter the snapshot that was written to `next_slot`; the oldest one leaves where the window is full."""
-        snapshot = Snapshot(self.next_slot(), self.segment, progress, lr, phase)
+    def add(
+        self, progress: Progress, *, lr: tuple[float, ...] = (), phase: str = "", segment: int | None = None
+    ) -> Snapshot:
+        """Enter the snapshot that was written to `next_slot`; the oldest one leaves where the window is full.
+
+        Args:
+            progress: Counters when it was taken.
+            lr: Learning rate that the last step before it used, per parameter group.
+            phase: Name given to the last `mark_phase`.
+            segment: Of a snapshot that was taken before the last break; None: the current one.
+        """
+        snapshot = Snapshot(self.next_slot(), self.segment if segment is None else segment, progress, lr, phase)
         kept = self.snapshots[1:] if len(self.snapshots) == self.size else self.snapshots
         self.snapshots = (*kept, snapshot)
         return snapshot
@@ -74,6 +83,10 @@ class Window:
         self.segment += 1
         self.last_break = Break(step, reason)
         return num_lost
+
+    def go_on_from(self, segment: int, last_break: Break | None) -> None:
+        """Breaks of the run before; snapshots are entered afterwards."""
+        self.segment, self.last_break = segment, last_break
 
     def clear(self) -> None:
         """Forget all snapshots; breaks are remembered."""

@@ -117,7 +117,7 @@ def observe_at(merging, module, step, **options):
 def stored(merging, module):
     """The newest snapshot of a model of one number."""
     out = module.weight.detach().clone()
-    merging._store.read_([out], merging.window.newest.slot)
+    merging._snapshots._store.read_([out], merging.window.newest.slot)
     return out.item()
 
 
@@ -962,7 +962,7 @@ def test_a_closed_merger_holds_no_snapshots_and_can_start_again(average):
     counting(merging, range(1, 31))
     merging.close()
     assert merging.window.snapshots == ()
-    assert merging._store is None
+    assert merging._snapshots._store is None
     module, _ = counting(merging, range(31, 51))
     with merging.merged(module, "sma"):
         assert module.weight.item() == (45.0 if average == "last" else 40.5)

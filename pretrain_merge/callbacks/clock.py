@@ -3,7 +3,7 @@
 This module knows batches and optimizers. A step is a batch in which at least one optimizer stepped, however many did.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ class Clock:
         tokens_per_batch: Tokens of one batch on one rank: a number, a key of the batch, or a function of the batch.
         start: Counters to go on from.
         pending: What a clock before this one had counted on this rank and not yet added to its counters.
+        lr: Learning rates that it knew, by optimizer.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Clock:
         tokens_per_batch: TokensPerBatch,
         start: Progress,
         pending: Mapping[str, int] | None = None,
+        lr: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         units = {quantity.unit for cadence in cadences for quantity in (cadence.every, cadence.start)}
         self._required = units - {"steps"}
@@ -40,13 +42,18 @@ class Clock:
         self._tokens_per_batch = tokens_per_batch
         self._stepped = False
         self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
-        self._lr: dict[int, tuple[float, ...]] = {}
+        self._lr = {int(index): tuple(rates) for index, rates in (lr or {}).items()}
         self.progress = start
 
     @property
     def lr(self) -> tuple[float, ...]:
         """Learning rates of the last step of each optimizer, per parameter group."""
         return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
+
+    @property
+    def lr_by_optimizer(self) -> dict[str, tuple[float, ...]]:
+        """Learning rates of the last step of each optimizer, by its place among the Trainer's."""
+        return {str(index): rates for index, rates in sorted(self._lr.items())}
 
     @property
     def pending(self) -> dict[str, int]:

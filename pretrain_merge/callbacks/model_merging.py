@@ -18,16 +18,17 @@ import torch
 from pretrain_merge import evaluate, interrupts, snapshot
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
+from pretrain_merge.callbacks.durable import DurableWindow, RunState
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels
 from pretrain_merge.checkpoints.folders import move_aside
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
-from pretrain_merge.errors import UnsupportedModelError
+from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pretrain_merge.evaluate import Evaluator, Measure
 from pretrain_merge.loaders import EvaluationInterrupted
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
-from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
+from pretrain_merge.records import MergeRecord, Recipe, append_record, copy_records_until, keep_records_until
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -72,6 +73,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
+        window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
+        on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
 
@@ -100,6 +103,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         validate: bool = True,
         stateful_data: str = "refuse",
+        window_folder: str | None = None,
+        on_missing: str = "error",
         name: str = "merge",
         **options: NoReturn,
     ) -> None:
@@ -113,6 +118,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._notices = Notices()
         self._tracker = Tracker()
         self._state: dict[str, Any] = {}
+        self._durable: DurableWindow | None = None
         self._merger: RollingMerger | None = None
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
@@ -170,16 +176,20 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start or go on counting, and find the run's folder."""
-        start = self._resumed_progress(trainer)
+        if self._durable is not None:
+            self._durable.release()  # of a run before
+            self._durable = None
+        state = self._resumed_state(trainer)
         folder = self._run_folder(trainer)
-        self._clock = Clock(self._cadences(), self._tokens_per_batch, start, self._state.get("pending"))
+        self._clock = Clock(self._cadences(), self._tokens_per_batch, state.progress, state.pending, state.lr)
         self._merger = RollingMerger(**self._window_options(folder))
-        self._merger.go_on_from(start)
+        self._merger.go_on_from(state.progress)
         self.last_record = self._records_path = self._merged_models = None
         self._tracker = Tracker()
         self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
         if not trainer.fast_dev_run:
-            self._open_folder(trainer, folder, start)
+            self._open_window(trainer, pl_module, self._merger, folder, state)
+            self._open_folder(trainer, folder, state)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -216,57 +226,100 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
         if stage == "fit":
-            self._end()
+            self._end("the run before ended, and keeps no checkpoints.", keep=bool(trainer.checkpoint_callbacks))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lightning calls no `teardown` after an exception."""
-        self._end()
+        """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
+        will_save = any(getattr(item, "save_on_exception", False) for item in trainer.checkpoint_callbacks)
+        self._end(f"the run before ended with {type(exception).__name__}.", keep=will_save)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the folders of saved models, as plain values (P11, P12)."""
+        """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
         self._remember()
+        if self._durable is not None:
+            self._durable.announce()
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
         self._state = dict(state_dict)
 
-    def _end(self) -> None:
-        """Free the window and give other callbacks their hooks back; what a checkpoint needs stays."""
-        self._remember()
-        if self._merger is not None:
-            self._merger.close()
-        if self._monitors is not None:
-            self._monitors.release()
-        self._merger = self._clock = self._monitors = None
+    def _end(self, reason: str, *, keep: bool) -> None:
+        """Free the window and give other callbacks their hooks back; what a checkpoint needs stays where asked."""
+        try:
+            self._remember(lost="" if keep else reason)
+        finally:
+            if self._durable is not None:
+                self._durable.close()
+            if self._merger is not None:
+                self._merger.close()
+            if self._monitors is not None:
+                self._monitors.release()
+            self._merger = self._clock = self._monitors = None
 
-    def _remember(self) -> None:
-        if self._clock is not None:
-            # `pending` is of this rank: exact on resume where all ranks' batches are of one size
-            self._state = {"progress": asdict(self._clock.progress), "pending": self._clock.pending}
-            if self._merged_models is not None:
-                self._state["saved"] = self._merged_models.state_dict()
+    def _remember(self, *, lost: str = "") -> None:
+        """The state as it is now; writes the files that it refers to, unless the window is to be lost."""
+        clock, merger, durable = self._clock, self._merger, self._durable
+        if clock is None or merger is None or durable is None:
+            return
+        manifest = None if lost else durable.keep(merger)
+        self._state = RunState(
+            progress=clock.progress,
+            pending=clock.pending,  # of this rank: exact on resume where all ranks' batches are of one size
+            lr=clock.lr_by_optimizer,
+            run_folder=str(durable.run_folder),
+            window_folder=str(durable.folder),
+            window=manifest.to_plain() if manifest is not None else None,
+            lost=lost,
+            saved=self._merged_models.state_dict() if self._merged_models is not None else {},
+        ).to_plain()
 
     def _cadences(self) -> list[Cadence]:
         optional = (merge_cadence(self.config), save_cadence(self.config.save))
         return [snapshot_cadence(self.config), *(cadence for cadence in optional if cadence is not None)]
 
-    def _resumed_progress(self, trainer: Any) -> Progress:
+    def _resumed_state(self, trainer: Any) -> RunState:
         if trainer.global_step == 0:
-            return Progress()
-        if "progress" in self._state:
-            progress = Progress(**self._state["progress"])
-            self._notices.once("refill", f"resumed at step {progress.step}: the window starts empty and refills.")
-            return progress
+            return RunState(Progress())
         # with optimizers stepped by hand, `global_step` counts each of them
         by_hand = not trainer.lightning_module.automatic_optimization
         step = trainer.fit_loop.epoch_loop._batches_that_stepped if by_hand else trainer.global_step
-        self._notices.once(
-            "no state",
-            f"resumed at step {step} from a checkpoint without counters of {self.config.name!r}: samples and tokens "
-            f"count from here.",
-        )
-        return Progress(step=step)
+        if self._state:
+            try:
+                return RunState.from_plain(self._state)
+            except CheckpointError as error:
+                self._refill_or_raise(error, step)
+        else:
+            self._notices.once(
+                "no state",
+                f"resumed at step {step} from a checkpoint without counters of {self.config.name!r}: the window starts "
+                f"empty, samples and tokens count from here.",
+            )
+        return RunState(Progress(step=step))
+
+    def _open_window(self, trainer: Any, pl_module: Any, merger: RollingMerger, folder: Path, state: RunState) -> None:
+        """Where snapshots outlive this process; what a resumed run left there comes back."""
+        self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
+        if state.lost and trainer.ckpt_path is None:  # `fit` once more, not a checkpoint that was promised to go on
+            self._notices.once("lost", f"the window starts empty at step {state.progress.step}: {state.lost}")
+        elif state.progress.step and self._state:
+            try:
+                self._durable.restore(merger, pl_module, state)
+            except (CheckpointError, ConfigError) as error:
+                self._refill_or_raise(error, state.progress.step)
+                merger.go_on_from(state.progress)
+        self._durable.prune()
+
+    def _refill_or_raise(self, error: Exception, step: int) -> None:
+        if self.config.on_missing == "refill":
+            self._notices.once(
+                "refill", f"resumed at step {step}: the window starts empty (on_missing: refill). {error}"
+            )
+            return
+        raise type(error)(
+            f"the window of {self.config.name!r} at step {step} cannot be restored: {error} Point window_folder to the "
+            f"folder that holds its files, or start with an empty window by on_missing='refill'."
+        ) from error
 
     def _run_folder(self, trainer: Any) -> Path:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
@@ -277,7 +330,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         options = {item.name: values[item.name] for item in fields(WindowConfig)}
         return options | {"store_folder": options["store_folder"] or str(folder / "window")}
 
-    def _open_folder(self, trainer: Any, folder: Path, start: Progress) -> None:
+    def _open_folder(self, trainer: Any, folder: Path, state: RunState) -> None:
         self._records_path = folder / "merges.jsonl"
         if self._monitors is not None and self._monitors.checkpoints:
             self._notices.once(
@@ -287,14 +340,16 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             )
         if not trainer.is_global_zero:
             return
+        start = state.progress
         if start.step == 0:
             for path in (self._records_path, folder / "merged"):
                 if aside := move_aside(path):
                     self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
         else:
+            copy_records_until(Path(state.run_folder) / self._records_path.name, self._records_path, start.step)
             keep_records_until(self._records_path, start.step)
         self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
-        self._merged_models.load_state_dict(self._state.get("saved", {}))
+        self._merged_models.load_state_dict(state.saved)
 
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.checkpoints.merged import read_provenance, save_merged
+from pretrain_merge.checkpoints.folders import move_aside
+from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
 from pretrain_merge.config import SaveConfig, save_cadence
-from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.errors import ConfigError
 from pretrain_merge.records import Recipe
 
 
@@ -49,7 +50,8 @@ class MergedModels:
         """What is on disk for which reason, as plain values."""
         periodic = {view: [str(path) for path in saved] for view, saved in self._periodic.items()}
         best = [self._best[0], str(self._best[1])] if self._best else None
-        return {"periodic": periodic, "best": best}
+        last = {view: asdict(progress) for view, progress in self._last_merge.items()}
+        return {"periodic": periodic, "best": best, "last_merge": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what an earlier part of the run saved, as far as it is still there."""
@@ -57,13 +59,14 @@ class MergedModels:
         self._periodic = {view: [path for path in saved if path.exists()] for view, saved in found.items()}
         if state.get("best") and Path(state["best"][1]).exists():
             self._best = (float(state["best"][0]), Path(state["best"][1]))
+        self._last_merge = {view: Progress(**counts) for view, counts in state.get("last_merge", {}).items()}
 
     def keep(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
 
         Raises:
             ConfigError: `save.best` names a metric that was not measured.
-            CheckpointError: The disk refuses, or another merge is where this one belongs.
+            CheckpointError: The disk refuses.
         """
         if self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress):
             self._keep_periodic(view, self._save(module, view, progress, recipe, metrics))
@@ -108,13 +111,9 @@ class MergedModels:
             "config": dict(self._settings),
             "metrics": dict(metrics),
         }
-        if not target.exists():
-            save_merged(module, target, provenance)
-            return target
-        found = read_provenance(target)
-        if any(found.get(key) != provenance[key] for key in ("steps", "coefficients", "step")):
-            raise CheckpointError(
-                f"{target} exists and holds another merge (of steps {found.get('steps')}). Nothing is overwritten: "
-                f"move the folder away, or train in another one."
-            )
+        if target.exists():
+            if holds_weights_of(module, target):
+                return target
+            move_aside(target)  # of a run that went on from an earlier checkpoint another way
+        save_merged(module, target, provenance)
         return target

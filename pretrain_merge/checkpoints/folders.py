@@ -30,10 +30,10 @@ def published(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in sorted(temporary.rglob("*"), reverse=True):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointError):
@@ -54,7 +54,8 @@ def move_aside(path: Path) -> Path | None:
     return path.rename(aside)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -55,12 +55,20 @@ def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) 
     }
     with published(target) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if not _holds(folder / WEIGHTS, tensors):
+            raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
         # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
         (folder / PROVENANCE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if hugging_face is not None:
             hugging_face.config.save_pretrained(folder)
             if getattr(hugging_face, "generation_config", None) is not None:
                 hugging_face.generation_config.save_pretrained(folder)
+
+
+def holds_weights_of(module: nn.Module, target: Path) -> bool:
+    """Whether a merged model on disk is, bit for bit, what is in the module now."""
+    prefix, _ = _wrapped_hugging_face_model(module)
+    return _holds(target / WEIGHTS, _without_ties(_state(module, prefix))[0])
 
 
 @torch.no_grad()
@@ -119,6 +127,22 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not isinstance(prefix, str) or not isinstance(ties, dict) or not all(isinstance(i, str) for i in ties.values()):
         raise CheckpointError(f"{folder / PROVENANCE} is damaged: {prefix=}, {ties=}. Copy the folder again.")
     return provenance
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == tensors.keys() and all(
+                _same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+            )
+    except (SafetensorError, OSError):
+        return False
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    b = b.cpu()
+    same_kind = a.dtype == b.dtype and a.shape == b.shape
+    return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _state(module: nn.Module, prefix: str) -> dict[str, Tensor]:

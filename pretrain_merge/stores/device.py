@@ -1,12 +1,16 @@
 """Slots beside the live parameters, on their devices: nothing to move, and the fastest merge."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pretrain_merge import snapshot
 from pretrain_merge.accumulate import Spread, weighted_sum_
+from pretrain_merge.stores import snapshot_file
+from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.stores.snapshot_file import SnapshotFile
 
 
 class DeviceStore:
@@ -17,9 +21,11 @@ class DeviceStore:
 
     def __init__(self) -> None:
         self._slots: dict[int, list[Tensor]] = {}
+        self._names: tuple[str, ...] = ()
 
     def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
         """Copy tensors into a slot, in one multi-tensor call."""
+        self._names = tuple(tensors)
         if slot not in self._slots:
             self._slots[slot] = [
                 torch.empty_like(tensor, dtype=dtype, requires_grad=False)
@@ -39,6 +45,16 @@ class DeviceStore:
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
         snapshot.copy_(out, self._slots[slot])
+
+    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+        """Write a slot to a file.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        tensors = dict(zip(self._names, self._slots[slot], strict=True))
+        layout = Layout.of(tensors, [tensor.dtype for tensor in tensors.values()])
+        return snapshot_file.write(folder, stem, layout, {name: [tensor] for name, tensor in tensors.items()})
 
     def clear(self) -> None:
         """Give the memory of all slots back."""

@@ -24,7 +24,9 @@ from torch import Tensor
 from pretrain_merge import snapshot
 from pretrain_merge.accumulate import Spread
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.stores import snapshot_file
 from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.stores.snapshot_file import SnapshotFile, stage
 from pretrain_merge.stores.streaming import merge_from_host_
 
 STAGING_BYTES = 32 * 2**20
@@ -37,9 +39,10 @@ _Filled = tuple[Tensor, int] | BaseException | None
 
 @dataclass
 class _Slot:
-    """One file: its tensors once they can be read, and the checksum of their bytes once they are on the disk."""
+    """One file: its tensors once they can be read, and the checksum of its bytes once they are on the disk."""
 
     path: Path
+    layout: Layout
     tensors: list[Tensor] = field(default_factory=list)
     readable: Event = field(default_factory=Event)
     failure: Exception | None = None
@@ -82,19 +85,19 @@ class DiskStore:
         self._finish()
         self._claim_folder()
         layout = Layout.of(tensors, dtypes)
-        entry = _Slot(self._folder / f"slot-{slot:03d}.safetensors")
+        entry = _Slot(self._folder / f"slot-{slot:03d}.safetensors", layout)
         free: SimpleQueue[Tensor | None] = SimpleQueue()  # a new one: whatever happened before, no buffer is missing
         for staging in self._staging_buffers(pinned=any(tensor.is_cuda for tensor in tensors.values())):
             free.put(staging)
         filled: SimpleQueue[_Filled] = SimpleQueue()
-        self._writing = self._writer.submit(_write_file, entry, layout, filled, free)
+        self._writing = self._writer.submit(_write_file, entry, filled, free)
         self._slots[slot] = entry
         try:
-            for chunk in layout.chunks(tensors, self._staging_bytes):
+            for chunk in layout.chunks({name: [tensor] for name, tensor in tensors.items()}, self._staging_bytes):
                 buffer = free.get()
                 if buffer is None:
                     break  # the writer gave up
-                filled.put((buffer, _stage(buffer, chunk)))
+                filled.put((buffer, stage(buffer, chunk)))
         except BaseException as error:
             filled.put(error)  # what is written so far must not pass for a slot
             wait([self._writing])
@@ -125,6 +128,18 @@ class DiskStore:
             CheckpointError: The slot could not be written.
         """
         snapshot.copy_(out, self._mapped(slot))
+
+    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+        """Give the slot's file a second name; a copy where the file system has no links.
+
+        Raises:
+            CheckpointError: The slot could not be written, or the disk refuses.
+        """
+        self._finish()
+        tensors, entry = self._mapped(slot), self._slots[slot]
+        kept = snapshot_file.link(folder, stem, entry.path, entry.checksum)
+        parts = {name: [tensor] for name, tensor in zip(entry.layout.places, tensors, strict=True)}
+        return kept or snapshot_file.write(folder, stem, entry.layout, parts)
 
     def clear(self) -> None:
         """Delete the files of all slots, written or not, and let others use the folder."""
@@ -196,13 +211,13 @@ class DiskStore:
         return self._staging
 
 
-def _write_file(slot: _Slot, layout: Layout, filled: SimpleQueue[_Filled], free: SimpleQueue[Tensor | None]) -> None:
+def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Tensor | None]) -> None:
     """The writer's side of a capture: takes filled buffers, gives them back, and None where it gave up."""
     # the name is of this process, which tells leftovers, and of this slot, as two windows may share a folder
     temporary = slot.path.with_suffix(f".{os.getpid()}-{id(slot):x}.tmp")
     try:
         with temporary.open("wb+") as file:
-            file.write(layout.header)
+            file.write(slot.layout.header)
             while (item := filled.get()) is not None:
                 if isinstance(item, BaseException):
                     raise OSError(f"the capture broke off ({type(item).__name__})")
@@ -210,9 +225,9 @@ def _write_file(slot: _Slot, layout: Layout, filled: SimpleQueue[_Filled], free:
                 free.put(item[0])
             file.flush()
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants memory it could write
-            slot.tensors = layout.tensors_over(pages)
+            slot.tensors = slot.layout.tensors_over(pages)
             slot.readable.set()  # a merge need not wait for the disk, only for the page cache
-            slot.checksum = zlib.crc32(memoryview(pages)[len(layout.header) :])
+            slot.checksum = zlib.crc32(pages)
             os.fsync(file.fileno())
         temporary.replace(slot.path)
     except Exception as error:
@@ -223,14 +238,3 @@ def _write_file(slot: _Slot, layout: Layout, filled: SimpleQueue[_Filled], free:
         raise
     finally:
         slot.readable.set()
-
-
-def _stage(buffer: Tensor, chunk: Sequence[tuple[Tensor, torch.dtype]]) -> int:
-    """Copy pieces into a staging buffer, one behind the other; returns the bytes filled."""
-    offset = 0
-    with torch.no_grad():
-        for source, dtype in chunk:
-            stop = offset + source.numel() * dtype.itemsize
-            buffer[offset:stop].view(dtype).copy_(source)
-            offset = stop
-    return offset

@@ -1,12 +1,16 @@
 """Slots in host memory: pinned where there is CUDA, captured on a side stream, merged through the device in pieces."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pretrain_merge import snapshot
 from pretrain_merge.accumulate import Spread
+from pretrain_merge.stores import snapshot_file
+from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.stores.snapshot_file import SnapshotFile
 from pretrain_merge.stores.streaming import merge_from_host_
 
 # Elements of the largest and of the smallest part that tensors are cut into; see `_parts`.
@@ -23,12 +27,17 @@ class HostStore:
 
     def __init__(self) -> None:
         self._slots: dict[int, list[Tensor]] = {}
+        self._shapes: dict[str, Tensor] = {}
         self._captures: dict[torch.device, _AsyncCapture] = {}
 
     def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
         """Copy tensors into a slot; with CUDA, on a side stream."""
         sources = list(_parts(tensors.values()))
         if slot not in self._slots:
+            self._shapes = {
+                name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+                for (name, tensor), dtype in zip(tensors.items(), dtypes, strict=True)
+            }
             cut = [[dtype] * len(list(_parts([item]))) for item, dtype in zip(tensors.values(), dtypes, strict=True)]
             self._slots[slot] = [
                 torch.empty_like(part, dtype=dtype, device="cpu", pin_memory=part.is_cuda, requires_grad=False)
@@ -55,6 +64,18 @@ class HostStore:
         """Copy a slot into `out`."""
         self._wait()
         snapshot.copy_(list(_parts(out)), self._slots[slot])
+
+    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+        """Write a slot to a file.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        self._wait()
+        parts = iter(self._slots[slot])
+        tensors = {name: [next(parts) for _ in _parts([shape])] for name, shape in self._shapes.items()}
+        layout = Layout.of(self._shapes, [shape.dtype for shape in self._shapes.values()])
+        return snapshot_file.write(folder, stem, layout, tensors)
 
     def clear(self) -> None:
         """Give the memory of all slots back."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; where the data begin, so that vector loads from a mapped file cross no cache line
+_LISTED = 3
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -48,18 +49,21 @@ class Layout:
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         return cls(struct.pack("<Q", len(text)) + text, tuple(order), {name: places[name] for name in tensors})
 
-    def chunks(self, tensors: Mapping[str, Tensor], num_bytes: int) -> Iterator[list[tuple[Tensor, torch.dtype]]]:
-        """The tensors in the order of the file, in pieces that fill up to `num_bytes`, at least one element's."""
+    def chunks(
+        self, tensors: Mapping[str, Sequence[Tensor]], num_bytes: int
+    ) -> Iterator[list[tuple[Tensor, torch.dtype]]]:
+        """The flat parts of tensors in the order of the file, cut to fill up to `num_bytes`, at least one element's."""
         chunk: list[tuple[Tensor, torch.dtype]] = []
         room = num_bytes
-        for name in self.order:
-            dtype, flat, start = self.places[name][0], tensors[name].view(-1), 0
-            while start < flat.numel():
-                stop = min(flat.numel(), start + room // dtype.itemsize)
+        flat = ((self.places[name][0], part.view(-1)) for name in self.order for part in tensors[name])
+        for dtype, part in flat:
+            start = 0
+            while start < part.numel():
+                stop = min(part.numel(), start + room // dtype.itemsize)
                 if stop > start:
-                    chunk.append((flat[start:stop], dtype))
+                    chunk.append((part[start:stop], dtype))
                     room -= (stop - start) * dtype.itemsize
-                if stop < flat.numel():
+                if stop < part.numel():
                     yield chunk
                     chunk, room = [], num_bytes
                 start = stop
@@ -75,3 +79,22 @@ class Layout:
                 count, offset = (stop - start) // dtype.itemsize, len(self.header) + start
                 mapped.append(torch.frombuffer(pages, dtype=dtype, count=count, offset=offset).view(shape))
         return mapped
+
+    def differences(self, found: bytes) -> str:
+        """What a file that begins with these bytes has otherwise: names, dtypes and shapes, the first few of them."""
+        try:
+            (length,) = struct.unpack_from("<Q", found)
+            entries = json.loads(found[8 : 8 + length])
+            other = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return "it has no header of safetensors"
+        here = {name: (_DTYPE_NAMES[dtype], tuple(shape)) for name, (dtype, shape, _, _) in self.places.items()}
+        problems = [f"{name} is missing" for name in here.keys() - other.keys()]
+        problems += [f"{name} is not in the model" for name in other.keys() - here.keys()]
+        problems += [
+            f"{name} is {other[name]} there and {here[name]} here"
+            for name in here.keys() & other.keys()
+            if other[name] != here[name]
+        ]
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        return "; ".join(sorted(problems)[:_LISTED]) + more if problems else "its tensors lie in another order"

@@ -4,12 +4,14 @@ A store knows slots and bytes. It knows no steps, no coefficients' meaning and n
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pretrain_merge.accumulate import Spread
+from pretrain_merge.stores.snapshot_file import SnapshotFile
 
 
 class Store(Protocol):
@@ -28,6 +30,9 @@ class Store(Protocol):
 
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
+
+    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+        """Make a durable file of a slot, `<stem>-<checksum>.safetensors`, that stays when the slot is overwritten."""
 
     def clear(self) -> None:
         """Give all memory and files back."""

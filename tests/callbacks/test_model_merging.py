@@ -407,7 +407,7 @@ def test_a_second_fit_of_one_trainer_goes_on_counting(tmp_path):
     own.fit(module, documents(), documents(4, seed=1))
     assert [(record.step, record.recipes["sma"].steps, record.tokens) for record in records(tmp_path)] == [
         (4, (2, 4), 96),
-        (8, (6, 8), 192),  # the window starts empty and refills
+        (8, (6, 8), 192),  # without checkpoints the window is not kept: it starts empty and refills
         (10, (6, 8, 10), 240),
     ]
 
@@ -552,7 +552,7 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     for options in ({}, {"ckpt_path": tmp_path / "kept" / "step=5.ckpt"}):
         own = trainer(tmp_path, ModelMerging(window=2, every=2), saving, max_steps=10)
         own.fit(Regression(), rows(), rows(4, seed=1), **options)
-    assert [record.step for record in records(tmp_path)] == [4, 8, 10]  # the window refills after step 5
+    assert [record.step for record in records(tmp_path)] == [4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("saved_at", [4, 6])
@@ -572,8 +572,8 @@ def test_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
     )
     checkpoint = torch.load(tmp_path / "kept" / "step=5.ckpt", weights_only=True)
     state = checkpoint["callbacks"]["ModelMerging[merge]"]
-    assert state["progress"]["step"] == 5
-    assert len(json.dumps(state)) < 1000
+    assert state["values"]["progress"]["step"] == 5
+    assert len(json.dumps(state)) < 4000
     assert not any("merged" in name for name in checkpoint["state_dict"])
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.checkpoints.merged import holds_weights_of
 from pretrain_merge.config import SaveConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.records import Recipe
@@ -121,14 +122,24 @@ def test_a_best_model_that_is_gone_is_not_best(tmp_path):
     assert own.best_path.name == "step-00000010-sma"
 
 
-def test_the_same_merge_is_not_written_twice_and_another_is_never_overwritten(tmp_path):
+def test_the_same_merge_is_not_written_twice(tmp_path):
+    torch.manual_seed(1)
     keep(models(tmp_path, every=10), 10)
+    path = tmp_path / "merged" / "step-00000010-sma" / "model.safetensors"
+    before = path.stat().st_ino
+    torch.manual_seed(1)
     keep(models(tmp_path, every=10), 10)
-    path = tmp_path / "merged" / "step-00000010-sma" / "provenance.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"steps": [1, 2]}))
-    with pytest.raises(CheckpointError, match=r"holds another merge \(of steps \[1, 2\]\)\. Nothing is overwritten"):
+    assert path.stat().st_ino == before
+    assert saved(tmp_path) == ["step-00000010-sma"]
+
+
+def test_what_a_run_left_that_went_another_way_is_moved_aside_and_not_taken_for_ours(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
         keep(models(tmp_path, every=10), 10)
+    assert saved(tmp_path) == ["step-00000010-sma", "step-00000010-sma.1"]
+    torch.manual_seed(2)
+    assert holds_weights_of(nn.Linear(1, 1), tmp_path / "merged" / "step-00000010-sma")
 
 
 # --- in a Trainer ---

@@ -1,0 +1,176 @@
+"""The window of a run beside its Lightning checkpoints: written before each of them, restored from, and cleaned up.
+
+This module knows which checkpoints a Trainer writes, and where. It knows no hooks and no merging.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pretrain_merge import ranks
+from pretrain_merge.cadence import Progress
+from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.manifest import Manifest, sealed, unsealed
+from pretrain_merge.merger import RollingMerger
+from pretrain_merge.stores.sidecar import Sidecar
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a Lightning checkpoint holds of ours, as plain values (P11, P12).
+
+    Attributes:
+        progress: Counters.
+        pending: Samples and tokens of a rank that are not yet in `progress`.
+        lr: Learning rates of the last step, by optimizer.
+        run_folder: Where the records are.
+        window_folder: Where the files of the window are.
+        window: Its manifest; None where it was not kept.
+        lost: Why it was not kept.
+        saved: Which merged models are on disk for which reason.
+    """
+
+    progress: Progress
+    pending: Mapping[str, int] = field(default_factory=dict)
+    lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    run_folder: str = ""
+    window_folder: str = ""
+    window: Mapping[str, Any] | None = None
+    lost: str = ""
+    saved: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As Lightning's checkpoints take it."""
+        return sealed(asdict(self))
+
+    @classmethod
+    def from_plain(cls, plain: object) -> "RunState":
+        """The inverse of `to_plain`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return unsealed(cls, plain)
+
+
+class DurableWindow:
+    """The sidecar of a run, in step with the checkpoints that its Trainer writes.
+
+    Args:
+        trainer: Its `save_checkpoint` tells from now on which checkpoints there are.
+        run_folder: Where the records of the run are.
+        folder: Where the files of the window go. Rank 0 writes them.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or another run is using it.
+    """
+
+    def __init__(self, trainer: Any, run_folder: Path, folder: Path) -> None:
+        self._trainer = trainer
+        self.run_folder, self.folder = run_folder.absolute(), folder.absolute()
+        self._sidecar = Sidecar(folder) if trainer.is_global_zero else None
+        self._held: list[str] = []
+        self._checkpoint = ""
+        self._users_save = trainer.save_checkpoint
+        trainer.save_checkpoint = self._save_checkpoint
+
+    def keep(self, merger: RollingMerger) -> Manifest | None:
+        """Make the window durable; None on ranks that need not.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        if self._sidecar is None:
+            return None
+        manifest = merger.manifest(self._sidecar)
+        self._held = [file.name for file in manifest.files]
+        return manifest
+
+    def announce(self) -> None:
+        """A checkpoint that is being written will need what `keep` made durable."""
+        if self._sidecar is not None and self._held:
+            self._sidecar.announce(self._checkpoint, self._held)
+
+    def restore(self, merger: RollingMerger, module: Any, state: RunState) -> None:
+        """Fill the window of a resumed run; every rank the same way.
+
+        Raises:
+            CheckpointError: It cannot be restored on this rank or on another.
+            ConfigError: The configuration makes other snapshots.
+        """
+        failure: CheckpointError | ConfigError | None = None
+        try:
+            if state.window is None:
+                raise CheckpointError(state.lost or "the checkpoint was written without one.")
+            manifest = Manifest.from_plain(state.window)
+            folder = self._find(manifest, state)
+            merger.restore(manifest, module, folder)
+            if folder == self.folder:
+                self._held = [file.name for file in manifest.files]
+        except (CheckpointError, ConfigError) as error:
+            failure = error
+        if ranks.any_rank(failure is not None):
+            merger.close()
+            raise failure or CheckpointError("another rank could not read it; its message says why.")
+
+    def prune(self) -> None:
+        """Delete files that no checkpoint needs any more."""
+        if self._sidecar is not None:
+            self._sidecar.prune(self._held, _exists)
+
+    def close(self) -> None:
+        """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
+        if self._sidecar is not None:
+            self.prune()
+            self._sidecar.close()
+
+    def release(self) -> None:
+        """The Trainer's checkpoints do not matter any more."""
+        self._sidecar = None
+        if self._trainer.save_checkpoint == self._save_checkpoint:
+            self._trainer.save_checkpoint = self._users_save
+
+    def _save_checkpoint(self, filepath: Any, *arguments: Any, **options: Any) -> None:
+        self._checkpoint = _absolute(filepath)
+        try:
+            self._users_save(filepath, *arguments, **options)
+        finally:
+            self._checkpoint = ""
+        self.prune()
+
+    def _find(self, manifest: Manifest, state: RunState) -> Path:
+        """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
+        places = list(dict.fromkeys(self._places(state)))
+        absent = {
+            place: [file.name for file in manifest.files if not (place / file.name).is_file()] for place in places
+        }
+        best = min(places, key=lambda place: len(absent[place]))
+        if absent[best]:
+            raise CheckpointError(f"{absent[best][0]} is not there. Looked in {', '.join(map(str, places))}.")
+        return best
+
+    def _places(self, state: RunState) -> Iterator[Path]:
+        yield self.folder
+        recorded = Path(state.window_folder)
+        yield recorded
+        checkpoint = str(self._trainer.ckpt_path or "")
+        if checkpoint and "://" not in checkpoint:
+            inside_run = Path(os.path.relpath(recorded, state.run_folder))
+            for folder in list(Path(checkpoint).absolute().parents)[:2]:
+                yield folder / inside_run
+
+
+def _absolute(path: Any) -> str:
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
+
+
+def _exists(path: str) -> bool:
+    try:
+        filesystem, inside = fsspec.core.url_to_fs(path)
+        return bool(filesystem.exists(inside))
+    except Exception:
+        return True  # unknown, so nothing that it needs may go

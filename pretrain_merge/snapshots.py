@@ -1,0 +1,162 @@
+"""The snapshots of one model: which are held (the window) and where their bytes lie (a store, and durable files).
+
+This module joins window and store. It knows nothing of when a snapshot is due and of how snapshots are weighted.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain_merge import ranks
+from pretrain_merge.accumulate import Spread
+from pretrain_merge.cadence import Progress
+from pretrain_merge.config import WindowConfig
+from pretrain_merge.manifest import HeldSnapshot
+from pretrain_merge.notices import logger
+from pretrain_merge.stores import Store, choose_store, slot_dtype
+from pretrain_merge.stores.sidecar import Sidecar
+from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.stores.snapshot_file import SnapshotFile
+from pretrain_merge.window import Snapshot, Window
+
+ReadFile = Callable[[SnapshotFile, Layout], Sequence[Tensor]]
+
+
+class Snapshots:
+    """A window of snapshots and their tensors.
+
+    Args:
+        settings: `window`, `store`, `store_folder` and `slot_dtype` of the configuration.
+    """
+
+    def __init__(self, settings: WindowConfig) -> None:
+        self.window = Window(settings.window)
+        self._settings = settings
+        self._slot_dtype: torch.dtype | None = getattr(torch, settings.slot_dtype) if settings.slot_dtype else None
+        self._store: Store | None = None
+        self._layout: tuple[object, ...] = ()
+        self._captured: list[tuple[int, int]] = []
+        self._files: dict[Snapshot, tuple[Path, SnapshotFile]] = {}
+
+    def are_of_other_tensors(self, live: Mapping[str, Tensor]) -> bool:
+        """Whether the snapshots held are of another set of tensors than the live ones."""
+        return bool(self._layout) and self._layout != _layout(live)
+
+    def capture(
+        self,
+        live: Mapping[str, Tensor],
+        source: Sequence[Tensor],
+        progress: Progress,
+        lr: tuple[float, ...],
+        phase: str,
+    ) -> None:
+        """Take a snapshot; the oldest one leaves where the window is full.
+
+        Args:
+            live: The live tensors by name.
+            source: What the snapshot holds of each: the live tensors themselves, or means of them.
+            progress: Counters now.
+            lr: Learning rate of the last step.
+            phase: Name given to the last `mark_phase`.
+        """
+        self._write(self.window.next_slot(), live, source)
+        self.window.add(progress, lr=lr, phase=phase)
+        self._files = {held: file for held, file in self._files.items() if held in self.window.snapshots}
+        self._captured = _identities(live.values())
+
+    def merge_(
+        self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, spread: bool
+    ) -> Spread | None:
+        """The weighted sum of snapshots, oldest first, into the live tensors."""
+        return self._opened().merge_(live, [item.slot for item in chosen], weights, spread=spread)
+
+    def slot_that_is_raw(self, live: Sequence[Tensor], progress: Progress) -> int | None:
+        """The newest slot if it holds the live model bit for bit, so that no copy of raw is needed to restore it."""
+        newest = self.window.newest
+        is_raw = (
+            newest is not None
+            and newest.progress == progress
+            and self._settings.average == "last"
+            and all(slot_dtype(tensor.dtype, self._slot_dtype) == tensor.dtype for tensor in live)
+            and self._captured == _identities(live)
+        )
+        return newest.slot if newest is not None and is_raw else None
+
+    def put_back(self, live: Sequence[Tensor], slot: int) -> None:
+        """Raw again, from the slot that `slot_that_is_raw` named."""
+        self._opened().read_(live, slot)
+        self._captured = _identities(live)
+
+    def keep(self, sidecar: Sidecar) -> tuple[HeldSnapshot, ...]:
+        """Make every snapshot a durable file, each once, and say which it is; oldest first.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        for item in self.window.snapshots:
+            folder, _ = self._files.get(item, (None, None))
+            if folder != sidecar.folder:
+                stem = f"snapshot-{item.progress.step:08d}"
+                self._files[item] = (sidecar.folder, self._opened().keep(item.slot, sidecar.folder, stem))
+        return tuple(
+            HeldSnapshot(item.segment, item.progress, item.lr, item.phase, self._files[item][1])
+            for item in self.window.snapshots
+        )
+
+    def load(self, held: Sequence[HeldSnapshot], live: Mapping[str, Tensor], read: ReadFile, folder: Path) -> None:
+        """Fill an empty window from files.
+
+        Args:
+            held: The snapshots, oldest first, at most as many as the window keeps.
+            live: The live tensors by name.
+            read: Gives the tensors of a file, checked.
+            folder: Where the files lie, so that those of this run's sidecar are not written again.
+
+        Raises:
+            CheckpointError: A file cannot be used.
+        """
+        self._layout = _layout(live)
+        layout = Layout.of(live, self._dtypes(live))
+        for item in held:
+            tensors = read(item.file, layout)
+            here = [tensor.to(target.device) for tensor, target in zip(tensors, live.values(), strict=True)]
+            self._write(self.window.next_slot(), live, here)
+            snapshot = self.window.add(item.progress, lr=item.lr, phase=item.phase, segment=item.segment)
+            self._files[snapshot] = (folder, item.file)
+
+    def clear(self) -> None:
+        """Forget all snapshots and give their memory back; breaks are remembered."""
+        if self._store is not None:
+            self._store.clear()
+            self._store = None
+        self.window.clear()
+        self._files.clear()
+        self._layout = ()
+
+    def _write(self, slot: int, live: Mapping[str, Tensor], source: Sequence[Tensor]) -> None:
+        self._layout = _layout(live)
+        self._opened(live).write(slot, dict(zip(live, source, strict=True)), self._dtypes(live))
+
+    def _dtypes(self, live: Mapping[str, Tensor]) -> list[torch.dtype]:
+        return [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
+
+    def _opened(self, live: Mapping[str, Tensor] | None = None) -> Store:
+        if self._store is None:
+            live = live or {}
+            sizes = zip(live.values(), self._dtypes(live), strict=True)
+            num_bytes = self.window.size * sum(tensor.numel() * dtype.itemsize for tensor, dtype in sizes)
+            folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
+            self._store, said = choose_store(self._settings.store, list(live.values()), num_bytes, folder or None)
+            logger.info(said)
+        return self._store
+
+
+def _layout(live: Mapping[str, Tensor]) -> tuple[object, ...]:
+    return tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in live.items())
+
+
+def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

@@ -1,0 +1,167 @@
+"""The folder `window/` of one run: durable files of snapshots, which checkpoint needs which of them, and one lock.
+
+This module knows files and the paths of checkpoints. It knows no tensors and no steps. What a checkpoint will need is
+noted before it is written, and a file is deleted only when every checkpoint that needed it is known to be gone.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pretrain_merge.checkpoints.folders import sync
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.notices import logger
+from pretrain_merge.stores.snapshot_file import is_ours
+
+_LOCK = "lock"
+_NEEDS = "checkpoints.json"
+_held_here: dict[Path, str] = {}  # record locks do not tell two holders in one process apart
+
+
+class Sidecar:
+    """Durable files of one run, locked against other runs.
+
+    Args:
+        folder: Where they lie; created where needed.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or another run, which is named, is using it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._release = weakref.finalize(self, _release, self.folder, _locked(self.folder))  # also if nobody closes it
+        self._needs = self._read_needs()
+        self._unwritten: set[str] = set()  # checkpoints that were announced and not yet seen
+        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
+
+    def announce(self, checkpoint: str, names: Iterable[str]) -> None:
+        """Note which files a checkpoint will need; call before it is written.
+
+        Until it is written, a file at its path is an older checkpoint, whose needs are kept as well.
+        """
+        self._needs[checkpoint] = [*self._needs.get(checkpoint, []), sorted(names)]
+        self._unwritten.add(checkpoint)
+        self._write_needs()
+
+    def prune(self, held: Iterable[str], exists: Callable[[str], bool]) -> None:
+        """Delete files that neither a checkpoint nor the window needs; call after a checkpoint was written.
+
+        Args:
+            held: Files of the window as it is now.
+            exists: Whether a checkpoint is still at its path.
+        """
+        for path in filter(exists, self._unwritten.copy()):  # so an older one under its path is not there any more
+            self._unwritten.remove(path)
+            self._needs[path] = self._needs[path][-1:]
+        self._needs = {
+            path: needs for path, needs in self._needs.items() if not path or path in self._unwritten or exists(path)
+        }
+        self._write_needs()
+        needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
+        for file in self._files():
+            if file.name not in needed:
+                file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let other runs use the folder; it goes where nothing is in it."""
+        self._release()
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*.safetensors") if is_ours(path.name)]
+
+    def _read_needs(self) -> dict[str, list[list[str]]]:
+        path = self.folder / _NEEDS
+        if not path.exists():
+            return {}
+        try:
+            needs = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(needs, dict) and all(_are_needs(value) for value in needs.values()):
+                return needs
+        except (OSError, ValueError, RecursionError):
+            pass
+        logger.warning(
+            f"{path} is damaged. It only says what may be deleted, so every file now there is kept for good."
+        )
+        return {"": [sorted(file.name for file in self._files())]}  # needed by checkpoints that nobody can name
+
+    def _write_needs(self) -> None:
+        path = self.folder / _NEEDS
+        if not self._needs:
+            path.unlink(missing_ok=True)
+            return
+        temporary = self.folder / f".{_NEEDS}.{os.getpid()}.tmp"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self._needs, file, indent=1, sort_keys=True)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync(self.folder)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"cannot write {path}: {error}. Free space there, or set window_folder to another folder."
+            ) from error
+
+
+def _are_needs(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value
+    )
+
+
+def _release(folder: Path, lock: int) -> None:
+    (folder / _LOCK).unlink(missing_ok=True)
+    os.close(lock)
+    _held_here.pop(folder, None)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
+
+
+def _locked(folder: Path) -> int:
+    path = folder / _LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder in _held_here:
+            raise _in_use(folder, _held_here[folder])
+        while True:
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                    holder = os.read(lock, 300).decode(errors="replace").strip()
+                    os.close(lock)
+                    raise _in_use(folder, holder or "another process") from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    break
+            os.close(lock)  # the holder before removed the file between our two calls
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.truncate(lock, 0)
+        os.pwrite(lock, holder.encode(), 0)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot write to {folder} for the window: {error}. Set window_folder to a folder that can be written."
+        ) from error
+    _held_here[folder] = holder
+    return lock
+
+
+def _in_use(folder: Path, holder: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is in use by {holder}. Two runs cannot share one folder: stop that one, or give this one another "
+        f"folder (Trainer(default_root_dir=…) or window_folder)."
+    )

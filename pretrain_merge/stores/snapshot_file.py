@@ -1,0 +1,178 @@
+"""Snapshots as durable files: complete or absent, and checked to the last byte before they are used.
+
+This module knows files, checksums and the layout of safetensors. It knows no steps and no windows. A file is named by
+its own checksum, so a name stands for the same bytes for ever and is never written with others.
+"""
+
+import mmap
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain_merge.checkpoints.folders import sync
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.stores.slot_file import Layout
+
+_STAGING_BYTES = 16 * 2**20
+_NAME = re.compile(r"[a-z]+-[0-9]{8,20}-[0-9a-f]{8}\.safetensors")
+
+
+@dataclass(frozen=True)
+class SnapshotFile:
+    """What a file must be to be used.
+
+    Attributes:
+        name: Its name inside the folder, made of what it is, its step and its checksum.
+        num_bytes: Its size.
+        crc32: Checksum of all its bytes, header included.
+    """
+
+    name: str
+    num_bytes: int
+    crc32: int
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file name is one that this module gives: nothing that could leave the folder."""
+    return _NAME.fullmatch(name) is not None
+
+
+def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> SnapshotFile:
+    """Write a file under a temporary name, flush it to the disk, and give it its name.
+
+    Args:
+        folder: Where it goes.
+        stem: What it is and its step, as in `snapshot-00001000`.
+        layout: Which tensors, in which dtypes.
+        tensors: By name, the flat parts of each tensor, on any device.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    temporary = folder / f".{stem}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            num_bytes = checksum = 0
+            for piece in _pieces(layout, tensors):
+                file.write(piece)
+                num_bytes, checksum = num_bytes + len(piece), zlib.crc32(piece, checksum)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = _entry(stem, num_bytes, checksum)
+        temporary.replace(folder / entry.name)
+        sync(folder)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {folder / stem} for the window: {error}. Free space there, or set window_folder to another "
+            f"folder."
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def link(folder: Path, stem: str, path: Path, checksum: int) -> SnapshotFile | None:
+    """Give a file that is on the disk already a second name in a folder, without a copy of its bytes.
+
+    Args:
+        folder: Where the new name goes.
+        stem: What it is and its step.
+        path: The file; durable, and never written again under its old name.
+        checksum: Of all its bytes.
+
+    Returns:
+        The file under its new name; None where the file system has no links, or another one lies there.
+    """
+    temporary = folder / f".{stem}.{os.getpid()}.tmp"
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary, follow_symlinks=False)
+        entry = _entry(stem, temporary.stat().st_size, checksum)
+        temporary.replace(folder / entry.name)
+        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        sync(folder)
+    except OSError:
+        return None
+    return entry
+
+
+def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:
+    """The tensors of a file, mapped, in the order of the live tensors.
+
+    Args:
+        folder: Where it lies.
+        file: What it must be.
+        layout: Which tensors it must hold, in which dtypes.
+
+    Raises:
+        CheckpointError: It is not there, or is not in every byte what was written, or belongs to another model.
+    """
+    path = folder / file.name
+    pages = _mapped(path, file)
+    found = zlib.crc32(pages)
+    if found != file.crc32:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is {found:08x}, and {file.crc32:08x} was written. Copy it again from "
+            f"where it is whole."
+        )
+    if pages[: len(layout.header)] != layout.header:
+        raise CheckpointError(
+            f"{path} is of another model: {layout.differences(bytes(pages))}. Build the model with the shapes and "
+            f"dtypes it was trained with."
+        )
+    return layout.tensors_over(pages)
+
+
+def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:
+    if not is_ours(file.name):
+        raise CheckpointError(f"{file.name!r} is no name of a snapshot file. The checkpoint is damaged.")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != file.num_bytes or file.num_bytes <= 0:
+                raise CheckpointError(
+                    f"{path} has {status.st_size} bytes, and {file.num_bytes} were written. Copy it again from where "
+                    f"it is whole."
+                )
+            # private: torch wants memory it could write
+            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _pieces(layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> Iterable[memoryview | bytes]:
+    yield layout.header
+    staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
+    for chunk in layout.chunks(tensors, _STAGING_BYTES):
+        yield staging.numpy().data[: stage(staging, chunk)]
+
+
+@torch.no_grad()
+def stage(buffer: Tensor, chunk: Sequence[tuple[Tensor, torch.dtype]]) -> int:
+    """Copy pieces into a staging buffer, one behind the other; returns the bytes filled."""
+    offset = 0
+    for source, dtype in chunk:
+        stop = offset + source.numel() * dtype.itemsize
+        buffer[offset:stop].view(dtype).copy_(source)
+        offset = stop
+    return offset
+
+
+def _entry(stem: str, num_bytes: int, checksum: int) -> SnapshotFile:
+    return SnapshotFile(f"{stem}-{checksum:08x}.safetensors", num_bytes, checksum)
