@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pretrain_merge import interrupts, isolation, loaders, ranks
 from pretrain_merge.errors import EvaluationError
+from pretrain_merge.notices import Notices
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 Measure = Callable[[str], dict[str, float]]
@@ -29,8 +30,11 @@ def isolated(
     evaluators: Mapping[str, Evaluator] | None = None,
     validate: bool = True,
     stateful_data: str = "refuse",
+    notices: Notices | None = None,
 ) -> Iterator[Measure]:
     """Evaluate the live model, as often as needed, each time on the same batches with the same random numbers.
+
+    A checkpoint that a hook or an evaluator asks for meanwhile is written after the block.
 
     Args:
         trainer: A Trainer inside `fit`, between two training batches.
@@ -38,6 +42,7 @@ def isolated(
         evaluators: Further evaluations by name; each gets the module in eval mode and returns metrics.
         validate: Whether to run the module's `validation_step` on the Trainer's validation loaders.
         stateful_data: "refuse" loaders that carry a position of their own, or "iterate" them.
+        notices: What the user was told already.
 
     Yields:
         A function from a label (for the progress bar) to metrics: those of the validation loop under the names that
@@ -47,6 +52,7 @@ def isolated(
         EvaluationError: The loaders gave other batches than the first time, or a metric is no number.
     """
     with ExitStack() as stack:
+        stack.enter_context(isolation.checkpoints_wait(trainer, notices or Notices()))
         random_state = stack.enter_context(isolation.random_state_kept())
         data = stack.enter_context(_own_data(trainer, stateful_data)) if validate else None
         bar = stack.enter_context(_progress_bar(trainer, data))

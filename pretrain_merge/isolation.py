@@ -16,9 +16,41 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from pretrain_merge import loaders, snapshot
+from pretrain_merge import loaders, ranks, snapshot
+from pretrain_merge.notices import Notices
 
 _CONTAINERS = (list, dict, set, OrderedDict)
+
+
+@contextmanager
+def checkpoints_wait(trainer: Any, notices: Notices) -> Iterator[None]:
+    """Checkpoints asked for inside are written when the block has ended, also by an exception, with the same arguments.
+
+    Inside, the model may hold merged weights and the Trainer's parts may be stand-ins; neither belongs in a checkpoint.
+    """
+    save = trainer.save_checkpoint
+    waiting: list[tuple[Any, Any]] = []
+
+    def wait(*args: Any, **kwargs: Any) -> None:
+        notices.once(
+            "checkpoint",
+            f"step {trainer.global_step}: a checkpoint was asked for while a merge is evaluated. It is written when "
+            f"the raw weights are back, and holds them; so is every further one.",
+        )
+        if (args, kwargs) not in waiting:  # raw and every view ask for the same
+            waiting.append((args, kwargs))
+
+    try:
+        with replaced(trainer, save_checkpoint=wait):
+            yield
+    except BaseException as error:
+        # a save waits for all ranks, and one of several may have failed alone; a signal ends all of them together
+        if ranks.num_ranks() > 1 and not isinstance(error, loaders.EvaluationInterrupted):
+            waiting.clear()
+        raise
+    finally:
+        for args, kwargs in waiting:
+            save(*args, **kwargs)
 
 
 @contextmanager
@@ -81,8 +113,8 @@ def stage(trainer: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes have other values; those that did not exist are gone afterwards."""
-    before = {name: getattr(owner, name) for name in attributes if hasattr(owner, name)}
+    """Attributes have other values; those that the object did not have itself are gone afterwards."""
+    before = {name: value for name, value in vars(owner).items() if name in attributes}
     for name, value in attributes.items():
         setattr(owner, name, value)
     try:

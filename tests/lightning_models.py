@@ -196,7 +196,7 @@ def trainer(folder: Any, *callbacks: Any, library: Any = pl, **options: Any) -> 
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": any(hasattr(callback, "save_top_k") for callback in callbacks),
+        "enable_checkpointing": any(isinstance(callback, library.callbacks.Checkpoint) for callback in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,

@@ -405,6 +405,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             evaluators=self._evaluators,
             validate=self.config.validate,
             stateful_data=self.config.stateful_data,
+            notices=self._notices,
         )
 
     def _publish(self, trainer: Any, record: MergeRecord | None) -> None:

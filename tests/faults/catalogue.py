@@ -44,6 +44,7 @@ _SNAPSHOT = "tests/test_snapshot.py"
 _RECORDS = "tests/test_records.py"
 _ACCUMULATE = "tests/accumulate/test_contract.py"
 _EVALUATE = "tests/test_evaluate.py"
+_CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -399,6 +400,27 @@ FAULTS = (
         "    if problems:\n",
         "    if False:\n",
         "tests/checkpoints/test_merged.py",
+    ),
+    Fault(
+        "a checkpoint asked for in an evaluation is written at once",
+        "isolation.py",
+        "with replaced(trainer, save_checkpoint=wait):",
+        "with replaced(trainer):",
+        _CHECKPOINTS,
+    ),
+    Fault(
+        "raw and every view write the same checkpoint",
+        "isolation.py",
+        "if (args, kwargs) not in waiting:",
+        "if True:",
+        _CHECKPOINTS,
+    ),
+    Fault(
+        "a rank that failed alone waits in a save for the others",
+        "isolation.py",
+        "if ranks.num_ranks() > 1 and",
+        "if False and",
+        _CHECKPOINTS,
     ),
     # the demo's check
     Fault(
