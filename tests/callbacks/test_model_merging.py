@@ -320,11 +320,12 @@ _OURS = {
 }
 
 
-def _with_ctrl_c(folder: Path, at: tuple[str, int] | None) -> dict[str, Any]:
-    """A run with Ctrl-C at the first visit of a line at a merge point: lines visited, and what it left behind."""
+def _with_signal(folder: Path, signum: int, at: tuple[str, int] | None) -> dict[str, Any]:
+    """A run with a signal at the first visit of a line at a merge point: lines visited, and what it left behind."""
     module, visited, raised = Regression(), {}, False
     merging = ModelMerging(window=2, every=2, views=["sma", "wma"])
-    own = trainer(folder, _RawAfterStep(), merging, max_steps=4, logger=MemoryLogger(folder))
+    saving = ModelCheckpoint(folder / "kept", filename="at-exception", save_on_exception=True, save_top_k=0)
+    own = trainer(folder, _RawAfterStep(), merging, saving, max_steps=4, logger=MemoryLogger(folder))
     callbacks, loggers = list(own.callbacks), list(own.loggers)
     measure, before = merging._measure, sys.gettrace()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
@@ -336,7 +337,7 @@ def _with_ctrl_c(folder: Path, at: tuple[str, int] | None) -> dict[str, Any]:
         if event == "line" and line not in visited:
             visited[line] = True
             if line == at:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signum)
         return trace
 
     def traced(*arguments: Any) -> Any:
@@ -356,19 +357,21 @@ def _with_ctrl_c(folder: Path, at: tuple[str, int] | None) -> dict[str, Any]:
     return {
         "lines": list(visited),
         "interrupted": raised and own.global_step == 4,
-        "raw": same_bits(weights(module), own.raw),
+        "raw": raw_everywhere(own, module, folder) if raised else same_bits(weights(module), own.raw),
         "whole": own.callbacks == callbacks and own.loggers == loggers,
     }
 
 
-def test_raw_is_back_after_ctrl_c_at_any_line_of_ours(tmp_path):
-    lines = _with_ctrl_c(tmp_path, None)["lines"]
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_p08_raw_is_back_and_saved_after_a_signal_at_any_line_of_ours(name, tmp_path):
+    signum = getattr(signal, name)
+    lines = _with_signal(tmp_path / "none", signum, None)["lines"]
     assert len(lines) > 100
     for line in lines[::16]:
-        found = _with_ctrl_c(tmp_path, line)
-        assert found["interrupted"] or line not in found["lines"], f"no Ctrl-C at {line}"
-        assert found["raw"], f"merged weights were left in the model by Ctrl-C at {line}"
-        assert found["whole"], f"stand-ins were left in the Trainer by Ctrl-C at {line}"
+        found = _with_signal(tmp_path / f"{Path(line[0]).stem}-{line[1]}", signum, line)
+        assert found["interrupted"] or line not in found["lines"], f"no {name} at {line}"
+        assert found["raw"], f"merged weights were left in the model or a checkpoint by {name} at {line}"
+        assert found["whole"], f"stand-ins were left in the Trainer by {name} at {line}"
 
 
 # --- runs of every kind ---
