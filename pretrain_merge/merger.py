@@ -6,7 +6,6 @@ where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluati
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from pretrain_merge.manifest import Manifest
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import Recipe
 from pretrain_merge.snapshots import Snapshots
-from pretrain_merge.stores import snapshot_file
-from pretrain_merge.stores.sidecar import Sidecar
 from pretrain_merge.window import Snapshot, Window
+from pretrain_merge.window_files import WindowFiles
 
 
 class RollingMerger:
@@ -228,15 +226,17 @@ class RollingMerger:
         self._phase = name
         self._break(f"phase {name!r}")
 
-    def manifest(self, sidecar: Sidecar) -> Manifest:
+    def manifest(self, module: nn.Module, folder: Path) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
 
         Args:
-            sidecar: Where the files go. What is there already is not written again.
+            module: The model that was observed. Where it is sharded, every rank must call this at the same point.
+            folder: Where the files go. What is there already is not written again.
 
         Raises:
             CheckpointError: The disk refuses.
         """
+        files = WindowFiles(folder, module)
         return Manifest(
             settings=self._what_a_snapshot_is(),
             progress=self._progress,
@@ -246,8 +246,8 @@ class RollingMerger:
             num_refused=self.num_refused,
             segment=self.window.segment,
             last_break=self.window.last_break,
-            snapshots=self._snapshots.keep(sidecar),
-            block=open_block.keep(self._block, sidecar.folder, self._progress.step) if self._block else None,
+            snapshots=self._snapshots.keep(files),
+            block=open_block.keep(self._block, files, self._progress.step) if self._block is not None else None,
         )
 
     def restore(self, manifest: Manifest, module: nn.Module, folder: Path) -> None:
@@ -264,12 +264,12 @@ class RollingMerger:
         """
         self._refuse_other_settings(manifest)
         live = self._live(module)
-        read = partial(snapshot_file.read, folder)
+        files = WindowFiles(folder, module)
         try:
             self.window.go_on_from(manifest.segment, manifest.last_break)
-            self._snapshots.load(manifest.snapshots, live, read, folder)
+            self._snapshots.load(manifest.snapshots, live, files)
             if self._block is not None and manifest.block is not None:
-                open_block.load(self._block, manifest.block, live, read)
+                open_block.load(self._block, manifest.block, live, files)
         except BaseException:
             self.close()
             self.window.go_on_from(0, None)

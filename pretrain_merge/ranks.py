@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+_T = TypeVar("_T")
 _NumberT = TypeVar("_NumberT", int, float)
 
 
@@ -25,6 +26,14 @@ def rank() -> int:
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank."""
     return sum_over_ranks([int(flag)])[0] > 0
+
+
+def gather(value: _T) -> list[_T]:
+    """What each rank gave, in the order of ranks."""
+    values: list[_T] = [value] * num_ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(numbers: Sequence[_NumberT]) -> list[_NumberT]:

@@ -74,6 +74,25 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters() if parameter.requires_grad)
 
 
+def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Local tensors as the parts of whole parameters that they are: DTensors over the same memory where sharded.
+
+    Args:
+        module: The live model, whose parameters tell how they are sharded.
+        tensors: By the names of `mergeable_tensors`, in the shapes of its tensors and any dtype.
+    """
+    parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
+
+
+def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def reshard(module: nn.Module) -> None:
     """Drop gathered parameters of FSDP2, so that the shards are what the next forward uses (P18)."""
     if FSDPModule is not None:

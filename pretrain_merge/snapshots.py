@@ -3,7 +3,8 @@
 This module joins window and store. It knows nothing of when a snapshot is due and of how snapshots are weighted.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,22 @@ from pretrain_merge.config import WindowConfig
 from pretrain_merge.manifest import HeldSnapshot
 from pretrain_merge.notices import logger
 from pretrain_merge.stores import Store, choose_store, slot_dtype
-from pretrain_merge.stores.sidecar import Sidecar
-from pretrain_merge.stores.slot_file import Layout
 from pretrain_merge.stores.snapshot_file import SnapshotFile
 from pretrain_merge.window import Snapshot, Window
+from pretrain_merge.window_files import WindowFiles
 
-ReadFile = Callable[[SnapshotFile, Layout], Sequence[Tensor]]
+
+@dataclass(frozen=True)
+class _Kind:
+    """What must be the same of two tensors that are to be merged."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Kind":
+        return cls(tensor.shape, tensor.dtype, tensor.device)
 
 
 class Snapshots:
@@ -36,13 +47,13 @@ class Snapshots:
         self._settings = settings
         self._slot_dtype: torch.dtype | None = getattr(torch, settings.slot_dtype) if settings.slot_dtype else None
         self._store: Store | None = None
-        self._layout: tuple[object, ...] = ()
+        self._kinds: dict[str, _Kind] = {}
         self._captured: list[tuple[int, int]] = []
         self._files: dict[Snapshot, tuple[Path, SnapshotFile]] = {}
 
     def are_of_other_tensors(self, live: Mapping[str, Tensor]) -> bool:
         """Whether the snapshots held are of another set of tensors than the live ones."""
-        return bool(self._layout) and self._layout != _layout(live)
+        return bool(self._kinds) and self._kinds != {name: _Kind.of(tensor) for name, tensor in live.items()}
 
     def capture(
         self,
@@ -89,7 +100,7 @@ class Snapshots:
         self._opened().read_(live, slot)
         self._captured = _identities(live)
 
-    def keep(self, sidecar: Sidecar) -> tuple[HeldSnapshot, ...]:
+    def keep(self, files: WindowFiles) -> tuple[HeldSnapshot, ...]:
         """Make every snapshot a durable file, each once, and say which it is; oldest first.
 
         Raises:
@@ -97,34 +108,29 @@ class Snapshots:
         """
         for item in self.window.snapshots:
             folder, _ = self._files.get(item, (None, None))
-            if folder != sidecar.folder:
+            if folder != files.folder:
                 stem = f"snapshot-{item.progress.step:08d}"
-                self._files[item] = (sidecar.folder, self._opened().keep(item.slot, sidecar.folder, stem))
+                self._files[item] = (files.folder, files.keep(self._opened(), item.slot, stem, self._slot_kinds()))
         return tuple(
             HeldSnapshot(item.segment, item.progress, item.lr, item.phase, self._files[item][1])
             for item in self.window.snapshots
         )
 
-    def load(self, held: Sequence[HeldSnapshot], live: Mapping[str, Tensor], read: ReadFile, folder: Path) -> None:
+    def load(self, held: Sequence[HeldSnapshot], live: Mapping[str, Tensor], files: WindowFiles) -> None:
         """Fill an empty window from files.
 
         Args:
             held: The snapshots, oldest first, at most as many as the window keeps.
             live: The live tensors by name.
-            read: Gives the tensors of a file, checked.
-            folder: Where the files lie, so that those of this run's sidecar are not written again.
+            files: Reads them; those of this run's own folder are not written again.
 
         Raises:
             CheckpointError: A file cannot be used.
         """
-        self._layout = _layout(live)
-        layout = Layout.of(live, self._dtypes(live))
         for item in held:
-            tensors = read(item.file, layout)
-            here = [tensor.to(target.device) for tensor, target in zip(tensors, live.values(), strict=True)]
-            self._write(self.window.next_slot(), live, here)
+            self._write(self.window.next_slot(), live, files.read(item.file, live, self._dtypes(live)))
             snapshot = self.window.add(item.progress, lr=item.lr, phase=item.phase, segment=item.segment)
-            self._files[snapshot] = (folder, item.file)
+            self._files[snapshot] = (files.folder, item.file)
 
     def clear(self) -> None:
         """Forget all snapshots and give their memory back; breaks are remembered."""
@@ -133,14 +139,21 @@ class Snapshots:
             self._store = None
         self.window.clear()
         self._files.clear()
-        self._layout = ()
+        self._kinds = {}
 
     def _write(self, slot: int, live: Mapping[str, Tensor], source: Sequence[Tensor]) -> None:
-        self._layout = _layout(live)
-        self._opened(live).write(slot, dict(zip(live, source, strict=True)), self._dtypes(live))
+        dtypes = self._dtypes(live)
+        store = self._opened(live)
+        self._kinds = {name: _Kind.of(tensor) for name, tensor in live.items()}
+        store.write(slot, dict(zip(live, source, strict=True)), dtypes)
 
     def _dtypes(self, live: Mapping[str, Tensor]) -> list[torch.dtype]:
         return [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
+
+    def _slot_kinds(self) -> dict[str, _Kind]:
+        return {
+            name: replace(kind, dtype=slot_dtype(kind.dtype, self._slot_dtype)) for name, kind in self._kinds.items()
+        }
 
     def _opened(self, live: Mapping[str, Tensor] | None = None) -> Store:
         if self._store is None:
@@ -151,10 +164,6 @@ class Snapshots:
             self._store, said = choose_store(self._settings.store, list(live.values()), num_bytes, folder or None)
             logger.info(said)
         return self._store
-
-
-def _layout(live: Mapping[str, Tensor]) -> tuple[object, ...]:
-    return tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in live.items())
 
 
 def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

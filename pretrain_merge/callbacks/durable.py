@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from pretrain_merge import ranks
+from pretrain_merge import ranks, snapshot
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.manifest import Manifest, sealed, unsealed
@@ -79,14 +79,15 @@ class DurableWindow:
         trainer.save_checkpoint = self._save_checkpoint
 
     def keep(self, merger: RollingMerger) -> Manifest | None:
-        """Make the window durable; None on ranks that need not.
+        """Make the window durable; None on ranks that need not. Collective where the module is sharded.
 
         Raises:
             CheckpointError: The disk refuses.
         """
-        if self._sidecar is None:
+        module = self._trainer.lightning_module
+        if self._sidecar is None and not snapshot.is_sharded(module):
             return None
-        manifest = merger.manifest(self._sidecar)
+        manifest = merger.manifest(module, self.folder)
         self._held = [file.name for file in manifest.files]
         return manifest
 

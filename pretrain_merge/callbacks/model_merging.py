@@ -214,7 +214,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._publish(trainer, self._measure(trainer, pl_module, merger))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save merges of the newest snapshots where the user asked for it."""
+        """Save merges of the newest snapshots where the user asked for it, and the window for a checkpoint to come."""
         merger, models = self._merger, self._merged_models
         newest = merger.window.newest if merger is not None else None
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
@@ -222,16 +222,20 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 for view in merger.views:
                     if merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
+        self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
         if stage == "fit":
-            self._end("the run before ended, and keeps no checkpoints.", keep=bool(trainer.checkpoint_callbacks))
+            self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
         will_save = any(getattr(item, "save_on_exception", False) for item in trainer.checkpoint_callbacks)
-        self._end(f"the run before ended with {type(exception).__name__}.", keep=will_save)
+        try:
+            self._remember(lost="" if will_save else f"the run before ended with {type(exception).__name__}.")
+        finally:
+            self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
@@ -244,18 +248,15 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """The state of the run that is resumed."""
         self._state = dict(state_dict)
 
-    def _end(self, reason: str, *, keep: bool) -> None:
-        """Free the window and give other callbacks their hooks back; what a checkpoint needs stays where asked."""
-        try:
-            self._remember(lost="" if keep else reason)
-        finally:
-            if self._durable is not None:
-                self._durable.close()
-            if self._merger is not None:
-                self._merger.close()
-            if self._monitors is not None:
-                self._monitors.release()
-            self._merger = self._clock = self._monitors = None
+    def _end(self) -> None:
+        """Free the window and give other callbacks their hooks back; what a checkpoint may need was remembered."""
+        if self._durable is not None:
+            self._durable.close()
+        if self._merger is not None:
+            self._merger.close()
+        if self._monitors is not None:
+            self._monitors.release()
+        self._merger = self._clock = self._monitors = None
 
     def _remember(self, *, lost: str = "") -> None:
         """The state as it is now; writes the files that it refers to, unless the window is to be lost."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pretrain_merge import ranks
@@ -78,11 +77,7 @@ def _made(kind: str, folder: Path | None, num_bytes: int, num_sharing: int) -> S
 
 def _num_ranks_on_this_host() -> int:
     """Ranks that share this host's memory and disk, this one included."""
-    names: list[str | None] = [None] * ranks.num_ranks()
-    if len(names) == 1:
-        return 1
-    dist.all_gather_object(names, socket.gethostname())
-    return names.count(socket.gethostname())
+    return ranks.gather(socket.gethostname()).count(socket.gethostname())
 
 
 def _free_device_bytes(device: torch.device, num_sharing: int) -> int:

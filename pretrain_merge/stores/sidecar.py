@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import weakref
@@ -41,7 +42,7 @@ class Sidecar:
         self._needs = self._read_needs()
         self._unwritten: set[str] = set()  # checkpoints that were announced and not yet seen
         for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
+            _delete(leftover)
 
     def announce(self, checkpoint: str, names: Iterable[str]) -> None:
         """Note which files a checkpoint will need; call before it is written.
@@ -69,14 +70,14 @@ class Sidecar:
         needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
         for file in self._files():
             if file.name not in needed:
-                file.unlink(missing_ok=True)
+                _delete(file)
 
     def close(self) -> None:
         """Let other runs use the folder; it goes where nothing is in it."""
         self._release()
 
     def _files(self) -> list[Path]:
-        return [path for path in self.folder.glob("*.safetensors") if is_ours(path.name)]
+        return [path for path in self.folder.glob("*-*-*.*") if is_ours(path.name)]
 
     def _read_needs(self) -> dict[str, list[list[str]]]:
         path = self.folder / _NEEDS
@@ -112,6 +113,13 @@ class Sidecar:
             raise CheckpointError(
                 f"cannot write {path}: {error}. Free space there, or set window_folder to another folder."
             ) from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _are_needs(value: object) -> bool:

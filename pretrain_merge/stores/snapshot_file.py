@@ -22,7 +22,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.stores.slot_file import Layout
 
 _STAGING_BYTES = 16 * 2**20
-_NAME = re.compile(r"[a-z]+-[0-9]{8,20}-[0-9a-f]{8}\.safetensors")
+_NAME = re.compile(r"[a-z]+-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SnapshotFile:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file name is one that this module gives: nothing that could leave the folder."""
+    """Whether a name is one that a file or folder of a snapshot has: nothing that could leave the folder."""
     return _NAME.fullmatch(name) is not None
 
 

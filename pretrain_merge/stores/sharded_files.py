@@ -1,0 +1,149 @@
+"""Snapshots of sharded models as durable folders: written by W ranks, read by any other number of them.
+
+This module knows torch.distributed.checkpoint and its safetensors storage. Every rank must call its functions at the
+same point. What a folder must hold is listed in it, and the checksum of that list is part of the folder's name.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pretrain_merge import ranks
+from pretrain_merge.checkpoints.folders import sync
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.stores.snapshot_file import SnapshotFile, is_ours
+
+SUFFIX = ".sharded"
+_PARTS = "parts.json"
+_BLOCK = 2**24
+_FAILURES = (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException)
+_T = TypeVar("_T")
+_Part = tuple[str, int, int]  # name, bytes, checksum
+
+
+def write(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> SnapshotFile:
+    """Write a folder under a temporary name, flush it to the disk, and give it its name.
+
+    Args:
+        folder: Where it goes; one that all ranks see.
+        stem: What it is and its step, as in `snapshot-00001000`.
+        tensors: By name; shards as DTensors.
+
+    Raises:
+        CheckpointError: The disk refuses, on this rank or on another.
+    """
+    temporary = folder / f".{stem}.tmp"
+    if ranks.rank() == 0:
+        _together(f"write {temporary}", lambda: _make_empty(temporary))
+    else:
+        _together(f"write {temporary}", lambda: None)
+    parts = _together(f"write {temporary}", lambda: _write_parts(temporary, tensors))
+    listed = sorted(part for of_rank in ranks.gather(parts) for part in of_rank)
+    text = json.dumps(listed, indent=0).encode()
+    entry = SnapshotFile(f"{stem}-{zlib.crc32(text):08x}{SUFFIX}", len(text), zlib.crc32(text))
+    publish = (lambda: _publish(temporary, folder / entry.name, text)) if ranks.rank() == 0 else (lambda: None)
+    _together(f"write {folder / entry.name}", publish)
+    return entry
+
+
+def read(folder: Path, file: SnapshotFile, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors from a folder.
+
+    Args:
+        folder: Where it lies.
+        file: What it must be.
+        tensors: By name, in the shapes and dtypes that the folder must hold; shards as DTensors.
+
+    Raises:
+        CheckpointError: It is not there, or is not what was written, or belongs to another model.
+    """
+    path = folder / file.name
+    _together(f"use {path}", lambda: _check(path, file))
+    reader = HuggingFaceStorageReader(str(path))
+    _together(f"use {path}", lambda: _refuse_other_model(reader, tensors))
+    _together(f"use {path}", lambda: load(dict(tensors), storage_reader=reader))
+
+
+def _together(what: str, do: Callable[[], _T]) -> _T:
+    """Do a thing on every rank, or raise on every rank."""
+    done: list[_T] = []
+    failure: BaseException | None = None
+    try:
+        done.append(do())
+    except _FAILURES as error:
+        failure = error
+    if ranks.any_rank(failure is not None):
+        reason = " ".join(str(failure or "another rank could not, and says why").split())
+        raise CheckpointError(f"cannot {what}: {reason}") from failure
+    return done[0]
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
+    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    own = sorted(folder.glob(f"shard-{ranks.rank() + 1:05d}-*.safetensors"))
+    for path in own:
+        sync(path)
+    return [(path.name, path.stat().st_size, _checksum(path)) for path in own]
+
+
+def _publish(temporary: Path, target: Path, text: bytes) -> None:
+    (temporary / _PARTS).write_bytes(text)
+    sync(temporary / _PARTS)
+    sync(temporary)
+    shutil.rmtree(target, ignore_errors=True)  # the same bytes by its name, or damaged ones
+    temporary.rename(target)
+    sync(target.parent)
+
+
+def _check(path: Path, file: SnapshotFile) -> None:
+    if not is_ours(file.name) or path.is_symlink() or not path.is_dir():
+        raise ValueError("it is no folder of a snapshot.")
+    text = (path / _PARTS).read_bytes()
+    if (len(text), zlib.crc32(text)) != (file.num_bytes, file.crc32):
+        raise ValueError(f"{_PARTS} is damaged. Copy the folder again from where it is whole.")
+    parts: list[_Part] = json.loads(text)
+    if {name for name, _, _ in parts} != {item.name for item in path.iterdir()} - {_PARTS}:
+        raise ValueError(f"it does not hold the files of {_PARTS}. Copy the folder again from where it is whole.")
+    for name, num_bytes, checksum in parts[ranks.rank() :: ranks.num_ranks()]:
+        part = path / name
+        if part.is_symlink() or part.stat().st_size != num_bytes or _checksum(part) != checksum:
+            raise ValueError(f"{name} is damaged. Copy the folder again from where it is whole.")
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _refuse_other_model(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
+    found = {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != wanted:
+        other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ValueError(
+            f"it is of another model: {other[0]} is {found.get(other[0], 'missing')} there and "
+            f"{wanted.get(other[0], 'missing')} here. Build the model with the shapes and dtypes it was trained with."
+        )
