@@ -139,7 +139,10 @@ def random_state_kept() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def module_kept(module: nn.Module) -> Iterator[None]:
-    """Modes, attributes, buffers, torchmetrics and generators of a module are afterwards what they were (P3)."""
+    """Modes, attributes, buffers, torchmetrics, generators and gradients are afterwards what they were (P3).
+
+    Inside there are no gradients: those that accumulate are out of reach of an evaluator that calls `backward`.
+    """
     attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
     containers = [
         (value, _structure(value)) for _, own in attributes for value in own.values() if type(value) in _CONTAINERS
@@ -151,10 +154,15 @@ def module_kept(module: nn.Module) -> Iterator[None]:
         for value in own.values()
         if (state := loaders.generator_state(value)) is not None
     ]
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     try:
+        for parameter, _ in gradients:
+            parameter.grad = None
         yield
     finally:
         snapshot.reshard(module)  # P18: a forward leaves gathered parameters behind
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for now, before in attributes:
             for name in now.keys() - before.keys():
                 del now[name]

@@ -422,6 +422,13 @@ FAULTS = (
         "if False and",
         _CHECKPOINTS,
     ),
+    Fault(
+        "an evaluator's gradients stay",
+        "isolation.py",
+        "            parameter.grad = gradient\n",
+        "            pass\n",
+        _NON_INTERFERENCE,
+    ),
     # the demo's check
     Fault(
         "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
