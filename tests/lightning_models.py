@@ -244,6 +244,8 @@ class Run:
     lines: list[Any] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     generators: list[Tensor] = field(default_factory=list)
+    schedulers: list[Any] = field(default_factory=list)
+    shown: list[Any] = field(default_factory=list)
 
 
 class Recorder(pl.Callback):
@@ -257,6 +259,7 @@ class Recorder(pl.Callback):
         self.run.weights.append(weights(pl_module))
         self.run.modes.append([part.training for part in pl_module.modules()])
         self.run.train_batches.append(checksum(batch))
+        self.run.shown.append(_users_own(trainer.progress_bar_metrics))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -265,22 +268,36 @@ class Recorder(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.run.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self.run.schedulers = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         self.run.random_state = (torch.get_rng_state(), random.getstate(), np.random.get_state())
         self.run.generators = [generator.get_state() for generator in self._generators]
         self.run.metrics = {key: value for key, value in trainer.callback_metrics.items() if "/" not in key}
         for logger in trainer.loggers:
             self.run.lines += [
-                (step, without)
-                for step, line in getattr(logger, "lines", [])
-                if (without := {key: value for key, value in line.items() if not key.startswith("merge/")})
+                (step, without) for step, line in getattr(logger, "lines", []) if (without := _users_own(line))
             ]
+
+
+def _users_own(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without those of an instance named `merge` and of one named `late`."""
+    return {key: value for key, value in metrics.items() if not key.startswith(("merge/", "late/"))}
 
 
 def differences(a: Run, b: Run) -> list[str]:
     """What is not the same, bit for bit, in two runs."""
     found = [
         name
-        for name in ("modes", "train_batches", "validation_batches", "optimizers", "random_state", "lines", "metrics")
+        for name in (
+            "modes",
+            "train_batches",
+            "validation_batches",
+            "optimizers",
+            "schedulers",
+            "random_state",
+            "lines",
+            "metrics",
+            "shown",
+        )
         if not same_bits(getattr(a, name), getattr(b, name))
     ]
     if len(a.weights) != len(b.weights):
