@@ -96,7 +96,7 @@ def test_a_branch_of_a_larger_configuration_may_refer_to_the_rest_of_it():
     assert ModelMerging.from_config(whole.merge).config.tokens_per_batch == 8
 
 
-def test_no_omegaconf_object_is_left_in_the_configuration():  # P12
+def test_p12_no_omegaconf_object_is_left_in_the_configuration():
     views, save = OmegaConf.create(["sma", {"name": "x", "kind": "sma"}]), OmegaConf.create({})
     config = ModelMerging(views=views, save=save).config
     assert all(type(view) in (str, dict) for view in config.views)

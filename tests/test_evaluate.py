@@ -158,7 +158,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("situation", LOADERS)
-def test_the_raw_metric_is_lightnings_own_bit_for_bit(situation, tmp_path):
+def test_p16_the_raw_metric_is_lightnings_own_bit_for_bit(situation, tmp_path):
     module, validation, options = LOADERS[situation]
     pairs = Pairs()
     merging = ModelMerging(window=3, every=3)
@@ -198,7 +198,7 @@ def test_loaders_are_told_apart_by_lightnings_names(tmp_path):
     assert sorted(values) == ["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"]
 
 
-def test_without_validation_batches_there_are_evaluators_only(tmp_path):
+def test_p16_without_validation_batches_there_are_evaluators_only(tmp_path):
     values = measured(
         tmp_path,
         Regression(),
@@ -268,14 +268,16 @@ def test_validation_runs_in_eval_mode_without_gradients_as_a_validation(tmp_path
     assert seen[0] == seen[-1] == (False, False, False, True, "fit")  # ours, then Lightning's own
 
 
-def test_a_run_stays_in_training_where_it_was(tmp_path):
+def test_p04_a_run_stays_in_training_where_it_was(tmp_path):
     def state(trainer: Any, module: Any) -> Any:
         before = (trainer.state.stage, trainer.callbacks, trainer.loggers, trainer.profiler)
         before += (trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector)
+        first = trainer._logger_connector._first_loop_iter
         measure_once(trainer, module)
         after = (trainer.state.stage, trainer.callbacks, trainer.loggers, trainer.profiler)
         after += (trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector)
-        return [x is y for x, y in zip(before, after, strict=True)]
+        after_first = trainer._logger_connector._first_loop_iter
+        return [x is y for x, y in zip((*before, first), (*after, after_first), strict=True)]
 
     at = At(2, state)
     trainer(tmp_path, at, max_steps=2, logger=MemoryLogger()).fit(Regression(), rows(), rows(4, seed=1))
@@ -285,7 +287,7 @@ def test_a_run_stays_in_training_where_it_was(tmp_path):
 # --- nobody else hears of it ---
 
 
-def test_no_hook_of_a_users_callback_is_called(tmp_path):
+def test_p05_no_hook_of_a_users_callback_is_called(tmp_path):
     heard: list[str] = []
     listening = [False]
 

@@ -133,7 +133,7 @@ def held(merging):
     [(torch.float32,), (torch.bfloat16,), (torch.float16,), (torch.float64,), (torch.float32, torch.bfloat16)],
     ids=str,
 )
-def test_every_view_is_its_weighted_sum_to_one_rounding_of_the_output(dtypes):
+def test_p20_every_view_is_its_weighted_sum_to_one_rounding_of_the_output(dtypes):
     module, merging = Mixed(dtypes), RollingMerger(window=5, every=10, views=VIEWS)
     trajectory = train(module, merging, range(1, 61))
     raw = state(module)
@@ -144,7 +144,7 @@ def test_every_view_is_its_weighted_sum_to_one_rounding_of_the_output(dtypes):
         assert state(module) == raw
 
 
-def test_a_bfloat16_accumulator_would_fail():
+def test_p20_a_bfloat16_accumulator_would_fail():
     module, merging = Mixed((torch.bfloat16,)), RollingMerger(window=5, every=10)
     trajectory = train(module, merging, range(1, 61))
     with merging.merged(module, "sma") as recipe, torch.no_grad():
@@ -316,7 +316,7 @@ def test_ctrl_c_twice_interrupts_the_block_and_not_the_restore():
     assert state(module) == raw
 
 
-def test_a_handler_of_sigterm_finds_raw_weights():  # P8: Lightning's handlers save checkpoints
+def test_p08_a_handler_of_sigterm_finds_raw_weights():  # Lightning's handlers save checkpoints
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, 21))
     raw, found = state(module), []
@@ -890,7 +890,7 @@ def test_refused_snapshots_are_said_once(caplog):
 # --- models ---
 
 
-def test_ties_frozen_parameters_and_other_state_stay_live():
+def test_p22_ties_frozen_parameters_and_other_state_stay_live():
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, 21))
     before = state(module)

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from ranks import on_ranks
 from torch import nn
@@ -132,17 +133,17 @@ def strategy(kind):
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
-def train(kind, folder, merging=None):
+def train(kind, folder, merging=None, *, saving=None, **resume):
     """One run; returns everything that tests look at, the same on every rank."""
     pl.seed_everything(1, verbose=False)
     module = Model({"ddp": None, "resharding": True, "not resharding": False}[kind])
     recorder = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=strategy(kind), plugins=[Group()], max_steps=STEPS,
-        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[recorder, *([merging] if merging else [])], num_sanity_val_steps=0,
+        default_root_dir=folder, logger=False, enable_checkpointing=saving is not None, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[recorder, *filter(None, [merging, saving])], num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Rows(0), 4, shuffle=True), DataLoader(Rows(1), 4))
+    trainer.fit(module, DataLoader(Rows(0), 4, shuffle=True), DataLoader(Rows(1), 4), **resume)
     optimizer = [{key: full(value) for key, value in state.items()} for state in trainer.optimizers[0].state.values()]
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return {"weights": recorder.weights, "optimizer": optimizer, "metrics": metrics, "used": module.used}
@@ -153,6 +154,15 @@ def with_merging(kind, folder, **options):
     merging = ModelMerging(window=WINDOW, every=EVERY, views=["sma", "wsm"], evaluators={"probe": probe}, **options)
     result = train(kind, folder, merging)
     return result | {"seen": probe.seen, "spread": merging.last_record.spread, "record": merging.last_record.to_json()}
+
+
+def resumed(kind, folder):
+    """A run that starts again from its checkpoint of step 6, which Lightning restores at another time for each kind."""
+    saving = ModelCheckpoint(f"{folder}/kept", every_n_train_steps=STEPS // 2, filename="{step}", save_top_k=-1)
+    train(kind, folder, ModelMerging(window=2, every=EVERY), saving=saving)
+    merging = ModelMerging(window=2, every=EVERY)
+    train(kind, folder, merging, ckpt_path=f"{folder}/kept/step={STEPS // 2}.ckpt")
+    return merging.state_dict()["progress"] | {"merged at": merging.last_record.step}
 
 
 def all_runs(folder):
@@ -172,6 +182,7 @@ def all_runs(folder):
         "off": off,
         "saved": saved,
         "refused": refused,
+        "resumed": {kind: resumed(kind, f"{folder}/{kind} resumed") for kind in ("ddp", "resharding")},
         "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
     }
 
@@ -282,7 +293,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_merging(runs, kind):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_the_first_training_forward_after_an_evaluation_is_bitwise_raw(runs, kind):  # P18
+def test_p18_the_first_training_forward_after_an_evaluation_is_bitwise_raw(runs, kind):
     for rank in runs:
         assert len(rank["on"][kind]["used"]) == 3 * STEPS
         assert forwards_on_raw(rank["on"][kind]) == [True] * (STEPS - 1)
@@ -295,7 +306,7 @@ def test_a_forward_on_anything_else_would_be_seen(runs):
     assert forwards_on_raw(run).count(False) == 1
 
 
-def test_resharding_makes_the_next_forward_see_what_was_written_into_shards(runs):  # P18
+def test_p18_resharding_makes_the_next_forward_see_what_was_written_into_shards(runs):
     for rank in runs:
         resharded, careless = rank["zeroed"]
         assert resharded == 0.0
@@ -303,7 +314,7 @@ def test_resharding_makes_the_next_forward_see_what_was_written_into_shards(runs
 
 
 @pytest.mark.parametrize("loop", [0, 1], ids=["resharding", "not resharding"])
-def test_a_loop_of_ones_own_evaluates_each_view_and_goes_on_with_raw(runs, loop):  # P18
+def test_p18_a_loop_of_ones_own_evaluates_each_view_and_goes_on_with_raw(runs, loop):
     for rank in runs:
         sma, wsm, raw = rank["loops"][loop]["expected"]
         assert min((sma - wsm).abs().max(), (wsm - raw).abs().max(), (sma - raw).abs().max()) > 1e-4
@@ -312,11 +323,18 @@ def test_a_loop_of_ones_own_evaluates_each_view_and_goes_on_with_raw(runs, loop)
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_all_ranks_measure_the_same(runs, kind):
+def test_p17_all_ranks_measure_the_same(runs, kind):
     one, other = (rank["on"][kind] for rank in runs)
     merged = {key: value for key, value in one["metrics"].items() if key.startswith("merge/")}
     assert {"merge/raw/val_loss", "merge/sma/val_loss", "merge/wsm/val_loss"} <= merged.keys()
     assert merged == {key: other["metrics"][key] for key in merged}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "resharding"])
+def test_p10_p13_every_rank_goes_on_counting_from_the_state_of_rank_0_whenever_it_is_restored(runs, kind):
+    expected = {"step": STEPS, "samples": STEPS * 8, "merged at": STEPS}
+    for rank in runs:
+        assert {key: rank["resumed"][kind][key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("kind", RUNS)

@@ -42,7 +42,7 @@ def with_weight(parameter):
 # --- what is merged ---
 
 
-def test_trainable_float_parameters_are_merged_each_once_and_nothing_else():
+def test_p22_trainable_float_parameters_are_merged_each_once_and_nothing_else():
     assert list(mergeable_tensors(Model())) == ["embed.weight"]
 
 

@@ -115,7 +115,7 @@ def test_wandb_draws_every_metric_of_ours_against_the_step_of_the_merge(wandb_ru
         assert axes[metric] == ("" if own_axis else f"{name}/step"), metric
 
 
-def test_wandb_keeps_the_users_own_metrics_on_their_axis(wandb_run):
+def test_p15_wandb_keeps_the_users_own_metrics_on_their_axis(wandb_run):
     _, history, axes = wandb_run
     assert axes["*"] == "trainer/global_step"
     own = [row for row in history if "val_loss" in row]
@@ -169,7 +169,7 @@ def test_a_second_run_of_one_callback_is_given_its_axes(tmp_path):
     assert loggers[0].experiment.defined == loggers[1].experiment.defined != []
 
 
-def test_the_step_is_that_of_the_merge_and_the_logger_is_saved():
+def test_p15_the_step_is_that_of_the_merge_and_the_logger_is_saved():
     logger = _LikeWandb()
     Tracker().publish([logger], RECORD)
     assert logger.lines == [(40, RECORD.metrics())]

@@ -141,7 +141,7 @@ def test_snapshots_by_tokens_fall_on_the_step_that_crosses(source, tmp_path):
     assert merges == [(5, 20, 120), (7, 28, 168)]
 
 
-def test_under_accumulation_a_crossed_count_waits_for_the_optimizer_step(tmp_path):
+def test_p01_under_accumulation_a_crossed_count_waits_for_the_optimizer_step(tmp_path):
     # 24 tokens a batch and three batches a step: 72, 144, 192 (the epoch's last two batches)
     merges = steps_of_merges(tmp_path, TiedModel(), documents(32), {"accumulate_grad_batches": 3}, every="50 tokens")
     assert merges == [(2, 24, 144), (3, 32, 192)]
@@ -151,7 +151,7 @@ def test_samples_are_counted_for_plain_batches(tmp_path):
     assert steps_of_merges(tmp_path, Regression(), rows(22), {}, every="8 samples") == [(4, 16, 0)]
 
 
-def test_two_optimizers_in_a_batch_are_one_step_of_ours_and_two_of_lightnings(tmp_path):
+def test_p01_two_optimizers_in_a_batch_are_one_step_of_ours_and_two_of_lightnings(tmp_path):
     callback = ModelMerging(window=3, every=2, validate=False)
     own = trainer(tmp_path, callback, max_epochs=1)
     own.fit(TwoOptimizers(), rows(24))
@@ -167,7 +167,7 @@ def test_a_token_cadence_without_tokens_stops_the_run_at_its_first_batch(tmp_pat
     assert own.global_step == 1
 
 
-def test_the_rate_of_a_record_is_the_one_that_its_step_used(tmp_path):
+def test_p28_the_rate_of_a_record_is_the_one_that_its_step_used(tmp_path):
     class Halving(Regression):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)

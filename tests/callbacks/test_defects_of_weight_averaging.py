@@ -64,7 +64,9 @@ def noting() -> type[Noting]:
     return type("Noting", (Noting,), {"noted": []})
 
 
-def test_d1_a_weights_only_checkpoint_under_a_merged_metric_is_raw_and_the_merged_weights_have_files(tmp_path, caplog):
+def test_d1_p09_a_weights_only_checkpoint_under_a_merged_metric_is_raw_and_the_merged_weights_have_files(
+    tmp_path, caplog
+):
     saving = ModelCheckpoint(
         tmp_path / "kept", monitor="merge/sma/val_loss", save_weights_only=True, every_n_train_steps=4, save_top_k=-1,
         filename="{step}",
@@ -173,7 +175,7 @@ def test_d9_any_coefficients_can_be_asked_for(tmp_path):
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_d10_two_instances_live_in_one_trainer_and_resume_their_own_state(tmp_path):
+def test_d10_p21_two_instances_live_in_one_trainer_and_resume_their_own_state(tmp_path):
     def both() -> list[ModelMerging]:
         return [ModelMerging(window=2, every=2), ModelMerging(window=2, every=3, name="slow")]
 

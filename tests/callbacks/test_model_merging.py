@@ -394,7 +394,7 @@ def test_two_callbacks_of_one_name_are_refused(tmp_path):
         trainer(tmp_path, ModelMerging(), ModelMerging(window=3))
 
 
-def test_one_callback_serves_a_second_trainer_and_model(tmp_path):
+def test_p24_one_callback_serves_a_second_trainer_and_model(tmp_path):
     merging = ModelMerging(window=2, every=2)
     for name, steps in (("first", 7), ("second", 5)):
         trainer(tmp_path / name, merging, max_steps=steps).fit(TiedModel(), documents(), documents(4, seed=1))
@@ -402,7 +402,7 @@ def test_one_callback_serves_a_second_trainer_and_model(tmp_path):
     assert [(record.step, record.tokens) for record in records(tmp_path / "second")] == [(4, 96)]
 
 
-def test_a_second_fit_of_one_trainer_goes_on_counting(tmp_path):
+def test_p24_a_second_fit_of_one_trainer_goes_on_counting(tmp_path):
     merging, module = ModelMerging(window=3, every=2), TiedModel()
     own = trainer(tmp_path, merging, max_steps=5)
     own.fit(module, documents(), documents(4, seed=1))
@@ -475,7 +475,7 @@ def test_other_verbs_of_the_trainer_do_nothing_of_ours(verb, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_after_a_fit_other_verbs_see_the_raw_model(verb, tmp_path):
+def test_p24_after_a_fit_other_verbs_see_the_raw_model(verb, tmp_path):
     class Module(Regression):
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.log("loss", self.loss(batch))
@@ -521,7 +521,7 @@ def test_scaling_the_batch_size_leaves_no_snapshot(tmp_path):
     assert [(record.step, record.recipes["sma"].steps) for record in records(tmp_path)] == [(4, (2, 4))]
 
 
-def test_the_sanity_check_measures_nothing(tmp_path):
+def test_p07_the_sanity_check_measures_nothing(tmp_path):
     seen = Seen()
     merging = ModelMerging(window=2, every=1, evaluators={"seen": seen})
     own = trainer(tmp_path, merging, max_steps=1, num_sanity_val_steps=2)
@@ -568,7 +568,7 @@ def test_a_checkpoint_of_a_run_without_the_callback_gives_its_step(saved_at, tmp
     assert any("without counters" in message for message in caplog.messages)
 
 
-def test_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
+def test_p11_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
     saving = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5, filename="{step}")
     trainer(tmp_path, ModelMerging(window=2, every=2, save={"every": 2}), saving, max_steps=5).fit(
         TiedModel(), documents(), documents(4, seed=1)
@@ -584,7 +584,7 @@ def test_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy])
-def test_a_strategy_that_flattens_parameters_is_refused_at_setup(strategy, tmp_path):
+def test_p19_a_strategy_that_flattens_parameters_is_refused_at_setup(strategy, tmp_path):
     own = trainer(tmp_path, ModelMerging())
     own.strategy.__class__ = type(strategy.__name__, (type(own.strategy),), {})
     with pytest.raises(UnsupportedModelError, match=r"FSDPStrategy is not supported.*use FSDP2"):

@@ -43,7 +43,7 @@ def fit(folder: Path, values: tuple[float, ...], *callbacks: Any, **options: Any
 # --- EarlyStopping ---
 
 
-def test_early_stopping_survives_until_the_first_merge(tmp_path):
+def test_p29_early_stopping_survives_until_the_first_merge(tmp_path):
     stopping = EarlyStopping(METRIC, patience=1)
     own = fit(tmp_path, (1.0,), stopping, max_steps=3)  # three validations, no merge
     assert own.global_step == 3
@@ -103,7 +103,7 @@ def kept(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "kept").glob("*.ckpt")) if (folder / "kept").exists() else []
 
 
-def test_a_checkpoint_waits_for_the_first_merge_and_then_follows_the_metric(tmp_path):
+def test_p29_a_checkpoint_waits_for_the_first_merge_and_then_follows_the_metric(tmp_path):
     saving = ModelCheckpoint(tmp_path / "kept", monitor=METRIC, filename="{step}", save_top_k=1)
     fit(tmp_path, (3.0, 1.0, 2.0, 1.5, 4.0), saving)
     assert kept(tmp_path) == ["step=6.ckpt"]

@@ -665,7 +665,7 @@ def test_batch_size_scaling_gives_the_same_run(tmp_path):
     assert callback.last_record.step == 12
 
 
-def test_checkpoints_hold_the_same_but_for_our_counters(tmp_path):
+def test_p05_checkpoints_hold_the_same_but_for_our_counters(tmp_path):
     def checkpoints(folder: Any, *callbacks: Any) -> dict[str, Any]:
         saving = ModelCheckpoint(
             folder / "kept", monitor="val_loss", every_n_train_steps=3, save_top_k=-1, save_last=True

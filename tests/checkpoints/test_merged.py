@@ -89,7 +89,7 @@ def test_provenance_says_how_the_weights_were_made_and_by_what(saved):
     assert provenance == read_provenance(saved)
 
 
-def test_provenance_is_the_same_file_whenever_it_is_written(saved, tmp_path):  # P30
+def test_p30_provenance_is_the_same_file_whenever_it_is_written(saved, tmp_path):
     save_merged(Model(), tmp_path / "again", PROVENANCE)
     assert (tmp_path / "again" / "provenance.json").read_bytes() == (saved / "provenance.json").read_bytes()
     text = (saved / "provenance.json").read_text()

@@ -55,7 +55,7 @@ def test_a_tensor_of_many_parts_comes_back_whole(monkeypatch, dtype):
             assert torch.equal(tensor, expected.to(dtype).float())
 
 
-def test_a_slot_keeps_no_memory_of_the_live_tensors():
+def test_p23_a_slot_keeps_no_memory_of_the_live_tensors():
     live = torch.randn(1000)
     store = HostStore()
     store.write(0, {"weight": live}, [torch.float32])
@@ -70,7 +70,7 @@ cuda = pytest.mark.skipif(
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_next_optimizer_step_waits_for_a_copy_that_is_still_going_on(dtype):  # P27
+def test_p27_the_next_optimizer_step_waits_for_a_copy_that_is_still_going_on(dtype):
     weight = torch.nn.Parameter(torch.zeros(2**26, device="cuda"))  # 256 MiB: the copy takes milliseconds,
     optimizer = torch.optim.SGD([weight], lr=1.0)  # the step microseconds
     weight.grad = torch.ones_like(weight)
