@@ -165,6 +165,8 @@ def build(schema: type[_ConfigT], values: object, *, at: str = "") -> _ConfigT:
         path = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{at}{path}: {reason}. See the configuration page for the type of each key.") from error
+    except RecursionError as error:
+        raise ConfigError(_endless(at or "configuration")) from error
     _refuse_impossible_values(checked)  # type: ignore[arg-type]
     return checked  # type: ignore[return-value]
 
@@ -257,6 +259,8 @@ def _read(values: object) -> Any:
         )
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"{values}: cannot read a configuration ({error}). Give a YAML file of keys.") from error
+    except RecursionError as error:  # an alias inside of what it names
+        raise ConfigError(_endless(values)) from error
     except Exception as error:  # PyYAML's own errors have no common built-in base
         if not type(error).__module__.startswith("yaml"):
             raise
@@ -264,6 +268,10 @@ def _read(values: object) -> Any:
     if not isinstance(container, Mapping):
         raise ConfigError(f"configuration: {container!r} is no mapping of keys to values.")
     return container
+
+
+def _endless(where: object) -> str:
+    return f"{where}: a value contains itself, or is nested too deep to read. Write it out."
 
 
 def _refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str) -> None:

@@ -2,7 +2,12 @@
 
 import dataclasses
 import string
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -45,7 +50,7 @@ def written_quantities(draw):
 
 # --- configurations ---
 
-leaves = (
+hashable = (
     st.none()
     | st.booleans()
     | st.integers(-(10**9), 10**9)
@@ -54,11 +59,24 @@ leaves = (
     | st.binary(max_size=4)
     | st.sampled_from(["sma", "sma4", "ema", "block", "1000 steps", "8B tokens", "???", "${", "${window}", "off"])
 )
-nested_keys = st.sampled_from(["name", "kind", "last", "alpha", "lr", "every", "best"])
+leaves = (
+    hashable
+    | st.sampled_from(
+        ["1e400 tokens", "inf steps", "9" * 5000, "sma" + "9" * 5000, "\ud800", "\x00", "${oc.env:NOWHERE}"]
+    )
+    | st.sampled_from(
+        [10**400, 1j, {1, 2}, b"x", range(3), object(), len, int, ..., Path("x"), np.int64(3), np.ones(2)]
+    )
+    | st.sampled_from([torch.tensor(3), torch.ones(2), Decimal("NaN"), Fraction(1, 3), date(2020, 1, 1)])
+    | st.fixed_dictionaries({"name": st.just("x"), "kind": st.sampled_from(["custom", "decay", "ema", ["sma"]])})
+)
+nested_keys = st.sampled_from(
+    ["name", "kind", "last", "alpha", "half_life", "weights", "shape", "lr", "every", "keep", "best", "mode", "at_end"]
+)
 anything = st.recursive(
     leaves,
     lambda inner: (
-        st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(nested_keys | leaves, inner, max_size=3)
+        st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(nested_keys | hashable, inner, max_size=3)
     ),
     max_leaves=6,
 )

@@ -245,6 +245,7 @@ def test_blocks_that_no_sample_falls_into_are_refused():
         ("window: 4\nwindow: 5\n", ["merge.yaml: not YAML", "duplicate key"]),
         ("window: ${save.keep\n", ["window"]),
         ("window: 4\nsave:\n", ["save: None is no mapping"]),
+        ("views: &a [*a]\n", ["merge.yaml: a value contains itself"]),
     ],
 )
 def test_a_file_that_is_no_configuration_says_so(tmp_path, text, pieces):
@@ -265,6 +266,13 @@ def test_a_missing_file_a_folder_and_bytes_are_named(tmp_path):
 def test_an_empty_file_means_all_defaults(tmp_path):
     (tmp_path / "merge.yaml").touch()
     assert build(MergeConfig, tmp_path / "merge.yaml") == MergeConfig()
+
+
+def test_a_value_that_contains_itself_says_so():
+    endless = []
+    endless.append(endless)
+    for values in ({"views": endless}, {"save": {"every": endless}}, {"tokens_per_batch": endless}):
+        assert "a value contains itself" in message_of(values)
 
 
 @settings(max_examples=150, deadline=None)
