@@ -245,6 +245,7 @@ def test_blocks_that_no_sample_falls_into_are_refused():
         ("window: 4\nwindow: 5\n", ["merge.yaml: not YAML", "duplicate key"]),
         ("window: ${save.keep\n", ["window"]),
         ("window: 4\nsave:\n", ["save: None is no mapping"]),
+        ("window: !!python/object/apply:os.getpid []\n", ["merge.yaml: not YAML"]),  # no code is run
         ("views: &a [*a]\n", ["merge.yaml: a value contains itself"]),
     ],
 )

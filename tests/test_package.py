@@ -155,6 +155,25 @@ def test_an_error_missing_from_the_drawing_would_be_seen():
     assert undrawn(errors.__doc__, [NewError, ConfigError]) == ["ConfigError (TypeError)", "NewError (KeyError)"]
 
 
+def pickle_readers(source: str) -> list[str]:
+    """What in a module's text would read a pickle."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [f"{ast.unparse(node.value)}.{node.attr}" for node in nodes if isinstance(node, ast.Attribute)]
+    return [
+        name
+        for name in names
+        if name in ("pickle", "cloudpickle", "dill", "joblib", "torch.load", "numpy.load", "np.load")
+    ]
+
+
+def test_nothing_of_the_package_reads_a_pickle():
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert {name: found for name, source in sources.items() if (found := pickle_readers(source))} == {}
+    assert pickle_readers("import pickle\ntorch.load(path)") == ["pickle", "torch.load"]
+
+
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     source = {
         path.relative_to(ROOT).as_posix()
