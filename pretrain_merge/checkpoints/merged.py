@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pretrain_merge import __version__
 from pretrain_merge.checkpoints.folders import published
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.notices import logger
 from pretrain_merge.snapshot import plain_name
 
 WEIGHTS = "model.safetensors"
@@ -26,6 +27,7 @@ PROVENANCE = "provenance.json"
 _FORMAT = "pretrain-merge/1"
 _RECORDED_VERSIONS = ("torch", "lightning", "safetensors")
 _LISTED = 5
+_EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
 def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) -> None:
@@ -35,7 +37,8 @@ def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) 
     `config.json` is added, so that `from_pretrained(target)` works.
 
     Args:
-        module: The model; its whole state dict is written: merged parameters, frozen ones and buffers.
+        module: The model; its whole state dict is written: merged parameters, frozen ones, buffers, and extra state
+            (`get_extra_state`) that is a tensor.
         target: The folder to be made.
         provenance: Plain JSON values: steps, coefficients, configuration, metrics.
 
@@ -44,6 +47,11 @@ def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) 
     """
     prefix, hugging_face = _wrapped_hugging_face_model(module)
     tensors, ties = _without_ties(_state(module, prefix))
+    if left_out := [name for name, value in module.state_dict().items() if not isinstance(value, Tensor | None)]:
+        logger.warning(
+            f"{target} is saved without {', '.join(left_out)}: extra state that is no tensor could be written as a "
+            f"pickle only. Return a tensor from get_extra_state."
+        )
     about = {
         **provenance,
         "format": _FORMAT,
@@ -94,8 +102,12 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
             if not set(ties.values()) <= set(file.keys()):
                 raise CheckpointError(f"{folder / PROVENANCE} is damaged: {ties}. Copy the folder again.")
             _refuse_other_model(folder, module, wanted, file, ties)
+            extra_states = _modules_by_extra_state(module, prefix)
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                wanted[name].copy_(file.get_tensor(name))
+                if _is_extra_state(name):
+                    extra_states[name].set_extra_state(file.get_tensor(name))
+                else:
+                    wanted[name].copy_(file.get_tensor(name))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -150,6 +162,15 @@ def _state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor.detach() for name, tensor in state.items()}
 
 
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
+def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    paths = ((f"{path}." if path else "", part) for path, part in module.named_modules())
+    return {plain_name(f"{path}{_EXTRA_STATE}").removeprefix(prefix): part for path, part in paths}
+
+
 def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each storage once, under its first name (P22), and which other names it has."""
     first: dict[object, str] = {}
@@ -180,6 +201,8 @@ def _refuse_other_model(
     problems = [f"missing in the file: {name}" for name in sorted(wanted.keys() - stored)]
     problems += [f"not in the model: {name}" for name in sorted(stored - wanted.keys())]
     for name in sorted(set(file.keys()) & wanted.keys()):
+        if _is_extra_state(name):
+            continue  # its module says what it takes
         tensor = file.get_slice(name)
         shape, dtype = tuple(tensor.get_shape()), _TORCH_DTYPES.get(tensor.get_dtype())
         if (shape, dtype) != (tuple(wanted[name].shape), wanted[name].dtype):

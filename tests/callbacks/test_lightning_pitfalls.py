@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pretrain_merge import ModelMerging
+from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.records import read_records
 
 pytestmark = LIGHTNING_REMARKS
@@ -183,10 +183,14 @@ class _Scaled(Regression):
 def test_p20_extra_state_is_the_live_models(tmp_path):
     seen: list[list[float]] = []
     module = _Scaled()
-    merging = ModelMerging(window=2, every=2, evaluators={"look": lambda own: seen.append(list(own.scales)) or {}})
+    evaluators = {"look": lambda own: seen.append(list(own.scales)) or {}}
+    merging = ModelMerging(window=2, every=2, evaluators=evaluators, save={"at_end": True})
     trainer(tmp_path, merging, max_steps=6).fit(module, rows(), rows(4, seed=1))
     assert seen == [[4.0], [4.0], [6.0], [6.0]]
     assert module.scales == [6.0]
+    loaded = _Scaled()
+    load_merged(loaded, tmp_path / "merged" / "step-00000006-sma")
+    assert loaded.scales == [6.0]
 
 
 def test_p21_another_option_changes_no_state_key_so_that_the_state_is_found(tmp_path):

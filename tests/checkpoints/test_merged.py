@@ -117,6 +117,32 @@ def test_the_model_that_was_saved_stays_as_it_was(tmp_path):
     assert module.conv.weight.stride() == strides
 
 
+class _WithExtraState(nn.Module):
+    def __init__(self, extra):
+        super().__init__()
+        self.weight, self.extra = nn.Parameter(torch.ones(2)), extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_p20_extra_state_is_handed_to_its_module_whatever_its_size(tmp_path):
+    save_merged(nn.Sequential(_WithExtraState(torch.arange(3))), tmp_path / "merged", {})
+    model = nn.Sequential(_WithExtraState(torch.zeros(0)))
+    load_merged(model, tmp_path / "merged")
+    assert torch.equal(model[0].extra, torch.arange(3))
+
+
+def test_p20_extra_state_that_only_a_pickle_could_hold_is_left_out_and_said(tmp_path, caplog):
+    save_merged(_WithExtraState({"scale": object()}), tmp_path / "merged", {})
+    (message,) = caplog.messages
+    assert "is saved without _extra_state" in message
+    assert "Return a tensor from get_extra_state" in message
+
+
 def test_a_folder_that_exists_is_never_overwritten(saved):
     with pytest.raises(CheckpointError, match="never overwritten"):
         save_merged(Model(seed=1), saved, PROVENANCE)

@@ -429,6 +429,13 @@ FAULTS = (
         "            pass\n",
         _NON_INTERFERENCE,
     ),
+    Fault(
+        "extra state is read and dropped",
+        "checkpoints/merged.py",
+        "extra_states[name].set_extra_state(file.get_tensor(name))",
+        "pass",
+        "tests/checkpoints/test_merged.py",
+    ),
     # the demo's check
     Fault(
         "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
