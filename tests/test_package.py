@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC_NAMES = ["ModelMerging", "RollingMerger", "errors", "load_merged"]
 OPTIONAL = {"matplotlib", "llvmlite", "triton", "transformers", "rich"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "wandb", "numba"} | OPTIONAL
-LAYER_0 = ["errors", "notices", "interrupts", "lr_schedules", "coefficients", "cadence", "records", "config"]
+LAYER_0 = ["errors", "notices", "interrupts", "lr_schedules", "coefficients", "cadence", "records", "config", "plan"]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -124,7 +124,7 @@ def test_the_import_contract_holds_and_names_every_module():
         ("merger.py", "import lightning", "Only the edges know a trainer BROKEN"),
         ("merger.py", "import triton", "Compilers are known to the merge kernels only BROKEN"),
         ("records.py", "import matplotlib", "Figures are drawn in one place BROKEN"),
-        ("evaluate.py", "import transformers", "Only the demo knows a model BROKEN"),
+        ("evaluate.py", "import transformers", "Only the demo and the plan know a model BROKEN"),
         ("helpers.py", "", "Lower layers never import higher ones BROKEN"),  # a module without a layer
     ],
 )

@@ -1,0 +1,122 @@
+"""What each operation of merging moves on one rank, and how long that takes.
+
+This module knows how many streams an operation reads and writes, and through what. It knows no training and no shares
+of anything.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pretrain_merge.plan.hardware import Hardware
+from pretrain_merge.plan.inputs import Merging
+
+HOST_SHARE = 0.5  # of host memory: what `store: auto` takes at most, and what we count on as page cache
+
+
+@dataclass(frozen=True)
+class Move:
+    """So much of something, at so much per second.
+
+    Attributes:
+        amount: Bytes read and written, or tokens evaluated.
+        rate: The same per second.
+        through: "memory", "link", "page cache" or "disk" for bytes; "model" for tokens.
+    """
+
+    amount: int
+    rate: float
+    through: str
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.amount / self.rate
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One rank's operations on its window.
+
+    Attributes:
+        elements: Parameters on the rank.
+        merging: The callback's configuration.
+        hardware: What moves the bytes.
+        store: Where slots lie.
+        sharing: Ranks on one host.
+    """
+
+    elements: int
+    merging: Merging
+    hardware: Hardware
+    store: str
+    sharing: int
+
+    def capture(self) -> tuple[Move, ...]:
+        """The finite check reads once; a block's mean is made in place; then the copy, where that holds up the run."""
+        merging = self.merging
+        total = merging.accumulator_itemsize
+        source = total if merging.in_blocks else merging.itemsize
+        moved = source + (2 * total if merging.in_blocks else 0)
+        if self.store == "disk":
+            return self._in_memory(moved), Move(self._slot_bytes, self.hardware.file_rate, "page cache")
+        if self._is_beside():
+            return (self._in_memory(moved),)
+        return (self._in_memory(moved + source + merging.slot_itemsize),)
+
+    def after_capture(self) -> tuple[Move, ...]:
+        """What goes on beside the next steps: the copy on a side stream, or what the disk still writes."""
+        if self.store == "disk":
+            return (self._from_disk(1),)
+        return (self._over_link(1),) if self._is_beside() else ()
+
+    def sample(self) -> tuple[Move, ...]:
+        """A model added to the open block: the sum is read and written, the model read."""
+        return (self._in_memory(2 * self.merging.accumulator_itemsize + self.merging.itemsize),)
+
+    def merge(self) -> tuple[Move, ...]:
+        """All views, before them the spread of the whole window where the first view sees less of it, and raw back."""
+        views = list(self.merging.views)
+        if views[0] < self.merging.window:
+            views.insert(0, self.merging.window)
+        aside_and_back = self._in_memory(4 * self.merging.itemsize)
+        back = aside_and_back if self.merging.has_scratch else self._from_slots(1)
+        return _added_up([*map(self._from_slots, views), back])
+
+    def _from_slots(self, number: int) -> Move:
+        """So many slots are read, and the live parameters written."""
+        if self.store == "disk" and not self._is_cached():
+            return self._from_disk(number)
+        if self.store != "device" and self.hardware.link_rate:
+            return self._over_link(number)  # what the device then reads and writes itself goes on meanwhile
+        return self._in_memory(number * self.merging.slot_itemsize + self.merging.itemsize)
+
+    def _is_beside(self) -> bool:
+        return self.store == "host" and self.hardware.link_rate is not None
+
+    def _is_cached(self) -> bool:
+        """Whether host memory keeps the slot files; a device reads them too slowly from there to count on it."""
+        files = self.sharing * (self.merging.window + 1) * self._slot_bytes
+        return self.hardware.link_rate is None and files <= HOST_SHARE * self.hardware.host_bytes
+
+    def _in_memory(self, bytes_per_element: int) -> Move:
+        return Move(self.elements * bytes_per_element, self.hardware.memory_rate, "memory")
+
+    def _over_link(self, num_slots: int) -> Move:
+        assert self.hardware.link_rate is not None
+        return Move(num_slots * self._slot_bytes, self.hardware.link_rate, "link")
+
+    def _from_disk(self, num_slots: int) -> Move:
+        return Move(num_slots * self._slot_bytes, self.hardware.disk_rate / self.sharing, "disk")
+
+    @property
+    def _slot_bytes(self) -> int:
+        return self.elements * self.merging.slot_itemsize
+
+
+def _added_up(moves: Iterable[Move]) -> tuple[Move, ...]:
+    """One move for each way through, in the order of the first."""
+    totals: dict[tuple[float, str], int] = {}
+    for move in moves:
+        key = (move.rate, move.through)
+        totals[key] = totals.get(key, 0) + move.amount
+    return tuple(Move(amount, rate, through) for (rate, through), amount in totals.items())

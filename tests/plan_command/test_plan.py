@@ -1,0 +1,110 @@
+"""The command `plan`: what it prints and writes is what the arithmetic gives for the options."""
+
+import json
+import sys
+
+import pytest
+
+from pretrain_merge import cli
+from pretrain_merge.cadence import Quantity
+from pretrain_merge.errors import MissingDependencyError
+from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Question, Training, make_plan
+from pretrain_merge.plan_command.table import plan_table
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command; returns what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pretrain-merge", "plan", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "140")
+        cli.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_table_shows_each_figure_with_its_arithmetic(call):
+    printed = call("7B", "--gpus", 8)
+    for row in (
+        r"window 35 GB 10 × 3.5 GB",
+        r"parameters 875,000,000 7B / 8, rows rounded up",
+        r"device 35 GB of 66 GB fits; of 80 GB less 4 × parameters × 4 bytes of training",
+        r"a step of training 53.1 s 6 × 7B × 4M tokens / (8 × 989 TFLOPS × 40%)",
+        r"a merged model 28 GB 7B × 4 bytes",
+        r"interpolated between dense 2B and 8B of PMA, arXiv 2505.12082",
+    ):
+        assert row in " ".join(printed.split())
+
+
+def test_json_holds_the_question_and_the_plan(call, tmp_path):
+    path = tmp_path / "plan.json"
+    call(
+        "100B", "--activated", "10B", "--gpus", 32, "--replicate", 2, "--tensor", 4, "--hardware", "a100", "--dtype",
+        "float32", "--slot_dtype", "bfloat16", "--window", 6, "--every", "8B tokens", "--merge_every", "16B tokens",
+        "--views", "[sma,sma4]", "--average", "block", "--sample_every", 5, "--store", "disk", "--tokens_per_step",
+        "2M tokens", "--validation_tokens", "1M", "--step_seconds", 12.5, "--measured.disk_rate", 1e9, "--json", path,
+    )  # fmt: skip
+    written = json.loads(path.read_text())
+    merging = Merging(
+        Quantity(8 * 10**9, "tokens"), Quantity(16 * 10**9, "tokens"), window=6, views=(6, 4), average="block",
+        sample_every=5, store="disk", itemsize=4, slot_itemsize=2,
+    )  # fmt: skip
+    expected = make_plan(
+        Question(
+            Model("100B", ((100 * 10**9, 1),), 10 * 10**9),
+            Layout(shard=4, replicate=2, tensor=4),
+            Measured(disk_rate=1e9).over(HARDWARE["a100"]),
+            merging,
+            Training(2 * 10**6, 10**6, step_seconds=12.5),
+        )
+    )
+    figures = written["plan"]
+    for name in ("window_bytes", "scratch_bytes", "accumulator_bytes", "slot_file_bytes_per_host", "share", "store"):
+        assert figures[name] == getattr(expected, name)
+    assert {name: cost["share"] for name, cost in figures["costs"].items()} == {
+        name: cost.share for name, cost in expected.costs.items()
+    }
+    assert figures["places"]["disk"]["fits"] is expected.places["disk"].fits
+    assert written["model"] == {"source": "100B", "parameters": 100 * 10**9, "activated": 10 * 10**9}
+    assert written["layout"] == {"shard": 4, "replicate": 2, "tensor": 4}
+    assert written["paper"]["interval"] == 80 * 10**9
+
+
+def test_interval_and_window_are_the_papers_where_nothing_else_is_said(call, tmp_path):
+    call("70B", "--gpus", 64, "--json", tmp_path / "plan.json")
+    merging = json.loads((tmp_path / "plan.json").read_text())["merging"]
+    assert (merging["every"], merging["window"]) == ({"amount": 40 * 10**9, "unit": "tokens"}, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piece"),
+    [
+        (["7B", "--gpus", 8, "--shard", 3], "gpus: 8 ranks, and shard 3 × replicate 1 × tensor 1 are 3"),
+        (["7B", "--gpus", 6, "--tensor", 4], "gpus: 6 ranks"),
+        (["7B", "--replicate", 0], "replicate: 0 ranks"),
+        (["7B", "--views", "[sma12]"], "the window holds 10"),
+        (["7B", "--every", "3 fortnights"], "every: '3 fortnights' is not a quantity"),
+        (["7B", "--every", "3 samples"], "every: 3 samples"),
+        (["7B", "--tokens_per_step", "lots"], "tokens_per_step: 'lots' is not a quantity"),
+        (["7B", "--validation_tokens", "3 samples"], "validation_tokens: '3 samples' is no number of tokens"),
+        (["7B", "--tokens_per_step", "9 steps"], "tokens_per_step: '9 steps' is no number of tokens"),
+        (["seven"], "model: 'seven'"),
+    ],
+)
+def test_an_impossible_option_ends_with_its_message(call, arguments, piece):
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    assert piece in str(caught.value.code)
+
+
+def test_what_does_not_fit_is_said(call):
+    assert "too large" in call("70B", "--gpus", 1)
+    assert "too large" not in call("1B", "--gpus", 8)
+
+
+def test_a_table_without_rich_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'pretrain-merge\[cli\]'"):
+        plan_table(None, None, None)
