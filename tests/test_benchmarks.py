@@ -93,4 +93,20 @@ def test_overhead(run):
     assert "a snapshot every 10 steps" in printed
 
 
+def test_plan(run, tmp_path):
+    rows, printed = run("plan", "--quick", "--snapshots", "3", "--folder", str(tmp_path))
+    done = {(row["what"], row["dtype"], row["configuration"]) for row in rows}
+    assert {
+        ("capture", dtype, f"{store}, last") for dtype in ("float32", "bfloat16") for store in ("device", "disk")
+    } <= done
+    assert ("merge", "float32", "device, last, bfloat16") in done
+    assert ("sample", "bfloat16", "device, block") in done
+    assert ("evaluation", "float32", "device, last") in done
+    for row in rows:
+        assert 0 < row["ratio_lowest"] <= row["ratio_to_predicted"] <= row["ratio_highest"] < math.inf
+        assert row["predicted_seconds"] > 0 < row["seconds"]
+    assert "predicted" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 # `memory` is run by test_memory.py, which also holds its figures to the promise.

@@ -1,0 +1,278 @@
+"""How far the times that `pretrain-merge plan` predicts are from those measured, with the bandwidth measured here.
+
+    python -m benchmarks.plan [--json FILE] [--quick] [--snapshots 10] [--folder FOLDER] [--device cuda]
+
+In every round one `copy_` of the model is timed and gives the bandwidth; for the disk store, one thread also writes as
+many bytes into a new file. The plan of a one-rank run with these rates predicts a snapshot, a sample of a block, and a
+merge of the whole window with raw put back; the same is then done by `RollingMerger`. For an evaluation, the measured
+step of a small transformer predicts a forward pass. `ratio` is measured / predicted, the median of rounds.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Action, Timing, interleave, machine, show, write_json
+from benchmarks.parameters import llama_tensors
+from pretrain_merge import RollingMerger
+from pretrain_merge.cadence import Quantity
+from pretrain_merge.demo.corpus import VOCAB_SIZE
+from pretrain_merge.plan import HARDWARE, Layout, Merging, Model, Question, Training, make_plan
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = {
+    "what": "what",
+    "dtype": "dtype",
+    "configuration": "configuration",
+    "predicted": "predicted_seconds",
+    "seconds": "seconds",
+    "ratio": "ratio_to_predicted",
+    "lowest": "ratio_lowest",
+    "highest": "ratio_highest",
+}
+_EVALUATED = 2048  # tokens of the small transformer's batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the callback."""
+
+    dtype: str
+    store: str
+    average: str = "last"
+    slot_dtype: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join([self.store, self.average, *([self.slot_dtype] if self.slot_dtype else [])])
+
+
+CASES = (
+    Case("float32", "device"),
+    Case("bfloat16", "device"),
+    Case("float32", "device", slot_dtype="bfloat16"),
+    Case("float32", "device", average="block"),
+    Case("bfloat16", "device", average="block"),
+    Case("float32", "disk"),
+    Case("bfloat16", "disk"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print a table, write JSON; returns the rows."""
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{machine(device)}; torch {torch.__version__}")
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            rows += _rows_of(case, device, Path(folder), options)
+    rows.append(_evaluation(device, options))
+    show(f"window of {options.snapshots}, {rows[0]['elements'] / 2**20:.1f} Mi elements", rows, COLUMNS)
+    write_json(options.json, rows)
+    return rows
+
+
+class Parameters(nn.Module):
+    """A model that is nothing but its parameters."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(tensors.values())
+
+
+def _rows_of(case: Case, device: torch.device, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    module = Parameters(llama_tensors(DTYPES[case.dtype], device, shrink=32 if options.quick else 1))
+    tensors = list(module.parameters())
+    operations, close = _operations(case, module, folder, options.snapshots)
+    label = f"{case.dtype}, {case}"
+    rounds = 3 if options.quick else options.rounds
+    timed = interleave(operations, _copy_all(tensors), rounds=rounds, device=device, label=label)
+    close()
+    written = timed.get("write")
+    about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds}
+    return [
+        _row(case, what, timing, _predictions(case, what, tensors, timing, written, options.snapshots), device, about)
+        for what, timing in timed.items()
+        if what in ("capture", "sample", "merge")
+    ]
+
+
+def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int) -> tuple[dict[str, Action], Action]:
+    """What is timed, each on a merger whose window is full, and what frees them."""
+    common: dict[str, Any] = {
+        "window": num_snapshots,
+        "store": case.store,
+        "slot_dtype": case.slot_dtype,
+        "average": case.average,
+    }
+    merger = RollingMerger(every=1, store_folder=str(folder / "window"), **common)
+    steps = itertools.count(1)
+    for _ in range(num_snapshots):
+        merger.observe(module, next(steps))
+
+    def capture() -> None:
+        merger.observe(module, next(steps))
+
+    def merge() -> None:
+        with merger.merged(module, "sma"):
+            pass
+
+    if case.store == "disk":
+        write, clear = _file_of(module, folder / "written")
+
+        def settle() -> None:  # not part of what a run waits for
+            merger._store._finish()  # type: ignore[union-attr]
+
+        return {"write": write, "clear": clear, "capture": capture, "settle": settle, "merge": merge}, merger.close
+    if case.average == "last":
+        return {"capture": capture, "merge": merge}, merger.close
+    # within an interval that does not end, every step is a sample
+    sampler = RollingMerger(every=10**9, store_folder=str(folder / "samples"), **common)
+    sampled = itertools.count(1)
+    sampler.observe(module, next(sampled))
+
+    def sample() -> None:
+        sampler.observe(module, next(sampled))
+
+    return {"sample": sample, "merge": merge}, lambda: (merger.close(), sampler.close())
+
+
+def _predictions(
+    case: Case, what: str, tensors: Sequence[Tensor], timing: Timing, written: Timing | None, num_snapshots: int
+) -> list[float]:
+    """Seconds that the plan gives, round by round, with the rates of that round."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    itemsize = tensors[0].element_size()
+    merging = Merging(
+        every=Quantity(1),
+        window=num_snapshots,
+        views=(num_snapshots,),
+        average=case.average,
+        store=case.store,
+        itemsize=itemsize,
+        slot_itemsize=DTYPES[case.slot_dtype].itemsize if case.slot_dtype else itemsize,
+    )
+    model = Model("measured", tuple(tuple(tensor.shape) for tensor in tensors), sum(t.numel() for t in tensors))
+    file_seconds = written.seconds if written is not None else [1.0] * len(timing.seconds)
+    predictions = []
+    for copied, wrote in zip(timing.yardstick, file_seconds, strict=True):
+        hardware = replace(HARDWARE["cpu"], memory_rate=2 * num_bytes / copied, file_rate=num_bytes / wrote)
+        question = Question(model, Layout(), hardware, merging, Training(1, 1, step_seconds=1.0))
+        # of a capture to the disk only what the run waits for: here there is no training that it could go on beside
+        predictions.append(sum(move.seconds for move in make_plan(question).costs[what].moves))
+    return predictions
+
+
+def _row(
+    case: Case,
+    what: str,
+    timing: Timing,
+    predictions: Sequence[float],
+    device: torch.device,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    ratios = [own / predicted for own, predicted in zip(timing.seconds, predictions, strict=True)]
+    return {
+        "what": what,
+        "dtype": case.dtype,
+        "configuration": str(case),
+        "predicted_seconds": statistics.median(predictions),
+        "seconds": timing.median,
+        "ratio_to_predicted": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "machine": machine(device),
+        "torch": torch.__version__,
+    } | about
+
+
+def _evaluation(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """A forward pass of a small Llama beside a training step on as many tokens: the plan says a third."""
+    import transformers
+
+    width, layers, length = (64, 1, 64) if options.quick else (256, 4, 256)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        use_cache=False,
+    )
+    model: Any = transformers.LlamaForCausalLM(config).to(device)
+    tokens = torch.randint(VOCAB_SIZE, (_EVALUATED // length, length), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        for _ in range(2):  # raw and one view
+            model(input_ids=tokens, labels=tokens)
+
+    rounds = 3 if options.quick else options.rounds
+    timing = interleave({"evaluation": evaluate}, step, rounds=rounds, device=device, label="evaluation")["evaluation"]
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    shapes = Model("measured", ((elements, 1),), elements)
+    predictions = []
+    for seconds in timing.yardstick:
+        training = Training(_EVALUATED, _EVALUATED, step_seconds=seconds)
+        question = Question(shapes, Layout(), HARDWARE["cpu"], Merging(Quantity(1)), training)
+        predictions.append(make_plan(question).costs["evaluation"].seconds)
+    about = {"elements": elements, "rounds": rounds}
+    return _row(Case("float32", "device"), "evaluation", timing, predictions, device, about)
+
+
+def _file_of(module: nn.Module, path: Path) -> tuple[Action, Action]:
+    """One thread writes the model's bytes into a new file, from a buffer that stays in its core's cache; and away."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+    buffer = memoryview(bytearray(2**18))
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, num_bytes, len(buffer)):
+                file.write(buffer[: min(len(buffer), num_bytes - start)])
+
+    return write, lambda: path.unlink(missing_ok=True)
+
+
+def _copy_all(sources: Sequence[Tensor]) -> Action:
+    targets = [torch.empty_like(tensor, requires_grad=False) for tensor in sources]
+
+    @torch.no_grad()
+    def copy() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    return copy
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser.add_argument("--quick", action="store_true", help="a thousandth of the model, three rounds")
+    parser.add_argument("--snapshots", type=int, default=10, metavar="N")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
