@@ -32,7 +32,7 @@ class TinyLM(L.LightningModule):
         return self.loss(batch["input_ids"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch["input_ids"]), prog_bar=True)
+        self.log("val_loss", self.loss(batch["input_ids"]), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr)

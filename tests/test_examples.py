@@ -1,8 +1,10 @@
 """Every example runs as its reader would run it, and shows what it says it shows."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +117,40 @@ def test_huggingface_datasets(monkeypatch, run_folder, capsys):
     assert "is a LlamaForCausalLM of" in capsys.readouterr().out
 
 
+def test_several_devices_on_one(monkeypatch, run_folder):
+    run(monkeypatch, "several_devices.py", "--steps", 120)
+    assert [record["window"] for record in records(run_folder)] == [2, 3]
+
+
+def run_on_two_ranks(folder, strategy, *launcher):
+    """Records of a run and what it printed."""
+    script = [str(EXAMPLES / "several_devices.py"), "--strategy", strategy, "--devices", "2", "--steps", "120"]
+    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, *launcher, *script],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=140,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return records(folder), shown(done.stdout)
+
+
+def test_several_devices_on_two_ranks_started_by_lightning_and_by_torchrun(run_folder):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ddp, shown_by_ddp = run_on_two_ranks(run_folder / "ddp", "ddp")
+    fsdp2, shown_by_fsdp2 = run_on_two_ranks(run_folder / "fsdp2", "fsdp2", *torchrun)
+    for lines in (ddp, fsdp2):  # one file, of one rank
+        assert [line["window"] for line in lines] == [2, 3]
+    assert shown_by_ddp["merge/tokens"] == shown_by_fsdp2["merge/tokens"] > 1.9 * 120 * 8 * 33
+    for one, other in zip(ddp, fsdp2, strict=True):  # one run, however its weights are divided
+        assert one["raw"]["val_loss"] == pytest.approx(other["raw"]["val_loss"], rel=1e-3)
+        assert one["views"]["sma"]["val_loss"] == pytest.approx(other["views"]["sma"]["val_loss"], rel=1e-3)
+
+
 def test_a_data_set_that_cannot_be_loaded_is_said_with_the_way_out(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
@@ -130,7 +166,7 @@ def test_every_example_is_in_the_list_and_tested():
     listed = (EXAMPLES / "README.md").read_text()
     tested = Path(__file__).read_text()
     scripts = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.py") if path.name != "tiny_lm.py"]
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     for script in scripts:
         assert str(script.parent if script.parent.name else script) in listed
         assert f'"{script}"' in tested
