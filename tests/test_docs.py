@@ -7,6 +7,7 @@ goes through the door that it belongs to: the configuration schema, LightningCLI
 import ast
 import inspect
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch.utils.data import DataLoader
 
-from pretrain_merge import ModelMerging, config, errors
+from pretrain_merge import ModelMerging, cli, config, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -136,6 +137,26 @@ def test_every_code_block_runs(path, tmp_path, monkeypatch, merges_jsonl):
     num_fences = sum(language in ("python", "yaml") for language in FENCE.findall(path.read_text()))
     assert len({example.region.start for example in document}) >= num_fences  # a doctest block is several examples
     run(document, tmp_path)
+
+
+def shown_commands(page: str) -> dict[str, str]:
+    """What a page shows that a command prints, by command."""
+    return dict(re.findall(r"^```console\n\$ (pretrain-merge [^\n]+)\n(.*?)\n```$", page, re.M | re.S))
+
+
+def printed(command: str, capsys, monkeypatch) -> str:
+    """What the command prints on a terminal as wide as a page, less the empty lines at its end."""
+    monkeypatch.setenv("COLUMNS", "118")
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    cli.main()
+    return "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()).rstrip("\n")
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 1024])
+def test_a_plan_that_is_shown_is_what_the_command_prints(gpus, capsys, monkeypatch):
+    shown = shown_commands((ROOT / "docs/plan.md").read_text())
+    (command,) = [command for command in shown if f"--gpus {gpus} " in f"{command} "]
+    assert shown[command] == printed(command, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
