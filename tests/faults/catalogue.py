@@ -45,6 +45,7 @@ _RECORDS = "tests/test_records.py"
 _ACCUMULATE = "tests/accumulate/test_contract.py"
 _EVALUATE = "tests/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
+_PLAN = "tests/plan"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -439,5 +440,37 @@ FAULTS = (
     # the demo's check
     Fault(
         "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
+    ),
+    # plan
+    Fault(
+        "the plan's shards round down",
+        "plan/shards.py",
+        "own = -(-rows // self.shard)",
+        "own = rows // self.shard",
+        _PLAN,
+    ),
+    Fault(
+        "the plan forgets the sum of a block",
+        "plan/costs.py",
+        "accumulator = elements * merging.accumulator_itemsize",
+        "accumulator = elements * merging.slot_itemsize",
+        _PLAN,
+    ),
+    Fault(
+        "the plan forgets that a slot's old file stays", "plan/costs.py", "Place(window + slot,", "Place(window,", _PLAN
+    ),
+    Fault(
+        "the plan forgets the scratch copy of narrow slots",
+        "plan/inputs.py",
+        "return self.in_blocks or self.slot_itemsize < self.itemsize",
+        "return self.in_blocks",
+        _PLAN,
+    ),
+    Fault(
+        "the plan reads the paper's rows in straight lines",
+        "plan/paper.py",
+        "position = math.log(activated / below.parameters) / math.log(above.parameters / below.parameters)",
+        "position = (activated - below.parameters) / (above.parameters - below.parameters)",
+        _PLAN,
     ),
 )
