@@ -1,8 +1,9 @@
 """What merging costs a run: bytes on every rank and where they fit, seconds, and shares of the training time.
 
 This module is arithmetic on sizes and rates, the formulas of the documentation's page on planning. It knows no tensors
-and no files. Bytes are exact for the layout they are asked of. Seconds are bytes moved by the rate of what moves them;
-below some ten million elements per rank the cost of starting one operation per tensor comes on top.
+and no files. Bytes are exact under DDP and FSDP2; under tensor parallelism as far as `Layout` says. Seconds are bytes
+moved by the rate of what moves them; below some ten million elements per rank the cost of starting one operation per
+tensor comes on top.
 """
 
 from collections.abc import Mapping
