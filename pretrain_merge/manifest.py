@@ -53,6 +53,7 @@ class Manifest:
         num_refused: Non-finite snapshots refused so far.
         segment: Number of breaks so far.
         last_break: The last of them.
+        snapshot_is_new: Whether the last observed step took one.
         snapshots: Oldest first.
         block: Of `average: block`.
     """
@@ -65,6 +66,7 @@ class Manifest:
     num_refused: int
     segment: int
     last_break: Break | None
+    snapshot_is_new: bool
     snapshots: tuple[HeldSnapshot, ...]
     block: OpenBlock | None
 

@@ -5,7 +5,7 @@ where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluati
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,13 @@ class RollingMerger:
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
         self._break_on_new_lr()
         due = self._cadence.crossed(before, self._progress)
-        if self._block is None:
-            self._snapshot_is_new = due and self._capture(module)
-        else:
-            self._snapshot_is_new = self._observe_block(self._block, module, before, due)
+        self._snapshot_is_new = False
+        # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
+        with interrupts.held() if due or self._block is not None else nullcontext():
+            if self._block is not None:
+                self._snapshot_is_new = self._observe_block(self._block, module, before, due)
+            elif due:
+                self._snapshot_is_new = self._capture(module)
         return self._snapshot_is_new
 
     def merge_is_due(self) -> bool:
@@ -246,6 +249,7 @@ class RollingMerger:
             num_refused=self.num_refused,
             segment=self.window.segment,
             last_break=self.window.last_break,
+            snapshot_is_new=self._snapshot_is_new,
             snapshots=self._snapshots.keep(files),
             block=open_block.keep(self._block, files, self._progress.step) if self._block is not None else None,
         )
@@ -276,6 +280,7 @@ class RollingMerger:
             raise
         self._progress, self._phase, self.num_refused = manifest.progress, manifest.phase, manifest.num_refused
         self._lr, self._segment_lr = manifest.lr, manifest.segment_lr
+        self._snapshot_is_new = manifest.snapshot_is_new
 
     def close(self) -> None:
         """Give the memory of the window back."""

@@ -162,7 +162,7 @@ def resumed(kind, folder):
     train(kind, folder, ModelMerging(window=2, every=EVERY), saving=saving)
     merging = ModelMerging(window=2, every=EVERY)
     train(kind, folder, merging, ckpt_path=f"{folder}/kept/step={STEPS // 2}.ckpt")
-    return merging.state_dict()["progress"] | {"merged at": merging.last_record.step}
+    return merging.state_dict()["values"]["progress"] | {"merged at": merging.last_record.step}
 
 
 def all_runs(folder):

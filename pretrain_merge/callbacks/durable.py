@@ -32,6 +32,7 @@ class RunState:
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
         saved: Which merged models are on disk for which reason.
+        last_merge: Step of the last merge that was recorded; 0 before the first.
     """
 
     progress: Progress
@@ -42,6 +43,7 @@ class RunState:
     window: Mapping[str, Any] | None = None
     lost: str = ""
     saved: Mapping[str, Any] = field(default_factory=dict)
+    last_merge: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """As Lightning's checkpoints take it."""

@@ -119,6 +119,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._tracker = Tracker()
         self._state: dict[str, Any] = {}
         self._durable: DurableWindow | None = None
+        self._last_merge = 0
         self._merger: RollingMerger | None = None
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
@@ -190,6 +191,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if not trainer.fast_dev_run:
             self._open_window(trainer, pl_module, self._merger, folder, state)
             self._open_folder(trainer, folder, state)
+            self._last_merge = state.last_merge
+            if state.last_merge < state.progress.step:  # a signal broke the last one off
+                self._merge_if_due(trainer, pl_module, self._merger)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -210,8 +214,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._rehearse(trainer, pl_module)
             return
         merger.observe(pl_module, progress, lr=clock.lr)
-        if merger.merge_is_due():
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+        self._merge_if_due(trainer, pl_module, merger)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save merges of the newest snapshots where the user asked for it, and the window for a checkpoint to come."""
@@ -273,6 +276,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             window=manifest.to_plain() if manifest is not None else None,
             lost=lost,
             saved=self._merged_models.state_dict() if self._merged_models is not None else {},
+            last_merge=self._last_merge,
         ).to_plain()
 
     def _cadences(self) -> list[Cadence]:
@@ -352,6 +356,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
         self._merged_models.load_state_dict(state.saved)
 
+    def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
+        if merger.merge_is_due():
+            self._publish(trainer, self._measure(trainer, pl_module, merger))
+
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
         ready = [view for view in merger.views if merger.why_not(view) is None]
@@ -412,7 +420,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
         if record is None:
             return
-        self.last_record = record
+        self.last_record, self._last_merge = record, record.step
         self._tracker.publish(trainer.loggers, record)
         if trainer.is_global_zero and self._records_path is not None:
             append_record(self._records_path, record)
