@@ -8,6 +8,7 @@ a byte, so there is no tokenizer either.
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,19 +54,25 @@ def load_corpus(root: Path | None = None) -> Corpus:
         MissingDependencyError: There is too little source text (some minimal Python installations strip it).
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    train, validation = bytearray(), bytearray()
-    num_files = 0
-    for name in _source_files(root):
-        text = validation if _is_held_out(name) else train
-        text += (root / name).read_bytes()
-        num_files += 1
-    num_bytes = len(train) + len(validation)
-    if num_bytes < _MIN_BYTES or not train or not validation:
+    corpus = split_by_name((name, (root / name).read_bytes()) for name in _source_files(root))
+    num_bytes = len(corpus.train) + len(corpus.validation)
+    if num_bytes < _MIN_BYTES or not len(corpus.train) or not len(corpus.validation):
         raise MissingDependencyError(
-            f"{root} holds {num_bytes} bytes of Python source in {num_files} files. The demo trains on at least "
+            f"{root} holds {num_bytes} bytes of Python source in {corpus.num_files} files. The demo trains on at least "
             f"{_MIN_BYTES} bytes of the standard library's source text. Run it with a Python that ships its source "
             f"(python.org, a Linux distribution, uv or conda; not an embedded or zipped one)."
         )
+    return corpus
+
+
+def split_by_name(files: Iterable[tuple[str, bytes]]) -> Corpus:
+    """Join texts, each on the side that its name decides."""
+    train, validation = bytearray(), bytearray()
+    num_files = 0
+    for name, content in files:
+        text = validation if _is_held_out(name) else train
+        text += content
+        num_files += 1
     return Corpus(_as_tensor(train), _as_tensor(validation), num_files)
 
 
@@ -150,7 +157,7 @@ def _is_held_out(name: str) -> bool:
 
 
 def _as_tensor(text: bytearray) -> Tensor:
-    return torch.frombuffer(text, dtype=torch.uint8)
+    return torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
 def _block(text: Tensor, start: int, length: int) -> dict[str, Tensor]:

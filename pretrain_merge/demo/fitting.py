@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge.demo.corpus import Corpus, TrainingBlocks, ValidationBlocks
 from pretrain_merge.demo.experiment import Experiment
-from pretrain_merge.demo.models import LanguageModel, build_model
 from pretrain_merge.demo.report import METRIC
 
 _VALIDATION_BATCH = 128
@@ -31,43 +30,41 @@ _VALIDATION_BATCH = 128
 def fit(
     experiment: Experiment,
     corpus: Corpus,
+    module: lightning.LightningModule,
     *,
-    lr_factor: Callable[[int], float],
     first_step: int = 0,
+    last_step: int | None = None,
+    data_seed: int | None = None,
     ckpt_path: Path | None = None,
     **trainer_options: Any,
-) -> LanguageModel:
-    """Train a new model, from the first step or from a checkpoint on, to the experiment's last step.
+) -> lightning.Trainer:
+    """Train a module on the experiment's text, from the first step or from a checkpoint on.
 
     Args:
-        experiment: Model, data and length.
+        experiment: Data and length.
         corpus: The text.
-        lr_factor: From steps done to the fraction of the peak learning rate that the next step uses.
+        module: Takes what `TrainingBlocks` gives.
         first_step: Steps of the run that the checkpoint has behind it.
+        last_step: Where to end; default: the experiment's last step.
+        data_seed: Draws the training blocks; default: the experiment's seed.
         ckpt_path: A Lightning checkpoint to go on from; None: start anew.
         **trainer_options: Callbacks, loggers and validation intervals.
 
     Returns:
-        The trained module.
+        The trainer, when it is done.
     """
-    module = LanguageModel(
-        build_model(experiment.family, seed=experiment.seed), peak_lr=experiment.peak_lr, lr_factor=lr_factor
-    )
     train_blocks = TrainingBlocks(
         corpus.train,
         block_length=experiment.block_length,
         # Of the whole run also for a branch: resumed, Lightning counts the batches before it as read (P26).
         num_blocks=experiment.num_steps * experiment.batch_size,
         first=first_step * experiment.batch_size,
-        seed=experiment.seed,
-    )
-    validation_blocks = ValidationBlocks(
-        corpus.validation, block_length=experiment.block_length, num_blocks=experiment.num_validation_blocks
+        seed=experiment.seed if data_seed is None else data_seed,
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        max_steps=experiment.num_steps,
+        max_steps=experiment.num_steps if last_step is None else last_step,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         log_every_n_steps=20,
@@ -78,11 +75,19 @@ def fit(
     trainer.fit(
         module,
         _loader(train_blocks, experiment.batch_size),
-        _loader(validation_blocks, _VALIDATION_BATCH),
+        validation_loader(experiment, corpus),
         ckpt_path=ckpt_path,
         weights_only=True,
     )
-    return module
+    return trainer
+
+
+def validation_loader(experiment: Experiment, corpus: Corpus) -> DataLoader[Any]:
+    """The held-out blocks, in order."""
+    blocks = ValidationBlocks(
+        corpus.validation, block_length=experiment.block_length, num_blocks=experiment.num_validation_blocks
+    )
+    return _loader(blocks, _VALIDATION_BATCH)
 
 
 def _loader(blocks: Dataset[Any], batch_size: int) -> DataLoader[Any]:

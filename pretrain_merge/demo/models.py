@@ -14,15 +14,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pretrain_merge.demo.corpus import VOCAB_SIZE
-from pretrain_merge.demo.experiment import FAMILIES
+from pretrain_merge.demo.experiment import FAMILIES, Experiment
 from pretrain_merge.errors import ConfigError
 
-_SIZE: dict[str, Any] = {
+_SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
     "use_cache": False,
@@ -33,12 +29,14 @@ _SIZE: dict[str, Any] = {
 }
 
 
-def build_model(family: str, *, seed: int) -> Any:
+def build_model(family: str, *, seed: int, width: int = 64, depth: int = 2) -> Any:
     """A Hugging Face model with random weights, about 123 thousand parameters (llama) or 197 thousand (moe).
 
     Args:
         family: "llama" for `LlamaForCausalLM`, "moe" for `MixtralForCausalLM` with 4 experts, 2 per token.
         seed: Draws the weights; the global random state is left as it was.
+        width: Size of the hidden states, a multiple of 32: a head has 32 of them.
+        depth: Number of layers.
 
     Raises:
         ConfigError: The family is unknown.
@@ -48,13 +46,19 @@ def build_model(family: str, *, seed: int) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; there is nothing to fetch
     import transformers
 
+    heads = width // 32
+    size = _SHARED | {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "llama":
-            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZE, intermediate_size=192))
-        return transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**_SIZE, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
-        )
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, intermediate_size=3 * width))
+        experts = {"intermediate_size": 3 * width // 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**size, **experts))
 
 
 def constant_after_warmup(warmup_steps: int) -> Callable[[int], float]:
@@ -70,6 +74,12 @@ def constant_after_warmup(warmup_steps: int) -> Callable[[int], float]:
         return min(1.0, (step + 1) / warmup_steps)
 
     return factor
+
+
+def language_model(experiment: Experiment, lr_factor: Callable[[int], float]) -> "LanguageModel":
+    """The experiment's model, with the schedule that it is trained by."""
+    model = build_model(experiment.family, seed=experiment.seed)
+    return LanguageModel(model, peak_lr=experiment.peak_lr, lr_factor=lr_factor)
 
 
 def linear_anneal(start: int, num_steps: int) -> Callable[[int], float]:

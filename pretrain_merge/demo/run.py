@@ -19,7 +19,7 @@ from pretrain_merge import ModelMerging, plots
 from pretrain_merge.demo.corpus import Corpus, load_corpus
 from pretrain_merge.demo.experiment import FAMILIES, Branch, Experiment, last_window
 from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, ValidationCurve, fit, offline_run, quiet
-from pretrain_merge.demo.models import build_model, constant_after_warmup, linear_anneal
+from pretrain_merge.demo.models import build_model, constant_after_warmup, language_model, linear_anneal
 from pretrain_merge.demo.report import METRIC, Summary, show, summarise
 from pretrain_merge.errors import CheckpointError, MissingDependencyError
 from pretrain_merge.records import MergeRecord, read_records
@@ -101,7 +101,7 @@ def train(
     fit(
         experiment,
         corpus,
-        lr_factor=constant_after_warmup(experiment.warmup_steps),
+        language_model(experiment, constant_after_warmup(experiment.warmup_steps)),
         callbacks=[merging, CheckpointAt(branch.start, checkpoint), NamedBar("training")],
         default_root_dir=out,
         logger=logger,
@@ -130,7 +130,7 @@ def anneal(
     fit(
         experiment,
         corpus,
-        lr_factor=linear_anneal(branch.start, branch.num_steps),
+        language_model(experiment, linear_anneal(branch.start, branch.num_steps)),
         first_step=branch.start,
         ckpt_path=checkpoint,
         callbacks=[curve, NamedBar("annealing")],
