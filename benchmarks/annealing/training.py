@@ -101,7 +101,7 @@ def merging(setup: Setup) -> list[ModelMerging]:
 
 
 def train(setup: Setup, corpus: Corpus, say: Callable[[str], None]) -> dict[str, Any]:
-    """The run, its merges and all its branches; what it returns depends on the setup and the text alone, but `seconds`."""
+    """The run, its merges and all its branches; but for `seconds` it depends on the setup and the text alone."""
     started = time.process_time()
     with quiet(), tempfile.TemporaryDirectory() as folder:
         records = _run(setup, corpus, Path(folder))

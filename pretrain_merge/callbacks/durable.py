@@ -149,7 +149,7 @@ class DurableWindow:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
         places = list(dict.fromkeys(self._places(state)))
         absent = {
-            place: [file.name for file in manifest.files if not (place / file.name).is_file()] for place in places
+            place: [file.name for file in manifest.files if not (place / file.name).exists()] for place in places
         }
         best = min(places, key=lambda place: len(absent[place]))
         if absent[best]:

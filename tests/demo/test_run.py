@@ -13,7 +13,7 @@ from pretrain_merge.demo import run
 from pretrain_merge.demo.corpus import load_corpus
 from pretrain_merge.demo.experiment import Branch, Experiment, last_window
 from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, fit, quiet
-from pretrain_merge.demo.models import LanguageModel, build_model, constant_after_warmup, linear_anneal
+from pretrain_merge.demo.models import LanguageModel, build_model, constant_after_warmup, language_model, linear_anneal
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.records import read_records
 
@@ -50,12 +50,13 @@ class Recorder(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def short_fit(corpus, folder, **options):
+def short_fit(corpus, folder, *, lr_factor, **options):
     recorder = Recorder()
     defaults = {"logger": False, "enable_progress_bar": False, "default_root_dir": folder}
     callbacks = [recorder, *options.pop("callbacks", [])]
     with quiet():
-        module = fit(SHORT, corpus, callbacks=callbacks, **(defaults | options))
+        module = language_model(SHORT, lr_factor)
+        fit(SHORT, corpus, module, callbacks=callbacks, **(defaults | options))
     return {name: value.clone() for name, value in module.state_dict().items()}, recorder
 
 
@@ -110,7 +111,7 @@ def test_a_run_replaces_what_an_earlier_one_left(finished):
     _, out = finished
     assert not (out / "left-over").exists()
     assert {path.name for path in out.iterdir()} == {
-        *("summary.json", "merges.jsonl", "curves.png", "merged", "wandb", "checkpoints", ".pretrain-merge-demo")
+        *("summary.json", "merges.jsonl", "curves.png", "merged", "wandb", "checkpoints", "window", ".pretrain-merge-demo")
     }
 
 
