@@ -62,7 +62,10 @@ def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) 
         "versions": {"pretrain-merge": __version__} | {name: version(name) for name in _RECORDED_VERSIONS},
     }
     with published(target) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # no OSError, also where the disk is full
+            raise OSError(error) from error
         if not _holds(folder / WEIGHTS, tensors):
             raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
         # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
