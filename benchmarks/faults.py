@@ -271,7 +271,7 @@ class _Bench:
         names = [str(path.relative_to(folder)) for path in _files(folder)]
         gone = [path for path in needs if not Path(path).exists()]
         return [
-            name for name in names if name not in known and not earlier.fullmatch(name) or name.endswith(".tmp")
+            name for name in names if (name not in known and not earlier.fullmatch(name)) or name.endswith(".tmp")
         ] + gone
 
     def _end_of(self, folder: Path) -> dict[str, Any]:
@@ -414,7 +414,7 @@ def _corrupt(bench: _Bench, times: int) -> Iterator[dict[str, Any]]:
 def _corrupt_once(bench: _Bench, folder: Path, setting: Setting, counts: Counter[str]) -> None:
     checkpoint = bench.checkpoint(folder)
     assert checkpoint is not None
-    files = sorted((folder / "window").glob("*-*-*.*")) + [folder / "window" / "checkpoints.json", checkpoint]
+    files = [*sorted((folder / "window").glob("*-*-*.*")), folder / "window" / "checkpoints.json", checkpoint]
     path = bench.chance.choice([*files, checkpoint])
     content = bytearray(path.read_bytes())
     if bench.chance.random() < 0.2:
