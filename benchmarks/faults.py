@@ -113,7 +113,8 @@ def _train(folder: Path, setting: Setting, checkpoint: Path | None, callbacks: S
         filename="{step}", enable_version_counter=False,
     )  # fmt: skip
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=[*callbacks, merging, saving],
+        max_steps=STEPS, accelerator="cpu", logger=False, default_root_dir=folder,
+        callbacks=[*callbacks, merging, saving],
         accumulate_grad_batches=setting.accumulate, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=2, val_check_interval=10**6, check_val_every_n_epoch=None, num_sanity_val_steps=0,
     )  # fmt: skip
