@@ -148,9 +148,7 @@ class DurableWindow:
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
         places = list(dict.fromkeys(self._places(state)))
-        absent = {
-            place: [file.name for file in manifest.files if not (place / file.name).exists()] for place in places
-        }
+        absent = {place: [file.name for file in manifest.files if not (place / file.name).exists()] for place in places}
         best = min(places, key=lambda place: len(absent[place]))
         if absent[best]:
             raise CheckpointError(f"{absent[best][0]} is not there. Looked in {', '.join(map(str, places))}.")

@@ -57,7 +57,11 @@ def build_model(family: str, *, seed: int, width: int = 64, depth: int = 2) -> A
         torch.manual_seed(seed)
         if family == "llama":
             return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, intermediate_size=3 * width))
-        experts: dict[str, Any] = {"intermediate_size": 3 * width // 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        experts: dict[str, Any] = {
+            "intermediate_size": 3 * width // 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        }
         return transformers.MixtralForCausalLM(transformers.MixtralConfig(**size, **experts))
 
 

@@ -111,7 +111,16 @@ def test_a_run_replaces_what_an_earlier_one_left(finished):
     _, out = finished
     assert not (out / "left-over").exists()
     assert {path.name for path in out.iterdir()} == {
-        *("summary.json", "merges.jsonl", "curves.png", "merged", "wandb", "checkpoints", "window", ".pretrain-merge-demo")
+        *(
+            "summary.json",
+            "merges.jsonl",
+            "curves.png",
+            "merged",
+            "wandb",
+            "checkpoints",
+            "window",
+            ".pretrain-merge-demo",
+        )
     }
 
 
