@@ -131,7 +131,7 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
         write, clear = _file_of(module, folder / "written")
 
         def settle() -> None:  # not part of what a run waits for
-            merger._store._finish()  # type: ignore[union-attr]
+            merger._snapshots._store._finish()  # type: ignore[union-attr]
 
         return {"write": write, "clear": clear, "capture": capture, "settle": settle, "merge": merge}, merger.close
     if case.average == "last":

@@ -190,9 +190,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
         if not trainer.fast_dev_run:
             self._open_window(trainer, pl_module, self._merger, folder, state)
-            self._open_folder(trainer, folder, state)
             self._last_merge = state.last_merge
-            if state.last_merge < state.progress.step:  # a signal broke the last one off
+            is_owed = state.last_merge < state.progress.step and self._merger.merge_is_due()
+            self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
+            if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
                 self._merge_if_due(trainer, pl_module, self._merger)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -335,7 +336,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         options = {item.name: values[item.name] for item in fields(WindowConfig)}
         return options | {"store_folder": options["store_folder"] or str(folder / "window")}
 
-    def _open_folder(self, trainer: Any, folder: Path, state: RunState) -> None:
+    def _open_folder(self, trainer: Any, folder: Path, state: RunState, *, records_until: int) -> None:
         self._records_path = folder / "merges.jsonl"
         if self._monitors is not None and self._monitors.checkpoints:
             self._notices.once(
@@ -351,8 +352,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 if aside := move_aside(path):
                     self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
         else:
-            copy_records_until(Path(state.run_folder) / self._records_path.name, self._records_path, start.step)
-            keep_records_until(self._records_path, start.step)
+            copy_records_until(Path(state.run_folder) / self._records_path.name, self._records_path, records_until)
+            keep_records_until(self._records_path, records_until)
         self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
         self._merged_models.load_state_dict(state.saved)
 

@@ -217,6 +217,19 @@ def test_a_merge_that_a_signal_broke_off_is_made_when_the_run_is_resumed(tmp_pat
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
+def test_a_checkpoint_asked_for_inside_a_merge_is_resumed_without_a_step_twice(tmp_path):
+    class Asks(ByStep):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 12:
+                self.trainer.save_checkpoint(tmp_path / "asked.ckpt")
+            super().validation_step(batch, batch_idx)
+
+    fit(tmp_path, module=Asks())
+    before = lines(tmp_path)
+    fit(tmp_path, ckpt_path=tmp_path / "asked.ckpt")
+    assert lines(tmp_path) == before
+
+
 # --- what cannot be restored ---
 
 

@@ -101,7 +101,7 @@ def test_ranks_are_counted_by_the_name_of_their_host(monkeypatch):
         names[:] = [mine, "another", mine, "another", "another"]
 
     monkeypatch.setattr(ranks, "num_ranks", lambda: 5)
-    monkeypatch.setattr(choose.dist, "all_gather_object", gather)
+    monkeypatch.setattr(ranks.dist, "all_gather_object", gather)
     assert choose._num_ranks_on_this_host() == 2
 
 
