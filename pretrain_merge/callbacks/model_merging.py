@@ -21,7 +21,7 @@ from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels
-from pretrain_merge.checkpoints.folders import move_aside
+from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pretrain_merge.evaluate import Evaluator, Measure
@@ -347,6 +347,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if not trainer.is_global_zero:
             return
         start = state.progress
+        remove_unpublished(folder / "merged")
         if start.step == 0:
             for path in (self._records_path, folder / "merged"):
                 if aside := move_aside(path):

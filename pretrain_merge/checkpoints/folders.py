@@ -44,6 +44,12 @@ def published(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unpublished(folder: Path) -> None:
+    """Delete what a killed process was filling in a folder; nobody else may be writing there."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def move_aside(path: Path) -> Path | None:
     """Give what an earlier run left at this path a number; returns its new name, or None where there was nothing."""
     if not path.exists():

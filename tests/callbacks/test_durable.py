@@ -431,6 +431,15 @@ def test_a_merged_model_that_reads_back_differently_is_not_published(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_was_writing_is_gone_when_it_is_resumed(whole, tmp_path):
+    folder = copied(whole, tmp_path / "run")
+    half = folder / "merged" / ".step-00000012-sma.12345.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    fit(folder, ckpt_path=checkpoint(folder, 6))
+    assert not half.exists()
+
+
 def test_every_merge_of_a_resumed_run_is_recorded_once(whole, tmp_path):
     folder = copied(whole, tmp_path / "run")
     fit(folder, ckpt_path=checkpoint(folder, 6))
