@@ -8,13 +8,12 @@ also waits for the operating system to hand out pages; that happens once per slo
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Action, interleave, machine, show, write_json
+from benchmarks.measure import Action, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
 from pretrain_merge import snapshot
 from pretrain_merge.block_mean import BlockMean
@@ -33,9 +32,7 @@ COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print tables, write JSON; returns the rows."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
     print(f"{machine(device)}; torch {torch.__version__}")
     rows = [row for name in options.dtypes for row in _measure(name, device, options)]
     write_json(options.json, rows)
@@ -131,14 +128,10 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.capture", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("capture", __doc__)
     parser.add_argument("--quick", action="store_true", help="a thousandth of the model, three rounds")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     return parser
 
 

@@ -3,6 +3,7 @@
 Knows callables, a yardstick and how to show the result. Knows nothing of what is measured.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -19,6 +20,23 @@ from rich.progress import track
 from rich.table import Table
 
 Action = Callable[[], Any]
+
+
+def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark, with what all of them take."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    return parser
+
+
+def chosen_device(options: argparse.Namespace) -> torch.device:
+    """The device of the command line; sets torch's threads as it says."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import machine, show, write_json
+from benchmarks.measure import machine, new_parser, show, write_json
 from benchmarks.parameters import Shapes, llama_shapes
 from pretrain_merge import ModelMerging
 from pretrain_merge.accumulate import weighted_sum_
@@ -255,17 +255,13 @@ def _num_bytes(module: nn.Module) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("memory", __doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the model, still beyond 64 MiB")
     parser.add_argument("--stores", nargs="+", choices=["device", "host", "disk"], default=["device", "host", "disk"])
     parser.add_argument("--averages", nargs="+", choices=["last", "block"], default=["last", "block"])
     parser.add_argument("--slot-dtypes", nargs="+", choices=["same", "bfloat16"], default=["same", "bfloat16"])
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters")
     parser.add_argument("--window", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     return parser
 
 

@@ -10,7 +10,6 @@ machine reads faster than it writes.
 import argparse
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
-from benchmarks.measure import Action, Timing, interleave, machine, show, write_json
+from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from pretrain_merge.accumulate import Backend, weighted_sum_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,9 +44,7 @@ def llama_110m() -> Shapes:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print tables, write JSON; returns the rows."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
     print(f"{machine(device)}; torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
     for name in options.dtypes:
@@ -211,15 +208,11 @@ def _rows(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge_kernel", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("merge_kernel", __doc__)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--snapshots", nargs="+", type=int, default=[10], metavar="N")
     parser.add_argument("--elements", type=int, default=1 << 26, help="of the one tensor (default: 64 Mi)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--only", nargs="+", metavar="BACKEND", help="names as in the table, ours first")
     parser.add_argument("--skip-model", action="store_true", help="leave out the model's list of tensors")
     return parser

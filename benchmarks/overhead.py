@@ -18,7 +18,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +25,7 @@ import torch
 from lightning.pytorch.demos import LightningTransformer
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import Action, interleave, machine, show, write_json
+from benchmarks.measure import Action, chosen_device, interleave, machine, new_parser, show, write_json
 from pretrain_merge import ModelMerging, RollingMerger
 
 VOCABULARY = 1000
@@ -53,9 +52,7 @@ COST_COLUMNS = {"what": "what", "seconds": "seconds", "in copies": "ratio_to_cop
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print tables, write JSON; returns the rows."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     print(f"{machine(device)}; torch {torch.__version__}")
@@ -281,17 +278,13 @@ def _num_tokens(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("overhead", __doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps only: the figures mean nothing")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--every", type=int, default=100, help="steps between snapshots")
     parser.add_argument("--snapshots", type=int, default=8, help="taken in each run")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=32, help="tokens in a sequence")
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     return parser
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Action, Timing, interleave, machine, show, write_json
+from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
 from pretrain_merge import RollingMerger
 from pretrain_merge.cadence import Quantity
@@ -68,9 +68,7 @@ CASES = (
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print a table, write JSON; returns the rows."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
     print(f"{machine(device)}; torch {torch.__version__}")
     rows = []
     for case in CASES:
@@ -262,15 +260,11 @@ def _copy_all(sources: Sequence[Tensor]) -> Action:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("plan", __doc__)
     parser.add_argument("--quick", action="store_true", help="a thousandth of the model, three rounds")
     parser.add_argument("--snapshots", type=int, default=10, metavar="N")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     return parser
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Action, Timing, interleave, machine, show, write_json
+from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
 from pretrain_merge.stores import Store
 from pretrain_merge.stores.device import DeviceStore
@@ -42,9 +42,7 @@ Model = dict[str, Tensor]
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print tables, write JSON; returns the rows."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
     print(f"{machine(device)}; torch {torch.__version__}")
     rows = []
     for name in options.dtypes:
@@ -168,16 +166,12 @@ def _rows(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stores", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list")
+    parser = new_parser("stores", __doc__)
     parser.add_argument("--quick", action="store_true", help="a thousandth of the model, three rounds")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--snapshots", type=int, default=6, metavar="N")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
-    parser.add_argument("--threads", type=int, help="of torch and of our kernel (default: torch's choice)")
-    parser.add_argument("--device", help="default: cuda if there is one")
     return parser
 
 
