@@ -60,13 +60,15 @@ class Sidecar:
             held: Files of the window as it is now.
             exists: Whether a checkpoint is still at its path.
         """
+        before = dict(self._needs)
         for path in filter(exists, self._unwritten.copy()):  # so an older one under its path is not there any more
             self._unwritten.remove(path)
             self._needs[path] = self._needs[path][-1:]
         self._needs = {
             path: needs for path, needs in self._needs.items() if not path or path in self._unwritten or exists(path)
         }
-        self._write_needs()
+        if self._needs != before:
+            self._write_needs()
         needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
         for file in self._files():
             if file.name not in needed:
@@ -92,7 +94,9 @@ class Sidecar:
         logger.warning(
             f"{path} is damaged. It only says what may be deleted, so every file now there is kept for good."
         )
-        return {"": [sorted(file.name for file in self._files())]}  # needed by checkpoints that nobody can name
+        self._needs = {"": [sorted(file.name for file in self._files())]}  # by checkpoints that nobody can name
+        self._write_needs()
+        return self._needs
 
     def _write_needs(self) -> None:
         path = self.folder / _NEEDS
