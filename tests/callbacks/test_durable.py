@@ -56,7 +56,7 @@ class ByStep(pl.LightningModule):
 
 
 class Events(pl.Callback):
-    """What happens in a run besides steps: a phase, and a step whose weights are not finite."""
+    """What happens in a run besides steps: a phase begins."""
 
     def __init__(self, merging: ModelMerging) -> None:
         self.merging = merging
@@ -210,7 +210,7 @@ def test_a_merge_that_a_signal_broke_off_is_made_when_the_run_is_resumed(tmp_pat
     kept = saving(tmp_path, save_on_exception=True, every_n_train_steps=100)
     with pytest.raises(BaseException):  # noqa: B017 - Lightning's own, of no public class
         fit(tmp_path, module=Terminated(), saving=kept)
-    assert [line["step"] for line in lines(tmp_path)] == [4, 8][: len(lines(tmp_path))]
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8]
     (path,) = (tmp_path / "kept").glob("*.ckpt")
     fit(tmp_path, ckpt_path=path)
     fit(tmp_path / "whole")
