@@ -13,6 +13,7 @@ import fsspec
 
 from pretrain_merge import ranks, snapshot
 from pretrain_merge.cadence import Progress
+from pretrain_merge.callbacks.saving import SavedModels
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.manifest import Manifest, sealed, unsealed
 from pretrain_merge.merger import RollingMerger
@@ -31,7 +32,7 @@ class RunState:
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
-        saved: Which merged models are on disk for which reason.
+        saved: Which merged models are on disk for which reason; None on ranks that write none.
         last_merge: Step of the last merge that was recorded; 0 before the first.
     """
 
@@ -42,7 +43,7 @@ class RunState:
     window_folder: str = ""
     window: Mapping[str, Any] | None = None
     lost: str = ""
-    saved: Mapping[str, Any] = field(default_factory=dict)
+    saved: SavedModels | None = None
     last_merge: int = 0
 
     def to_plain(self) -> dict[str, Any]:
@@ -57,6 +58,11 @@ class RunState:
             CheckpointError: It is damaged.
         """
         return unsealed(cls, plain)
+
+
+def is_state(value: object) -> bool:
+    """Whether this is what `RunState.to_plain` gave, damaged or not: told by its form, whatever its key is."""
+    return isinstance(value, Mapping) and {"format", "crc32", "values"} == value.keys()
 
 
 class DurableWindow:
@@ -95,8 +101,22 @@ class DurableWindow:
 
     def announce(self) -> None:
         """A checkpoint that is being written will need what `keep` made durable."""
-        if self._sidecar is not None and self._held:
+        if self._sidecar is not None and self._checkpoint:
             self._sidecar.announce(self._checkpoint, self._held)
+
+    def refuse_lost_state(self) -> None:
+        """Tell a checkpoint of a run without ModelMerging from one that lost the state of ours that it had.
+
+        Raises:
+            CheckpointError: The sidecar knows it, so it had one.
+        """
+        checkpoint = str(self._trainer.ckpt_path or "")
+        knew = self._sidecar is not None and checkpoint and self._sidecar.knows(_absolute(checkpoint))
+        if ranks.any_rank(bool(knew)):
+            raise CheckpointError(
+                f"{checkpoint} was written with a window, as {self.folder} tells, and now has none: it is damaged, or "
+                f"was written again without ModelMerging. Resume from another checkpoint."
+            )
 
     def restore(self, merger: RollingMerger, module: Any, state: RunState) -> None:
         """Fill the window of a resumed run; every rank the same way.
