@@ -57,7 +57,12 @@ class RunState:
         Raises:
             CheckpointError: It is damaged.
         """
-        return unsealed(cls, plain)
+        return unsealed(cls, plain, check=_refuse_impossible)
+
+
+def _refuse_impossible(state: RunState) -> None:
+    if not all(index.isascii() and index.isdigit() for index in state.lr):
+        raise ValueError(f"its learning rates are of optimizers {', '.join(state.lr)}")
 
 
 def is_state(value: object) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,38 @@ def test_a_checkpoint_asked_for_inside_a_merge_is_resumed_without_a_step_twice(t
     before = lines(tmp_path)
     fit(tmp_path, ckpt_path=tmp_path / "asked.ckpt")
     assert lines(tmp_path) == before
+
+
+def test_a_checkpoint_inside_an_accumulation_is_lightnings_and_ours_goes_on_with_the_weights_as_they_are(tmp_path):
+    """ModelCheckpoint saves again in the first micro-batch after a resume; the gradients until then are in no file."""
+    weights_at: dict[int, dict[str, Any]] = {}
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            weights_at[trainer.global_step] = weights(pl_module)
+
+    def go_on(folder: Path, steps: int, **resume: Any) -> None:
+        merging = ModelMerging(**OPTIONS, save={"every": 4, "keep": 9})
+        callbacks = (Events(merging), Notes(), saving(folder))
+        own = trainer(folder, merging, *callbacks, max_steps=steps, accumulate_grad_batches=2)
+        own.fit(ByStep(), rows(64), rows(4), **resume)
+
+    go_on(tmp_path / "whole", STEPS)
+    uninterrupted = dict(weights_at)
+    run = tmp_path / "run"
+    go_on(run, 9)
+    go_on(run, 10, ckpt_path=checkpoint(run, 9))
+    loops = torch.load(checkpoint(run, 9), weights_only=True)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["total"]["ready"] == 19  # 9 steps and one micro-batch
+    go_on(run, STEPS, ckpt_path=checkpoint(run, 9))
+    assert not same_bits(weights_at[STEPS], uninterrupted[STEPS])  # so it says nothing against us
+    keys = ("step", "samples", "tokens", "recipes", "window")
+    found, expected = ([{key: line[key] for key in keys} for line in lines(f)] for f in (run, tmp_path / "whole"))
+    assert found == expected
+    merged_now = load_file(run / "merged" / "step-00000016-sma" / "model.safetensors")
+    for name, value in merged_now.items():
+        mean = torch.stack([weights_at[step][name].double() for step in (12, 14, 16)]).mean(0)
+        torch.testing.assert_close(value, mean.to(value.dtype), rtol=1e-6, atol=0)
 
 
 def test_a_run_resumed_in_a_copy_of_its_folder_leaves_the_original_alone(tmp_path):
@@ -558,6 +591,22 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
     (tmp_path / "blocked").write_text("a file")
     with pytest.raises(CheckpointError, match="Set window_folder to a folder that can be written"):
         fit(tmp_path, window_folder=str(tmp_path / "blocked" / "window"))
+
+
+def test_a_read_only_folder_is_an_error_with_a_remedy():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "window"
+        folder.mkdir(mode=0o555)
+        user = os.geteuid()
+        if user == 0:  # permissions do not bind root
+            Path(name).chmod(0o755)
+            os.seteuid(65534)
+        try:
+            with pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied.*Set window_folder"):
+                Sidecar(folder)
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
 
 
 def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(tmp_path, monkeypatch):
