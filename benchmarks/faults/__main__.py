@@ -27,7 +27,7 @@ from benchmarks.faults.full_disk import filled
 from benchmarks.faults.rows import COLUMNS, Row, totals
 from benchmarks.faults.run import Reference
 from benchmarks.faults.signals import broken_at_chosen_moments, broken_at_random
-from benchmarks.faults.training import SETTINGS
+from benchmarks.faults.training import CHOSEN, SETTINGS
 from benchmarks.measure import machine, new_parser, show, write_json
 
 _MANY = {"kills": 200, "terms": 50, "full_disks": 24, "corruptions": 200}
@@ -58,15 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _rows(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
-    settings = SETTINGS[options.processes]
-    if options.chosen:
-        settings = [
-            setting for setting in settings if str(setting) in ("disk, last", "host, block", "device, last, ddp")
-        ]
+    settings = [CHOSEN[options.processes]] if options.chosen else SETTINGS[options.processes]
     references = [Reference.made(setting, folder / f"reference-{i}" / "run") for i, setting in enumerate(settings)]
     if options.chosen:
-        for reference in references:
-            yield broken_at_chosen_moments(reference, folder / "run")
+        yield broken_at_chosen_moments(references[0], folder / "run")
         return
     chance = random.Random(options.seed)
     amounts = {name: getattr(options, name) for name in _MANY}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.faults import processes
 from pretrain_merge.callbacks.durable import RunState
+from pretrain_merge.stores.sharded_files import SUFFIX
 
 Outcome = dict[str, Any]
 
@@ -79,8 +80,22 @@ def _summary(folder: Path) -> Outcome:
         record.pop("timing")
         key = f"record {record['step']}"
         found[key] = [*found.get(key, []), record]  # a step that appears twice differs
-    found["manifest"] = RunState.from_plain(our_state(folder / "checkpoints" / _KEPT_AT)).window
+    window = RunState.from_plain(our_state(folder / "checkpoints" / _KEPT_AT)).window or {}
+    found["manifest"] = _canonical(window["values"], folder / "window")
     return found
+
+
+def _canonical(value: Any, window: Path) -> Any:
+    """A manifest in which sharded snapshots are named by their tensors, as metadata have a random order (P30)."""
+    if isinstance(value, dict) and str(value.get("name", "")).endswith(SUFFIX):
+        parts = sorted((window / value["name"]).glob("*.safetensors"))
+        return {
+            "name": value["name"][: -len(SUFFIX)].rpartition("-")[0],
+            "tensors": [_digest(load_file(p)) for p in parts],
+        }
+    if isinstance(value, dict):
+        return {key: _canonical(item, window) for key, item in value.items()}
+    return [_canonical(item, window) for item in value] if isinstance(value, list) else value
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

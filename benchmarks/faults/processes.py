@@ -24,9 +24,10 @@ from pretrain_merge import block_mean
 from pretrain_merge.errors import CheckpointError, PretrainMergeError
 from pretrain_merge.stores import device, streaming
 
-# In a slot or a window's file, in a merge, in a merged model, in the records, in and around Lightning's checkpoint.
+# In a merge, in a sum, in a slot or a window's file, in a merged model, in the records, in and around Lightning's checkpoint.
 CALLS: dict[str, list[tuple[Any, str]]] = {
-    "weighted_sum_": [(module, "weighted_sum_") for module in (block_mean, device, streaming)],
+    "merge": [(module, "weighted_sum_") for module in (device, streaming)],
+    "sum of a block": [(block_mean, "weighted_sum_")],
     "replace": [(os, "replace")],
     "rename": [(os, "rename")],
     "fsync": [(os, "fsync")],

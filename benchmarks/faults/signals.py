@@ -11,17 +11,16 @@ from benchmarks.faults.run import Reference, Run
 
 _BREAKS_PER_RUN = 8
 
-# Before or after the count-th call: in a merge, in a slot of a disk store or a snapshot beside a checkpoint, in the
-# list of needs, in a merged model, around Lightning's own checkpoint.
 CHOSEN = [
-    Break(call="weighted_sum_", count=2),
-    Break(call="fsync", count=3, before=False),
-    Break(call="replace", count=6),
-    Break(call="torch.save", count=1),
-    Break(call="save_checkpoint", count=2, before=False),
-    Break(call="rename", count=1),
-    Break(call="rename", count=1, before=False),
+    Break(call="replace", count=2),  # a slot of the disk store, between its bytes and its name
+    Break(call="merge", count=2),  # one view is in the model
+    Break(call="sum of a block", count=7, before=False),
+    Break(call="fsync", count=9, before=False),
+    Break(call="rename", count=1),  # a merged model, written and not yet published
+    Break(call="torch.save", count=1),  # after the window, before the checkpoint that needs it
+    Break(call="save_checkpoint", count=1, before=False),  # before what it made superfluous goes
     Break(call="crc32", count=9),
+    Break(call="rename", count=3, before=False),
 ]
 
 

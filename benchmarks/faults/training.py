@@ -57,6 +57,9 @@ SETTINGS = {
 }
 
 
+CHOSEN = {1: Setting("disk", "block"), 2: Setting("device", "last", strategy="ddp")}  # for kills at the same moments
+
+
 class _Model(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
