@@ -51,7 +51,7 @@ def unexplained(folder: Path, reference: Path) -> list[str]:
         return name in known | needed or inside_sharded in needed or bool(_OF_EARLIER_STARTS.fullmatch(name))
 
     extra = [name for name in names if not is_known(name)]
-    extra += [f"needs of {path}, which is gone" for path in needs if not Path(path).exists()]
+    extra += [f"needs of {path}, which is gone" for path in needs if not (folder / "window" / path).exists()]
     return extra + [f"{name}, which is missing" for name in sorted(needed) if not (folder / name).exists()]
 
 

@@ -24,7 +24,7 @@ from pretrain_merge import block_mean
 from pretrain_merge.errors import CheckpointError, PretrainMergeError
 from pretrain_merge.stores import device, streaming
 
-# In a merge, in a sum, in a slot or a window's file, in a merged model, in the records, in and around Lightning's checkpoint.
+# In a merge, a sum, a slot, a file of the window, a merged model, the records, in and around Lightning's checkpoint.
 CALLS: dict[str, list[tuple[Any, str]]] = {
     "merge": [(module, "weighted_sum_") for module in (device, streaming)],
     "sum of a block": [(block_mean, "weighted_sum_")],

@@ -88,6 +88,7 @@ class DurableWindow:
         self._sidecar = Sidecar(folder) if trainer.is_global_zero else None
         self._held: list[str] = []
         self._checkpoint = ""
+        self._root = Path(trainer.default_root_dir).absolute()
         self._users_save = trainer.save_checkpoint
         trainer.save_checkpoint = self._save_checkpoint
 
@@ -116,7 +117,7 @@ class DurableWindow:
             CheckpointError: The sidecar knows it, so it had one.
         """
         checkpoint = str(self._trainer.ckpt_path or "")
-        knew = self._sidecar is not None and checkpoint and self._sidecar.knows(_absolute(checkpoint))
+        knew = self._sidecar is not None and checkpoint and self._sidecar.knows(self._key(checkpoint))
         if ranks.any_rank(bool(knew)):
             raise CheckpointError(
                 f"{checkpoint} was written with a window, as {self.folder} tells, and now has none: it is damaged, or "
@@ -139,6 +140,8 @@ class DurableWindow:
             merger.restore(manifest, module, folder)
             if folder == self.folder:
                 self._held = [file.name for file in manifest.files]
+                if self._sidecar is not None:  # it may have been moved or renamed
+                    self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
         except (CheckpointError, ConfigError) as error:
             failure = error
         if ranks.any_rank(failure is not None):
@@ -148,7 +151,7 @@ class DurableWindow:
     def prune(self) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, _exists)
+            self._sidecar.prune(self._held, lambda key: _exists(self._path(key)))
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -163,12 +166,25 @@ class DurableWindow:
             self._trainer.save_checkpoint = self._users_save
 
     def _save_checkpoint(self, filepath: Any, *arguments: Any, **options: Any) -> None:
-        self._checkpoint = _absolute(filepath)
+        self._checkpoint = self._key(filepath)
         try:
             self._users_save(filepath, *arguments, **options)
         finally:
             self._checkpoint = ""
         self.prune()
+
+    def _key(self, checkpoint: Any) -> str:
+        """How the sidecar names a checkpoint: relative where both are of one run, which may be moved as a whole."""
+        if "://" in str(checkpoint):
+            return str(checkpoint)
+        path = Path(checkpoint).absolute()
+        together = any(
+            path.is_relative_to(root) and self.folder.is_relative_to(root) for root in (self._root, self.run_folder)
+        )
+        return os.path.relpath(path, self.folder) if together else str(path)
+
+    def _path(self, key: str) -> str:
+        return key if "://" in key else os.path.normpath(self.folder / key)
 
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
@@ -188,10 +204,6 @@ class DurableWindow:
             inside_run = Path(os.path.relpath(recorded, state.run_folder))
             for folder in list(Path(checkpoint).absolute().parents)[:2]:
                 yield folder / inside_run
-
-
-def _absolute(path: Any) -> str:
-    return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
 def _exists(path: str) -> bool:

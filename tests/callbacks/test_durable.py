@@ -448,7 +448,7 @@ def test_another_model_is_an_error_that_says_what_differs(whole, tmp_path):
     folder = copied(whole, tmp_path / "run")
     module = ByStep()
     module.layer.weight.requires_grad_(False)
-    with pytest.raises((CheckpointError, ValueError)):
+    with pytest.raises(CheckpointError, match=r"of another model: layer\.weight is not in the model.*Build the model"):
         fit(folder, module=module, ckpt_path=checkpoint(folder, 9))
 
 
@@ -529,6 +529,26 @@ def test_what_retained_checkpoints_need_is_kept_and_nothing_else(tmp_path):
     assert len(kept) == 2
     expected = set().union(*(needed(tmp_path, path) for path in kept))
     assert set(files(tmp_path)) - {"checkpoints.json"} == expected
+
+
+def test_a_run_that_was_moved_keeps_what_all_its_checkpoints_need(whole, tmp_path):
+    fit(tmp_path / "before")
+    folder = (tmp_path / "before").rename(tmp_path / "after")
+    for step in (12, 9, 6):
+        fit(folder, ckpt_path=checkpoint(folder, step))
+        assert lines(folder) == lines(whole)
+
+
+def test_a_checkpoint_under_another_name_keeps_its_snapshots_once_it_was_resumed_from(whole, tmp_path):
+    folder, rarely = tmp_path / "run", {"every_n_train_steps": 6}
+    fit(folder, saving=saving(folder, **rarely))
+    renamed = checkpoint(folder, 6).rename(tmp_path / "elsewhere.ckpt")
+    for _ in range(2):
+        fit(folder, ckpt_path=renamed, saving=saving(folder, **rarely))
+        assert lines(folder) == lines(whole)
+    renamed.unlink()
+    fit(folder, ckpt_path=checkpoint(folder, 12), saving=saving(folder, **rarely))
+    assert not [name for name in files(folder) if name.startswith("snapshot-00000002")]
 
 
 def test_a_checkpoint_deleted_by_hand_takes_its_snapshots_with_it_at_the_next_start(tmp_path):
