@@ -38,10 +38,14 @@ class BlockMean:
         """Whether the open interval can no longer give a mean."""
         return not self._complete
 
+    def samples_at(self, step: int) -> bool:
+        """Whether the model of this step is one to add."""
+        return step % self._sample_every == 0
+
     def sample(self, step: int, live: Callable[[], Mapping[str, Tensor]]) -> None:
         """Add the live model if this step is due; `live` is only called then."""
         self.num_seen += 1
-        if step % self._sample_every or not self._complete:
+        if not self.samples_at(step) or not self._complete:
             return
         named = live()
         tensors = list(named.values())

@@ -16,7 +16,7 @@ from pretrain_merge.accumulate import Spread
 from pretrain_merge.block_mean import BlockMean
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CoefficientError, ConfigError, ProgressError, WindowNotReadyError
-from pretrain_merge.manifest import Manifest
+from pretrain_merge.manifest import Manifest, OpenBlock
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import Recipe
 from pretrain_merge.snapshots import Snapshots
@@ -64,6 +64,7 @@ class RollingMerger:
         self._snapshot_is_new = False
         self._spread = float("nan")
         self._snapshots = Snapshots(settings)
+        self._kept_block: tuple[Path, Progress, OpenBlock] | None = None  # as it was written last, and when
         self.num_refused = 0
 
     @property
@@ -123,7 +124,8 @@ class RollingMerger:
         due = self._cadence.crossed(before, self._progress)
         self._snapshot_is_new = False
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
-        with interrupts.held() if due or self._block is not None else nullcontext():
+        touches = due or (self._block is not None and self._block.samples_at(self._progress.step))
+        with interrupts.held() if touches else nullcontext():
             if self._block is not None:
                 self._snapshot_is_new = self._observe_block(self._block, module, before, due)
             elif due:
@@ -251,7 +253,7 @@ class RollingMerger:
             last_break=self.window.last_break,
             snapshot_is_new=self._snapshot_is_new,
             snapshots=self._snapshots.keep(files),
-            block=open_block.keep(self._block, files, self._progress.step) if self._block is not None else None,
+            block=self._keep_block(self._block, files) if self._block is not None else None,
         )
 
     def restore(self, manifest: Manifest, module: nn.Module, folder: Path) -> None:
@@ -287,6 +289,13 @@ class RollingMerger:
         self._snapshots.clear()
         if self._block is not None:
             self._block = BlockMean(self._settings.sample_every)
+
+    def _keep_block(self, block: BlockMean, files: WindowFiles) -> OpenBlock:
+        """Once per step, however many checkpoints are saved at it: a block is a whole model in float32."""
+        if self._kept_block is None or self._kept_block[:2] != (files.folder, self._progress):
+            kept = open_block.keep(block, files, self._progress.step)
+            self._kept_block = (files.folder, self._progress, kept)
+        return self._kept_block[2]
 
     def _what_a_snapshot_is(self) -> dict[str, Any]:
         settings = self._settings

@@ -174,38 +174,39 @@ def read_records(path: Path) -> list[MergeRecord]:
     return list(_parse(path, lines))
 
 
-def keep_records_until(path: Path, step: int) -> None:
+def keep_records_until(path: Path, step: int, *, before: Path | None = None) -> list[MergeRecord]:
     """Cut off the lines after a step, so that a resumed run writes no step twice; a half-written last line goes too.
+
+    Args:
+        path: A `merges.jsonl`. It changes at once or not at all.
+        step: The last step that is kept.
+        before: Where `path` does not exist: that of the run before, which a resumed run in a new folder begins with.
+
+    Returns:
+        What was kept.
 
     Raises:
         CheckpointError: The file cannot be read or rewritten.
     """
-    if not path.exists():
-        return
+    source = before if before is not None and not path.exists() else path
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line, record in zip(whole, _parse(path, whole), strict=True) if record.step <= step]
-        if kept != lines:
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.unlink(missing_ok=True)  # of a run that was killed
+        if not source.exists():
+            return []
+        text = source.read_bytes()
+        lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines(keepends=True)
+        records = zip(lines, _parse(source, lines), strict=True)
+        kept = [(line, record) for line, record in records if record.step <= step]
+        if (cut := "".join(line for line, _ in kept).encode()) != text or source != path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(cut)
             temporary.replace(path)
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"cannot cut {path} at step {step}: {error}. Move it away, or unlock it.") from error
-
-
-def copy_records_until(source: Path, target: Path, step: int) -> None:
-    """Begin the records of a resumed run in a new folder with those of the run before, up to a step.
-
-    Raises:
-        CheckpointError: A file cannot be read or written.
-    """
-    if source.exists() and not target.exists():
-        for record in read_records(source):
-            if record.step <= step:
-                append_record(target, record)
+        raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
+    return [record for _, record in kept]
 
 
 def _parse(path: Path, lines: Iterable[str]) -> Iterable[MergeRecord]:

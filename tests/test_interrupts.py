@@ -284,7 +284,7 @@ def test_p08_a_slurm_requeue_saves_raw_weights_and_the_run_goes_on(reports):
     assert "ModelMerging[merge]" in saved["callbacks"]
     assert (reports / "slurm_requeue" / "scontrol.log").read_text() == "requeue 4711\n"
     assert (found["exception"], found["step"]) == (None, 6)
-    assert found["merges"] == [6]
+    assert found["merges"] == [4, 6]  # made again once the checkpoint is saved
 
 
 def test_a_sigterm_that_slurm_sends_is_lightnings_to_handle(reports):
@@ -316,4 +316,4 @@ def test_p08_a_slurm_requeue_save_at_any_moment_of_a_merge_point_waits_for_raw(m
     }
     assert (found["exception"], found["step"]) == (None, 6)
     assert found["raw at the end"]
-    assert found["merges"] == ([4, 6] if moment == "the restore" else [6])
+    assert found["merges"] == [4, 6]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
+from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.durable import RunState
+from pretrain_merge.callbacks.saving import MergedModels, SavedModels
+from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.manifest import HeldSnapshot, Manifest, OpenBlock, sealed
 from pretrain_merge.stores.snapshot_file import SnapshotFile
@@ -32,7 +36,12 @@ MANIFEST = Manifest(
     snapshots=(HELD, replace(HELD, progress=Progress(6, 24, 240))),
     block=OpenBlock(1, 1, True, replace(FILE, name="block-00000006-0a1b2c3d.safetensors")),
 )
-STATE = RunState(Progress(6, 24, 240), {"samples": 1}, {"0": (0.1,)}, "run", "run/window", MANIFEST.to_plain())
+SAVED = SavedModels(
+    Progress(1), {"sma": Progress(6, 24, 240)}, {"sma": ("step-00000004-sma",)}, "step-00000006-wma", 0.5
+)
+STATE = RunState(
+    Progress(6, 24, 240), {"samples": 1}, {"0": (0.1,)}, "run", "run/window", MANIFEST.to_plain(), "", SAVED, 4
+)
 
 garbage = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -87,7 +96,11 @@ def test_garbage_under_a_right_checksum_is_read_or_an_error_of_ours(kind, value,
     except (TypeError, ValueError):  # bytes and the like, which no checksum of ours was ever made over
         return
     with contextlib.suppress(CheckpointError):
-        kind.from_plain(resealed)
+        read = kind.from_plain(resealed)
+        if isinstance(read, RunState):  # and what was read can be gone on with
+            Clock([snapshot_cadence(MergeConfig())], 1, read.progress, read.pending, read.lr)
+            if read.saved is not None:
+                MergedModels(Path("nowhere"), SaveConfig(), {}).go_on_from(read.saved, Path(read.run_folder))
 
 
 @pytest.mark.parametrize("place", list(places(MANIFEST.to_plain()["values"])), ids=str)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import strategies
@@ -152,6 +154,34 @@ def test_a_half_written_last_line_goes_when_the_run_resumes(tmp_path):
     path.write_text(path.read_text() + at(300).to_json()[:57])
     keep_records_until(path, 1000)
     assert [record.step for record in read_records(path)] == [100, 200]
+
+
+def test_a_character_that_was_cut_in_two_goes_with_its_line(tmp_path):
+    path = written(tmp_path, 100)
+    path.write_bytes(path.read_bytes() + b'{"name": "\xc3')
+    keep_records_until(path, 1000)
+    assert [record.step for record in read_records(path)] == [100]
+
+
+def test_a_new_folder_begins_with_the_records_before_all_at_once(tmp_path, monkeypatch):
+    before, path = written(tmp_path / "before", 100, 200, 300), tmp_path / "after" / "merges.jsonl"
+    before.write_text(before.read_text() + at(400).to_json()[:57])
+    content = before.read_bytes()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            keep_records_until(path, 250, before=before)
+    assert not path.exists()
+    keep_records_until(path, 250, before=before)
+    assert [record.step for record in read_records(path)] == [100, 200]
+    keep_records_until(path, 150, before=before)  # what is there goes on
+    assert [record.step for record in read_records(path)] == [100]
+    assert list(path.parent.iterdir()) == [path]
+    assert before.read_bytes() == content
 
 
 def test_a_file_with_nothing_to_cut_is_not_touched(tmp_path):

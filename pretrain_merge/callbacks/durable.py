@@ -13,6 +13,7 @@ import fsspec
 
 from pretrain_merge import ranks, snapshot
 from pretrain_merge.cadence import Progress
+from pretrain_merge.callbacks.saving import SavedModels
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.manifest import Manifest, sealed, unsealed
 from pretrain_merge.merger import RollingMerger
@@ -31,7 +32,7 @@ class RunState:
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
-        saved: Which merged models are on disk for which reason.
+        saved: Which merged models are on disk for which reason; None on ranks that write none.
         last_merge: Step of the last merge that was recorded; 0 before the first.
     """
 
@@ -42,7 +43,7 @@ class RunState:
     window_folder: str = ""
     window: Mapping[str, Any] | None = None
     lost: str = ""
-    saved: Mapping[str, Any] = field(default_factory=dict)
+    saved: SavedModels | None = None
     last_merge: int = 0
 
     def to_plain(self) -> dict[str, Any]:
@@ -56,7 +57,17 @@ class RunState:
         Raises:
             CheckpointError: It is damaged.
         """
-        return unsealed(cls, plain)
+        return unsealed(cls, plain, check=_refuse_impossible)
+
+
+def _refuse_impossible(state: RunState) -> None:
+    if not all(index.isascii() and index.isdigit() for index in state.lr):
+        raise ValueError(f"its learning rates are of optimizers {', '.join(state.lr)}")
+
+
+def is_state(value: object) -> bool:
+    """Whether this is what `RunState.to_plain` gave, damaged or not: told by its form, whatever its key is."""
+    return isinstance(value, Mapping) and {"format", "crc32", "values"} == value.keys()
 
 
 class DurableWindow:
@@ -77,6 +88,7 @@ class DurableWindow:
         self._sidecar = Sidecar(folder) if trainer.is_global_zero else None
         self._held: list[str] = []
         self._checkpoint = ""
+        self._root = Path(trainer.default_root_dir).absolute()
         self._users_save = trainer.save_checkpoint
         trainer.save_checkpoint = self._save_checkpoint
 
@@ -95,8 +107,22 @@ class DurableWindow:
 
     def announce(self) -> None:
         """A checkpoint that is being written will need what `keep` made durable."""
-        if self._sidecar is not None and self._held:
+        if self._sidecar is not None and self._checkpoint:
             self._sidecar.announce(self._checkpoint, self._held)
+
+    def refuse_lost_state(self) -> None:
+        """Tell a checkpoint of a run without ModelMerging from one that lost the state of ours that it had.
+
+        Raises:
+            CheckpointError: The sidecar knows it, so it had one.
+        """
+        checkpoint = str(self._trainer.ckpt_path or "")
+        knew = self._sidecar is not None and checkpoint and self._sidecar.knows(self._key(checkpoint))
+        if ranks.any_rank(bool(knew)):
+            raise CheckpointError(
+                f"{checkpoint} was written with a window, as {self.folder} tells, and now has none: it is damaged, or "
+                f"was written again without ModelMerging. Resume from another checkpoint."
+            )
 
     def restore(self, merger: RollingMerger, module: Any, state: RunState) -> None:
         """Fill the window of a resumed run; every rank the same way.
@@ -114,6 +140,8 @@ class DurableWindow:
             merger.restore(manifest, module, folder)
             if folder == self.folder:
                 self._held = [file.name for file in manifest.files]
+                if self._sidecar is not None:  # it may have been moved or renamed
+                    self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
         except (CheckpointError, ConfigError) as error:
             failure = error
         if ranks.any_rank(failure is not None):
@@ -123,7 +151,7 @@ class DurableWindow:
     def prune(self) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, _exists)
+            self._sidecar.prune(self._held, lambda key: _exists(self._path(key)))
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -138,12 +166,25 @@ class DurableWindow:
             self._trainer.save_checkpoint = self._users_save
 
     def _save_checkpoint(self, filepath: Any, *arguments: Any, **options: Any) -> None:
-        self._checkpoint = _absolute(filepath)
+        self._checkpoint = self._key(filepath)
         try:
             self._users_save(filepath, *arguments, **options)
         finally:
             self._checkpoint = ""
         self.prune()
+
+    def _key(self, checkpoint: Any) -> str:
+        """How the sidecar names a checkpoint: relative where both are of one run, which may be moved as a whole."""
+        if "://" in str(checkpoint):
+            return str(checkpoint)
+        path = Path(checkpoint).absolute()
+        together = any(
+            path.is_relative_to(root) and self.folder.is_relative_to(root) for root in (self._root, self.run_folder)
+        )
+        return os.path.relpath(path, self.folder) if together else str(path)
+
+    def _path(self, key: str) -> str:
+        return key if "://" in key else os.path.normpath(self.folder / key)
 
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
@@ -163,10 +204,6 @@ class DurableWindow:
             inside_run = Path(os.path.relpath(recorded, state.run_folder))
             for folder in list(Path(checkpoint).absolute().parents)[:2]:
                 yield folder / inside_run
-
-
-def _absolute(path: Any) -> str:
-    return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
 def _exists(path: str) -> bool:

@@ -6,7 +6,7 @@ and never written, except while merged weights are in the model, between two bat
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge import evaluate, interrupts, snapshot
+from pretrain_merge import evaluate, interrupts, ranks, snapshot
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
-from pretrain_merge.callbacks.durable import DurableWindow, RunState
+from pretrain_merge.callbacks.durable import DurableWindow, RunState, is_state
 from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels
@@ -29,14 +30,7 @@ from pretrain_merge.evaluate import Evaluator, Measure
 from pretrain_merge.loaders import EvaluationInterrupted
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
-from pretrain_merge.records import (
-    MergeRecord,
-    Recipe,
-    append_record,
-    copy_records_until,
-    keep_records_until,
-    read_records,
-)
+from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -136,6 +130,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
         self._merged_models: MergedModels | None = None
+        self._give_back = ExitStack()
         self._records_path: Path | None = None
         self.last_record: MergeRecord | None = None
 
@@ -186,6 +181,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 "save: the parameters are sharded over ranks, and merged models are written from whole ones only. "
                 "Remove `save` (merging and measuring need no whole parameters), or train with DDP."
             )
+        self._watch_for_a_complete_run(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start or go on counting, and find the run's folder."""
@@ -208,6 +204,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
             if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
                 self._merge_if_due(trainer, pl_module, self._merger)
+                if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
+                    raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -261,12 +259,45 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._durable.announce()
         return dict(self._state)
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that holds a state of ours which nobody would ask for (P21)."""
+        states = checkpoint.get("callbacks", {})
+        if trainer.state.fn != "fit" or self.state_key in states:
+            return
+        claimed = {callback.state_key for callback in trainer.callbacks}
+        for key, value in states.items():
+            if key not in claimed and is_state(value):
+                message = (
+                    f"the checkpoint has nothing under {self.state_key!r}, and under {key!r} a state of ModelMerging "
+                    f"that no callback asks for: `name` was changed, or the checkpoint is damaged. Set the name back, "
+                    f"or resume from another checkpoint."
+                )
+                self._refill_or_raise(CheckpointError(message), checkpoint["global_step"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
         self._state = dict(state_dict)
 
+    def _watch_for_a_complete_run(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning runs no hook of training where a resumed run has no step left, and this one may owe its last merge.
+
+        A process that was killed at its end also left a lock and the files of a disk store.
+        """
+        fit_loop = trainer.fit_loop
+        users_run = fit_loop.run
+
+        def run() -> None:
+            users_run()
+            if self._merger is None and self._state and trainer.ckpt_path is not None and not trainer.fast_dev_run:
+                self.on_train_start(trainer, pl_module)
+                self.on_train_end(trainer, pl_module)
+
+        fit_loop.run = run
+        self._give_back.callback(vars(fit_loop).pop, "run", None)  # its class has it
+
     def _end(self) -> None:
         """Free the window and give other callbacks their hooks back; what a checkpoint may need was remembered."""
+        self._give_back.close()
         if self._durable is not None:
             self._durable.close()
         if self._merger is not None:
@@ -289,7 +320,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             window_folder=str(durable.folder),
             window=manifest.to_plain() if manifest is not None else None,
             lost=lost,
-            saved=self._merged_models.state_dict() if self._merged_models is not None else {},
+            saved=self._merged_models.state() if self._merged_models is not None else None,
             last_merge=self._last_merge,
         ).to_plain()
 
@@ -321,9 +352,12 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
         if state.lost and trainer.ckpt_path is None:  # `fit` once more, not a checkpoint that was promised to go on
             self._notices.once("lost", f"the window starts empty at step {state.progress.step}: {state.lost}")
-        elif state.progress.step and self._state:
+        elif state.progress.step:
             try:
-                self._durable.restore(merger, pl_module, state)
+                if self._state:
+                    self._durable.restore(merger, pl_module, state)
+                else:
+                    self._durable.refuse_lost_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
                 merger.go_on_from(state.progress)
@@ -369,16 +403,31 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 if aside := move_aside(path):
                     self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
         else:
-            copy_records_until(Path(state.run_folder) / self._records_path.name, self._records_path, records_until)
-            keep_records_until(self._records_path, records_until)
-            if self._forecasts and self._records_path.exists():
-                self._forecasts.go_on_from(read_records(self._records_path))
+            before = Path(state.run_folder) / self._records_path.name
+            kept = keep_records_until(self._records_path, records_until, before=before)
+            if min(state.last_merge, records_until) > (kept[-1].step if kept else 0):
+                self._notices.once(
+                    "records",
+                    f"{self._records_path} lacks merges up to step {state.last_merge}, which were made: it was moved, "
+                    f"or cut when the run was resumed from an earlier checkpoint.",
+                )
+            self._forecasts.go_on_from(kept)
         self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
-        self._merged_models.load_state_dict(state.saved)
+        if state.saved is not None:
+            self._merged_models.go_on_from(state.saved, Path(state.run_folder) / "merged")
 
     def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
-        if merger.merge_is_due():
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+        if not merger.merge_is_due():
+            return
+        record = self._measure(trainer, pl_module, merger)
+        if record is None and not ranks.any_rank(trainer.received_sigterm):  # a signal after which the run goes on
+            record = self._measure(trainer, pl_module, merger)
+        if record is None:
+            self._notices.once(
+                "broken off",
+                f"step {merger.progress.step}: a signal broke off the merge. A run that is resumed from here makes it.",
+            )
+        self._publish(trainer, record)
 
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""

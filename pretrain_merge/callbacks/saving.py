@@ -5,22 +5,43 @@ when it is called; putting merged weights there and taking them out is the calle
 """
 
 import math
-import shutil
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.checkpoints.folders import move_aside
+from pretrain_merge.checkpoints.folders import discard, move_aside
 from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
 from pretrain_merge.config import SaveConfig, save_cadence
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.records import Recipe
 
+_NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
+
+
+@dataclass(frozen=True)
+class SavedModels:
+    """What a checkpoint says of merged models.
+
+    Attributes:
+        start: Counters at which the run began.
+        last_merge: By view, counters of its last merge.
+        periodic: By view, names of the folders that `save.every` keeps, oldest first.
+        best: Name of the best model's folder; a path where that lies in the folder of a run before this one.
+        best_score: Its metric, lower is better.
+    """
+
+    start: Progress = field(default_factory=Progress)
+    last_merge: Mapping[str, Progress] = field(default_factory=dict)
+    periodic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    best: str | None = None
+    best_score: float | None = None
+
 
 class MergedModels:
-    """The folder `merged/` of one run.
+    """The folder `merged/` of one run. Nothing outside it is ever deleted, whatever a checkpoint names.
 
     Args:
         folder: Where `step-…-<view>` folders go.
@@ -32,7 +53,7 @@ class MergedModels:
     def __init__(
         self, folder: Path, config: SaveConfig, settings: Mapping[str, Any], start: Progress | None = None
     ) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._config = config
         self._settings = settings
         self._cadence = save_cadence(config)
@@ -46,20 +67,28 @@ class MergedModels:
         """The best merged model so far, by `save.best`."""
         return self._best[1] if self._best else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is on disk for which reason, as plain values."""
-        periodic = {view: [str(path) for path in saved] for view, saved in self._periodic.items()}
-        best = [self._best[0], str(self._best[1])] if self._best else None
-        last = {view: asdict(progress) for view, progress in self._last_merge.items()}
-        return {"periodic": periodic, "best": best, "last_merge": last}
+    def state(self) -> SavedModels:
+        """What is on disk for which reason."""
+        periodic = {view: tuple(path.name for path in saved) for view, saved in self._periodic.items()}
+        start, last = self._start, dict(self._last_merge)
+        if self._best is None:
+            return SavedModels(start, last, periodic)
+        score, path = self._best
+        return SavedModels(start, last, periodic, path.name if path.parent == self.folder else str(path), score)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what an earlier part of the run saved, as far as it is still there."""
-        found = {view: [Path(path) for path in saved] for view, saved in state.get("periodic", {}).items()}
-        self._periodic = {view: [path for path in saved if path.exists()] for view, saved in found.items()}
-        if state.get("best") and Path(state["best"][1]).exists():
-            self._best = (float(state["best"][0]), Path(state["best"][1]))
-        self._last_merge = {view: Progress(**counts) for view, counts in state.get("last_merge", {}).items()}
+    def go_on_from(self, saved: SavedModels, before: Path) -> None:
+        """Go on with what an earlier part of the run saved, as far as it is still there.
+
+        Args:
+            saved: What `state` gave.
+            before: The folder `merged/` then. Where that is another one, its models stay as they are.
+        """
+        self._start, self._last_merge = saved.start, dict(saved.last_merge)
+        found = {view: [self.folder / name for name in names] for view, names in saved.periodic.items()}
+        self._periodic = {view: [path for path in paths if path.exists()] for view, paths in found.items()}
+        if saved.best is not None and saved.best_score is not None:
+            places = [folder / saved.best for folder in (self.folder, before.absolute())]
+            self._best = next(((saved.best_score, path) for path in places if path.exists()), None)
 
     def keep(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
@@ -97,9 +126,10 @@ class MergedModels:
                 self._drop(old[1])
 
     def _drop(self, path: Path) -> None:
-        """Delete a saved model unless it is still wanted for another reason."""
-        if path != self.best_path and not any(path in saved for saved in self._periodic.values()):
-            shutil.rmtree(path, ignore_errors=True)
+        """Delete a saved model unless it is still wanted for another reason, or is not of this folder."""
+        is_wanted = path == self.best_path or any(path in saved for saved in self._periodic.values())
+        if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name):
+            discard(path)
 
     def _save(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> Path:
         target = self.folder / f"step-{progress.step:08d}-{view}"

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
@@ -48,6 +48,14 @@ def remove_unpublished(folder: Path) -> None:
     """Delete what a killed process was filling in a folder; nobody else may be writing there."""
     for leftover in folder.glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; where that is broken off, what is left does not look complete and goes with the next run."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with suppress(OSError):
+        folder.rename(temporary)
+        shutil.rmtree(temporary)
 
 
 def move_aside(path: Path) -> Path | None:

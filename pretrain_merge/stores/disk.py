@@ -4,8 +4,6 @@ This module knows files, threads and buffers. Files are written here and not by 
 wants the whole model in host memory at once; the format is theirs (`slot_file`), and any of its readers opens a slot.
 """
 
-import errno
-import fcntl
 import mmap
 import os
 import weakref
@@ -24,14 +22,13 @@ from torch import Tensor
 from pretrain_merge import snapshot
 from pretrain_merge.accumulate import Spread
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.stores import snapshot_file
+from pretrain_merge.stores import folder_lock, snapshot_file
 from pretrain_merge.stores.slot_file import Layout
 from pretrain_merge.stores.snapshot_file import SnapshotFile, stage
 from pretrain_merge.stores.streaming import merge_from_host_
 
 STAGING_BYTES = 32 * 2**20
 _NUM_BUFFERS = 2  # one is filled while the other is written
-_LOCK = "lock"
 
 # What a capture hands to the writer: a filled buffer and its bytes; None at the end; an error where it broke off.
 _Filled = tuple[Tensor, int] | BaseException | None
@@ -39,7 +36,7 @@ _Filled = tuple[Tensor, int] | BaseException | None
 
 @dataclass
 class _Slot:
-    """One file: its tensors once they can be read, and the checksum of its bytes once they are on the disk."""
+    """One file: its tensors once they can be read; its checksum and identity once it is on the disk."""
 
     path: Path
     layout: Layout
@@ -47,6 +44,7 @@ class _Slot:
     readable: Event = field(default_factory=Event)
     failure: Exception | None = None
     checksum: int = 0
+    identity: tuple[int, int] | None = None
 
 
 class DiskStore:
@@ -67,7 +65,7 @@ class DiskStore:
     """
 
     def __init__(self, folder: Path, *, staging_bytes: int = STAGING_BYTES) -> None:
-        self._folder = folder
+        self._folder = folder.absolute()
         self._slots: dict[int, _Slot] = {}
         self._staging_bytes = max(staging_bytes // _NUM_BUFFERS, torch.float64.itemsize)
         self._staging: list[Tensor] = []
@@ -137,7 +135,7 @@ class DiskStore:
         """
         self._finish()
         tensors, entry = self._mapped(slot), self._slots[slot]
-        kept = snapshot_file.link(folder, stem, entry.path, entry.checksum)
+        kept = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity)
         parts = {name: [tensor] for name, tensor in zip(entry.layout.places, tensors, strict=True)}
         return kept or snapshot_file.write(folder, stem, entry.layout, parts)
 
@@ -147,39 +145,27 @@ class DiskStore:
             wait([self._writing])  # its failure does not matter any more
             self._writing = None
         for slot in self._slots.values():
-            slot.path.unlink(missing_ok=True)
+            if (
+                snapshot_file.identity_of(slot.path) == slot.identity
+            ):  # another store of this process may have replaced it
+                slot.path.unlink(missing_ok=True)
         self._slots.clear()
         self._staging.clear()
         if self._lock is not None:
-            (self._folder / _LOCK).unlink(missing_ok=True)
             self._lock()
             self._lock = None
 
     def _claim_folder(self) -> None:
         if self._lock is not None:
             return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._folder / _LOCK, os.O_CREAT | os.O_WRONLY)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write to {self._folder} for the window: {error}. Set store_folder to a folder on local "
-                f"storage that can be written."
-            ) from error
-        closing = weakref.finalize(self, os.close, lock)  # also for a store that nobody clears
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
-                closing()
-                raise CheckpointError(
-                    f"{self._folder} holds the window of another run, which is still going. Give each run a "
-                    f"store_folder of its own."
-                ) from error
-        self._lock = closing
-        for leftover in self._folder.glob("slot-*.tmp"):  # of a run that was killed
-            if f".{os.getpid()}-" not in leftover.name:
-                leftover.unlink(missing_ok=True)
+        is_first = folder_lock.claim(
+            self._folder,
+            remedy="Set store_folder to a folder on local storage that can be written, of this run alone.",
+            is_shared_here=True,
+        )
+        self._lock = weakref.finalize(self, folder_lock.release, self._folder)  # also for a store that nobody clears
+        for leftover in self._folder.glob("slot-*") if is_first else ():  # of a run that was killed
+            leftover.unlink(missing_ok=True)
 
     def _mapped(self, slot: int) -> list[Tensor]:
         entry = self._slots[slot]
@@ -227,7 +213,7 @@ def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Ten
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants memory it could write
             slot.tensors = slot.layout.tensors_over(pages)
             slot.readable.set()  # a merge need not wait for the disk, only for the page cache
-            slot.checksum = zlib.crc32(pages)
+            slot.checksum, slot.identity = zlib.crc32(pages), snapshot_file.identity_of(temporary)
             os.fsync(file.fileno())
         temporary.replace(slot.path)
     except Exception as error:

@@ -4,13 +4,9 @@ This module knows files and the paths of checkpoints. It knows no tensors and no
 noted before it is written, and a file is deleted only when every checkpoint that needed it is known to be gone.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,11 +15,10 @@ from pathlib import Path
 from pretrain_merge.checkpoints.folders import sync
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.notices import logger
+from pretrain_merge.stores import folder_lock
 from pretrain_merge.stores.snapshot_file import is_ours
 
-_LOCK = "lock"
 _NEEDS = "checkpoints.json"
-_held_here: dict[Path, str] = {}  # record locks do not tell two holders in one process apart
 
 
 class Sidecar:
@@ -38,7 +33,8 @@ class Sidecar:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self._release = weakref.finalize(self, _release, self.folder, _locked(self.folder))  # also if nobody closes it
+        folder_lock.claim(self.folder, remedy="Set window_folder to a folder that can be written, of this run alone.")
+        self._release = weakref.finalize(self, _release, self.folder)  # also if nobody closes it
         self._needs = self._read_needs()
         self._unwritten: set[str] = set()  # checkpoints that were announced and not yet seen
         for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
@@ -52,6 +48,10 @@ class Sidecar:
         self._needs[checkpoint] = [*self._needs.get(checkpoint, []), sorted(names)]
         self._unwritten.add(checkpoint)
         self._write_needs()
+
+    def knows(self, checkpoint: str) -> bool:
+        """Whether a checkpoint was announced, and not been gone since."""
+        return checkpoint in self._needs
 
     def prune(self, held: Iterable[str], exists: Callable[[str], bool]) -> None:
         """Delete files that neither a checkpoint nor the window needs; call after a checkpoint was written.
@@ -132,48 +132,7 @@ def _are_needs(value: object) -> bool:
     )
 
 
-def _release(folder: Path, lock: int) -> None:
-    (folder / _LOCK).unlink(missing_ok=True)
-    os.close(lock)
-    _held_here.pop(folder, None)
+def _release(folder: Path) -> None:
+    folder_lock.release(folder)
     with suppress(OSError):  # not empty
         folder.rmdir()
-
-
-def _locked(folder: Path) -> int:
-    path = folder / _LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder in _held_here:
-            raise _in_use(folder, _held_here[folder])
-        while True:
-            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
-                    holder = os.read(lock, 300).decode(errors="replace").strip()
-                    os.close(lock)
-                    raise _in_use(folder, holder or "another process") from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    break
-            os.close(lock)  # the holder before removed the file between our two calls
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        os.truncate(lock, 0)
-        os.pwrite(lock, holder.encode(), 0)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"cannot write to {folder} for the window: {error}. Set window_folder to a folder that can be written."
-        ) from error
-    _held_here[folder] = holder
-    return lock
-
-
-def _in_use(folder: Path, holder: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} is in use by {holder}. Two runs cannot share one folder: stop that one, or give this one another "
-        f"folder (Trainer(default_root_dir=…) or window_folder)."
-    )

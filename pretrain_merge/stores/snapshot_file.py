@@ -59,7 +59,8 @@ def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequenc
     """
     temporary = folder / f".{stem}.{os.getpid()}.tmp"
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link to something that lives
             num_bytes = checksum = 0
             for piece in _pieces(layout, tensors):
                 file.write(piece)
@@ -82,7 +83,9 @@ def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequenc
     return entry
 
 
-def link(folder: Path, stem: str, path: Path, checksum: int) -> SnapshotFile | None:
+def link(
+    folder: Path, stem: str, path: Path, checksum: int, *, identity: tuple[int, int] | None
+) -> SnapshotFile | None:
     """Give a file that is on the disk already a second name in a folder, without a copy of its bytes.
 
     Args:
@@ -90,6 +93,7 @@ def link(folder: Path, stem: str, path: Path, checksum: int) -> SnapshotFile | N
         stem: What it is and its step.
         path: The file; durable, and never written again under its old name.
         checksum: Of all its bytes.
+        identity: Of the file that is meant, as `identity_of` gives it.
 
     Returns:
         The file under its new name; None where the file system has no links, or another one lies there.
@@ -98,13 +102,27 @@ def link(folder: Path, stem: str, path: Path, checksum: int) -> SnapshotFile | N
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary, follow_symlinks=False)
+        if identity_of(temporary) != identity:
+            temporary.unlink()
+            return None
         entry = _entry(stem, temporary.stat().st_size, checksum)
         temporary.replace(folder / entry.name)
         temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
         sync(folder)
     except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         return None
     return entry
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Device and number of a file, which its names share; None where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_models import trainer as plain_trainer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pretrain_merge import ModelMerging
+from pretrain_merge import ModelMerging, open_block
 from pretrain_merge.checkpoints import merged
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.records import read_records
@@ -230,6 +231,133 @@ def test_a_checkpoint_asked_for_inside_a_merge_is_resumed_without_a_step_twice(t
     assert lines(tmp_path) == before
 
 
+def test_a_checkpoint_inside_an_accumulation_is_lightnings_and_ours_goes_on_with_the_weights_as_they_are(tmp_path):
+    """ModelCheckpoint saves again in the first micro-batch after a resume; the gradients until then are in no file."""
+    weights_at: dict[int, dict[str, Any]] = {}
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            weights_at[trainer.global_step] = weights(pl_module)
+
+    def go_on(folder: Path, steps: int, **resume: Any) -> None:
+        merging = ModelMerging(**OPTIONS, save={"every": 4, "keep": 9})
+        callbacks = (Events(merging), Notes(), saving(folder))
+        own = trainer(folder, merging, *callbacks, max_steps=steps, accumulate_grad_batches=2)
+        own.fit(ByStep(), rows(64), rows(4), **resume)
+
+    go_on(tmp_path / "whole", STEPS)
+    uninterrupted = dict(weights_at)
+    run = tmp_path / "run"
+    go_on(run, 9)
+    go_on(run, 10, ckpt_path=checkpoint(run, 9))
+    loops = torch.load(checkpoint(run, 9), weights_only=True)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["total"]["ready"] == 19  # 9 steps and one micro-batch
+    go_on(run, STEPS, ckpt_path=checkpoint(run, 9))
+    assert not same_bits(weights_at[STEPS], uninterrupted[STEPS])  # so it says nothing against us
+    keys = ("step", "samples", "tokens", "recipes", "window")
+    found, expected = ([{key: line[key] for key in keys} for line in lines(f)] for f in (run, tmp_path / "whole"))
+    assert found == expected
+    merged_now = load_file(run / "merged" / "step-00000016-sma" / "model.safetensors")
+    for name, value in merged_now.items():
+        mean = torch.stack([weights_at[step][name].double() for step in (12, 14, 16)]).mean(0)
+        torch.testing.assert_close(value, mean.to(value.dtype), rtol=1e-6, atol=0)
+
+
+def test_a_run_resumed_in_a_copy_of_its_folder_leaves_the_original_alone(tmp_path):
+    options = {"save": {"every": 4, "keep": 1}}
+    fit(tmp_path / "original", max_steps=9, **options)
+    copy = copied(tmp_path / "original", tmp_path / "copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "original").rglob("*") if path.is_file()}
+    fit(copy, ckpt_path=checkpoint(copy, 9), **options)
+    assert {path: path.read_bytes() for path in (tmp_path / "original").rglob("*") if path.is_file()} == before
+    assert {path.name for path in (copy / "merged").iterdir()} == {
+        f"step-000000{STEPS}-{view}" for view in ("sma", "wma")
+    }
+
+
+class Terminated(ByStep):
+    """Gets SIGTERM in the validation of a merge point."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+        super().validation_step(batch, batch_idx)
+
+
+def terminated(folder: Path, step: int, **options: Any) -> None:
+    with pytest.raises(SystemExit):
+        fit(folder, module=Terminated(step), **options)
+
+
+def test_a_second_signal_in_the_repeated_merge_leaves_it_owed_before_another_step(tmp_path):
+    def kept() -> ModelCheckpoint:
+        return saving(tmp_path, save_on_exception=True, every_n_train_steps=100)
+
+    terminated(tmp_path, 12, saving=kept())
+    for _ in range(2):
+        (path,) = (tmp_path / "kept").glob("*.ckpt")
+        assert path == checkpoint(tmp_path, 12)
+        terminated(tmp_path, 12, saving=kept(), ckpt_path=path)
+    fit(tmp_path, ckpt_path=checkpoint(tmp_path, 12))
+    fit(tmp_path / "whole")
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_a_merge_of_the_last_step_that_a_signal_broke_off_is_made_though_no_step_is_left(tmp_path):
+    options = {"save": {"every": 4, "keep": 9, "at_end": True}, "store": "disk"}
+    terminated(tmp_path, STEPS, saving=saving(tmp_path, every_n_train_steps=STEPS), **options)
+    fit(tmp_path / "whole", **options)
+    assert lines(tmp_path) == lines(tmp_path / "whole")[:-1]
+    for _ in range(2):  # once more changes nothing
+        raw, merging = fit(tmp_path, ckpt_path=checkpoint(tmp_path, STEPS), **options)
+        assert lines(tmp_path) == lines(tmp_path / "whole")
+        assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+            path.name for path in (tmp_path / "whole" / "merged").iterdir()
+        }
+    assert merging.last_record.step == STEPS
+    assert same_bits(weights(raw), torch.load(checkpoint(tmp_path, STEPS), weights_only=True)["state_dict"])
+
+
+def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resumed(tmp_path):
+    fit(tmp_path, store="disk", saving=saving(tmp_path, every_n_train_steps=8))
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    left = [tmp_path / "window" / "lock", tmp_path / "window" / ".snapshot-00000014.1.tmp"]
+    left += [tmp_path / "window" / "rank-0000" / name for name in ("lock", "slot-002.safetensors")]
+    for path in left:
+        path.touch()
+    fit(tmp_path, store="disk", ckpt_path=checkpoint(tmp_path, STEPS), saving=saving(tmp_path, every_n_train_steps=8))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_merge_that_another_signal_broke_off_is_made_at_once(tmp_path):
+    asked: list[int] = []
+
+    class Asked(ByStep):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 12 and not asked:
+                signal.raise_signal(signal.SIGUSR1)
+            super().validation_step(batch, batch_idx)
+
+    before = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    try:
+        fit(tmp_path, module=Asked())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12, 16]
+
+
+def test_records_that_an_earlier_checkpoint_cut_are_said_to_be_missing(tmp_path, caplog):
+    fit(tmp_path, max_steps=12)
+    fit(tmp_path, max_steps=5, ckpt_path=checkpoint(tmp_path, 3))
+    caplog.clear()
+    fit(tmp_path, max_steps=13, ckpt_path=checkpoint(tmp_path, 12))
+    assert any("lacks merges up to step 12" in message for message in caplog.messages)
+
+
 # --- what cannot be restored ---
 
 
@@ -320,7 +448,7 @@ def test_another_model_is_an_error_that_says_what_differs(whole, tmp_path):
     folder = copied(whole, tmp_path / "run")
     module = ByStep()
     module.layer.weight.requires_grad_(False)
-    with pytest.raises((CheckpointError, ValueError)):
+    with pytest.raises(CheckpointError, match=r"of another model: layer\.weight is not in the model.*Build the model"):
         fit(folder, module=module, ckpt_path=checkpoint(folder, 9))
 
 
@@ -333,7 +461,61 @@ def test_a_checkpoint_whose_manifest_was_changed_is_an_error(whole, tmp_path):
         fit(folder, ckpt_path=checkpoint(folder, 9))
 
 
+@pytest.mark.parametrize("how", ["another key", "no key", "no callbacks"])
+def test_p21_a_checkpoint_that_lost_our_state_is_an_error_and_no_empty_window(how, tmp_path, caplog):
+    fit(tmp_path, max_steps=9)
+    content = torch.load(checkpoint(tmp_path, 9), weights_only=True)
+    ours = content["callbacks"].pop("ModelMerging[merge]")
+    if how == "another key":
+        content["callbacks"]["ModelMergi\x0eg[merge]"] = ours
+    if how == "no callbacks":
+        del content["callbacks"]
+    torch.save(content, checkpoint(tmp_path, 9))
+    with pytest.raises(CheckpointError, match=r"damaged.*on_missing='refill'"):
+        fit(tmp_path, ckpt_path=checkpoint(tmp_path, 9))
+    fit(tmp_path, ckpt_path=checkpoint(tmp_path, 9), on_missing="refill")
+    assert any("the window starts empty" in message for message in caplog.messages)
+
+
+def test_p21_another_name_is_an_error_and_a_further_instance_is_none(whole, tmp_path):
+    folder = copied(whole, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"`name` was changed.*Set the name back"):
+        fit(folder, ckpt_path=checkpoint(folder, 9), name="other")
+    further = ModelMerging(**OPTIONS, name="further")
+    merging = ModelMerging(**OPTIONS)
+    trainer(folder, merging, Events(merging), further).fit(ByStep(), rows(64), rows(4), ckpt_path=checkpoint(folder, 9))
+    assert lines(folder) == lines(whole)
+    assert lines(folder / "further")[0]["step"] == 12
+
+
+def test_a_run_without_the_callback_can_be_gone_on_with(tmp_path, caplog):
+    plain_trainer(tmp_path, saving(tmp_path), max_steps=9, enable_checkpointing=True).fit(ByStep(), rows(64), rows(4))
+    fit(tmp_path, ckpt_path=checkpoint(tmp_path, 9))
+    assert any("without counters of 'merge'" in message for message in caplog.messages)
+    assert lines(tmp_path)[0]["step"] == 12
+
+
 # --- retention ---
+
+
+def test_a_state_asked_for_outside_a_save_pins_no_files(tmp_path):
+    class Asks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 5:
+                merging.state_dict()
+
+    merging = ModelMerging(**OPTIONS)
+    own = saving(tmp_path, save_top_k=1, monitor="step", mode="max")
+    trainer(tmp_path, merging, Asks(), own, max_steps=15).fit(ByStep(), rows(64), rows(4))
+    assert {int(name.split("-")[1]) for name in files(tmp_path) if "-" in name} == {10, 12, 14}
+
+
+def test_an_open_block_is_written_once_per_step(tmp_path, monkeypatch):
+    written = []
+    keep = open_block.keep
+    monkeypatch.setattr(open_block, "keep", lambda *given: written.append(given[2]) or keep(*given))
+    fit(tmp_path, average="block", saving=saving(tmp_path, save_last=True), max_steps=9)
+    assert written == [3, 6, 9]
 
 
 def needed(folder: Path, path: Path) -> set[str]:
@@ -347,6 +529,26 @@ def test_what_retained_checkpoints_need_is_kept_and_nothing_else(tmp_path):
     assert len(kept) == 2
     expected = set().union(*(needed(tmp_path, path) for path in kept))
     assert set(files(tmp_path)) - {"checkpoints.json"} == expected
+
+
+def test_a_run_that_was_moved_keeps_what_all_its_checkpoints_need(whole, tmp_path):
+    fit(tmp_path / "before")
+    folder = (tmp_path / "before").rename(tmp_path / "after")
+    for step in (12, 9, 6):
+        fit(folder, ckpt_path=checkpoint(folder, step))
+        assert lines(folder) == lines(whole)
+
+
+def test_a_checkpoint_under_another_name_keeps_its_snapshots_once_it_was_resumed_from(whole, tmp_path):
+    folder, rarely = tmp_path / "run", {"every_n_train_steps": 6}
+    fit(folder, saving=saving(folder, **rarely))
+    renamed = checkpoint(folder, 6).rename(tmp_path / "elsewhere.ckpt")
+    for _ in range(2):
+        fit(folder, ckpt_path=renamed, saving=saving(folder, **rarely))
+        assert lines(folder) == lines(whole)
+    renamed.unlink()
+    fit(folder, ckpt_path=checkpoint(folder, 12), saving=saving(folder, **rarely))
+    assert not [name for name in files(folder) if name.startswith("snapshot-00000002")]
 
 
 def test_a_checkpoint_deleted_by_hand_takes_its_snapshots_with_it_at_the_next_start(tmp_path):
@@ -409,6 +611,22 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
     (tmp_path / "blocked").write_text("a file")
     with pytest.raises(CheckpointError, match="Set window_folder to a folder that can be written"):
         fit(tmp_path, window_folder=str(tmp_path / "blocked" / "window"))
+
+
+def test_a_read_only_folder_is_an_error_with_a_remedy():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "window"
+        folder.mkdir(mode=0o555)
+        user = os.geteuid()
+        if user == 0:  # permissions do not bind root
+            Path(name).chmod(0o755)
+            os.seteuid(65534)
+        try:
+            with pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied.*Set window_folder"):
+                Sidecar(folder)
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
 
 
 def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(tmp_path, monkeypatch):

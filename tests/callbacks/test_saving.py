@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.callbacks.saving import MergedModels, SavedModels
+from pretrain_merge.checkpoints.folders import discard, remove_unpublished
 from pretrain_merge.checkpoints.merged import holds_weights_of
 from pretrain_merge.config import SaveConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
@@ -105,9 +107,9 @@ def test_what_was_saved_is_known_after_a_restart(tmp_path):
     own = models(tmp_path, every=10, keep=1, best="score")
     for step, score in ((10, 1.0), (20, 2.0)):
         keep(own, step, score=score)
-    state = json.loads(json.dumps(own.state_dict()))
+    state = own.state()
     own = models(tmp_path, Progress(20, 40, 200), every=10, keep=1, best="score")
-    own.load_state_dict(state)
+    own.go_on_from(state, tmp_path / "merged")
     keep(own, 25, score=3.0)  # neither due nor better
     assert saved(tmp_path) == ["step-00000010-sma", "step-00000020-sma"]
     keep(own, 30, score=4.0)
@@ -117,9 +119,72 @@ def test_what_was_saved_is_known_after_a_restart(tmp_path):
 
 def test_a_best_model_that_is_gone_is_not_best(tmp_path):
     own = models(tmp_path, best="score")
-    own.load_state_dict({"best": [0.1, str(tmp_path / "gone")], "periodic": {"sma": [str(tmp_path / "gone")]}})
+    gone = "step-00000001-sma"
+    own.go_on_from(SavedModels(periodic={"sma": (gone,)}, best=gone, best_score=0.1), tmp_path / "merged")
     keep(own, 10, score=1.0)
     assert own.best_path.name == "step-00000010-sma"
+
+
+def test_a_run_that_goes_on_in_a_copy_of_its_folder_deletes_nothing_of_the_original(tmp_path):
+    own = models(tmp_path / "original", every=10, keep=1, best="score")
+    keep(own, 10, score=1.0)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copy = models(tmp_path / "copy", every=10, keep=1, best="score")
+    copy.go_on_from(own.state(), tmp_path / "original" / "merged")
+    for step, score in ((20, 0.5), (30, 0.1)):
+        keep(copy, step, score=score)
+    assert saved(tmp_path / "original") == ["step-00000010-sma"]
+    assert saved(tmp_path / "copy") == ["step-00000030-sma"]
+
+
+def test_a_run_that_goes_on_in_a_new_folder_knows_the_best_before_and_leaves_it_there(tmp_path):
+    own = models(tmp_path / "first", every=10, keep=1, best="score")
+    keep(own, 10, score=1.0)
+    second = models(tmp_path / "second", every=10, keep=1, best="score")
+    second.go_on_from(own.state(), own.folder)
+    third = models(tmp_path / "third", every=10, keep=1, best="score")
+    third.go_on_from(second.state(), second.folder)
+    keep(third, 15, score=2.0)
+    assert third.best_path == tmp_path / "first" / "merged" / "step-00000010-sma"
+    keep(third, 25, score=0.5)
+    assert saved(tmp_path / "first") == ["step-00000010-sma"]
+    assert third.best_path == tmp_path / "third" / "merged" / "step-00000025-sma"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../window", "step-00000010-sma/../../../precious", "notes"])
+def test_a_checkpoint_that_names_another_folder_makes_nothing_go_there(name, tmp_path):
+    for path in (tmp_path / "window", tmp_path / "merged" / "notes", tmp_path.parent / "precious"):
+        path.mkdir(parents=True, exist_ok=True)
+    own = models(tmp_path, every=10, keep=1, best="score")
+    own.go_on_from(SavedModels(periodic={"sma": (name,)}, best=name, best_score=9.0), tmp_path / "merged")
+    keep(own, 10, score=1.0)
+    assert saved(tmp_path) == ["notes", "step-00000010-sma"]
+    assert (tmp_path / "window").exists()
+    assert (tmp_path.parent / "precious").exists()
+
+
+def test_a_view_not_yet_merged_keeps_its_turn_through_a_restart(tmp_path):
+    own = models(tmp_path, every=20)
+    keep(own, 15)
+    again = models(tmp_path, Progress(25, 50, 250), every=20)
+    again.go_on_from(own.state(), own.folder)
+    keep(again, 30, view="wma")  # the first merge of this view, at or after 20
+    assert saved(tmp_path) == ["step-00000030-wma"]
+
+
+def test_a_model_whose_deletion_was_broken_off_looks_incomplete(tmp_path, monkeypatch):
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    keep(models(tmp_path, every=10), 10)
+    monkeypatch.setattr("pretrain_merge.checkpoints.folders.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        discard(tmp_path / "merged" / "step-00000010-sma")
+    monkeypatch.undo()
+    (left,) = saved(tmp_path)
+    assert left.endswith(".tmp")
+    remove_unpublished(tmp_path / "merged")
+    assert saved(tmp_path) == []
 
 
 def test_the_same_merge_is_not_written_twice(tmp_path):

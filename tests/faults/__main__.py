@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.faults.catalogue import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-_COPIED = ("pretrain_merge", "tests", "examples", "pyproject.toml")
+_COPIED = ("pretrain_merge", "tests", "benchmarks", "examples", "pyproject.toml")
 
 
 def main() -> int:

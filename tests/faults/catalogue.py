@@ -46,6 +46,7 @@ _ACCUMULATE = "tests/accumulate/test_contract.py"
 _EVALUATE = "tests/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
+_DURABLE = "tests/callbacks/test_durable.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -170,7 +171,7 @@ FAULTS = (
     Fault(
         "a spoiled block stays whole",
         "block_mean.py",
-        "self._complete = self._complete and self._num_seen == 0",
+        "self._complete = self._complete and self.num_seen == 0",
         "pass",
         _BLOCK,
     ),
@@ -230,13 +231,17 @@ FAULTS = (
     Fault("raw is not restored", "merger.py", "            if written:\n", "            if False:\n", _MERGER),
     Fault(
         "raw is always taken from the newest slot",
-        "merger.py",
+        "snapshots.py",
         "if newest is not None and is_raw else None",
         "if newest is not None else None",
         _MERGER,
     ),
     Fault(
-        "raw is always copied", "merger.py", "if newest is not None and is_raw else None", "if False else None", _MERGER
+        "raw is always copied",
+        "snapshots.py",
+        "if newest is not None and is_raw else None",
+        "if False else None",
+        _MERGER,
     ),
     Fault(
         "merges are due without regard to merge_every",
@@ -436,6 +441,98 @@ FAULTS = (
         "extra_states[name].set_extra_state(file.get_tensor(name))",
         "pass",
         "tests/checkpoints/test_merged.py",
+    ),
+    # what survives
+    Fault(
+        "a checkpoint names what is deleted elsewhere",
+        "callbacks/saving.py",
+        "if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name):",
+        "if not is_wanted:",
+        "tests/callbacks/test_saving.py",
+    ),
+    Fault(
+        "a view loses its turn in a restart",
+        "callbacks/saving.py",
+        "self._start, self._last_merge = saved.start, dict(saved.last_merge)",
+        "self._last_merge = dict(saved.last_merge)",
+        "tests/callbacks/test_saving.py",
+    ),
+    Fault(
+        "a slot that another store replaced is kept",
+        "stores/snapshot_file.py",
+        "if identity_of(temporary) != identity:",
+        "if False:",
+        "tests/stores/test_disk_store.py",
+    ),
+    Fault(
+        "a damaged snapshot is used",
+        "stores/snapshot_file.py",
+        "if found != file.crc32:",
+        "if False:",
+        _DURABLE,
+    ),
+    Fault(
+        "two processes share a folder",
+        "stores/folder_lock.py",
+        "if error.errno in (errno.EACCES, errno.EAGAIN):",
+        "if False:",
+        f"tests/stores/test_disk_store.py {_DURABLE}",
+    ),
+    Fault(
+        "a state that nobody saves pins its files",
+        "callbacks/durable.py",
+        "if self._sidecar is not None and self._checkpoint:",
+        "if self._sidecar is not None:",
+        _DURABLE,
+    ),
+    Fault(
+        "a checkpoint without our state starts an empty window",
+        "stores/sidecar.py",
+        "return checkpoint in self._needs",
+        "return False",
+        _DURABLE,
+    ),
+    Fault(
+        "another name starts an empty window",
+        "callbacks/model_merging.py",
+        "if key not in claimed and is_state(value):",
+        "if False:",
+        _DURABLE,
+    ),
+    Fault(
+        "a step runs over a merge that is owed",
+        "callbacks/model_merging.py",
+        "raise SIGTERMException",
+        "pass",
+        _DURABLE,
+    ),
+    Fault(
+        "a complete run keeps owing its last merge",
+        "callbacks/model_merging.py",
+        "if self._merger is None and self._state and",
+        "if False and",
+        _DURABLE,
+    ),
+    Fault(
+        "a merge is lost to a signal after which the run goes on",
+        "callbacks/model_merging.py",
+        "if record is None and not ranks.any_rank(trainer.received_sigterm):",
+        "if False:",
+        _DURABLE,
+    ),
+    Fault(
+        "a checkpoint owes no merge",
+        "callbacks/model_merging.py",
+        "is_owed = state.last_merge < state.progress.step and self._merger.merge_is_due()",
+        "is_owed = False",
+        _DURABLE,
+    ),
+    Fault(
+        "records after the resumed step stay",
+        "records.py",
+        "for line, record in records if record.step <= step]",
+        "for line, record in records]",
+        f"{_RECORDS} tests/test_killed_runs.py",
     ),
     # the demo's check
     Fault(

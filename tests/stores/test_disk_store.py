@@ -357,7 +357,7 @@ def other_run(folder):
 
 
 def test_a_folder_that_another_run_uses_is_refused_until_that_run_ends(folder, new_store, other_run):
-    with pytest.raises(CheckpointError, match=r"another run.*store_folder of its own"):
+    with pytest.raises(CheckpointError, match=r"in use by another process.*Set store_folder to .* of this run alone"):
         DiskStore(folder)
     other_run.kill()
     other_run.wait()
@@ -383,10 +383,40 @@ def test_a_file_system_without_locks_is_no_obstacle(new_store, monkeypatch):
     assert holds(store, 0, tensors)
 
 
-def test_what_a_killed_run_left_half_written_is_removed_and_slots_are_not(folder, new_store):
+def test_what_a_killed_run_left_is_removed_and_nothing_else(folder, new_store):
     folder.mkdir()
-    kept = [path_of(folder, 0), folder / f"slot-001.{os.getpid()}-7f.tmp", folder / "notes.txt"]
-    for path in [*kept, folder / "slot-001.0-7f.tmp"]:
-        path.write_bytes(b"x")
+    for name in (path_of(folder, 0).name, "slot-001.0-7f.tmp", "notes.txt"):
+        (folder / name).write_bytes(b"x")
     new_store()
-    assert sorted(folder.iterdir()) == sorted([*kept, folder / "lock"])
+    assert sorted(folder.iterdir()) == [folder / "lock", folder / "notes.txt"]
+
+
+def test_what_is_kept_of_a_slot_is_its_own_file_though_another_store_has_its_place(folder, new_store):
+    first, second = new_store(), new_store()
+    for store, seed in ((first, 1), (second, 2)):
+        write(store, 0, weights(seed))
+        store.keep(0, folder, f"snapshot-0000000{seed}")  # waits for the disk
+    kept = first.keep(0, folder, "snapshot-00000003")
+    assert zlib.crc32((folder / kept.name).read_bytes()) == kept.crc32
+    first.clear()
+    assert path_of(folder, 0).exists()
+    assert holds(second, 0, weights(2))
+
+
+def test_a_link_that_cannot_take_its_name_leaves_the_slot_as_it_was(folder, new_store, monkeypatch):
+    store, tensors = new_store(), weights(1)
+    write(store, 0, tensors)
+    renamed = Path.replace
+
+    def fails_once(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", renamed)
+        raise OSError(errno.EIO, "Input/output error")
+
+    store.keep(0, folder, "snapshot-00000001")
+    before = path_of(folder, 0).read_bytes()
+    monkeypatch.setattr(Path, "replace", fails_once)
+    kept = store.keep(0, folder, "snapshot-00000002")
+    assert path_of(folder, 0).read_bytes() == before
+    assert path_of(folder, 0).stat().st_ino != (folder / kept.name).stat().st_ino
+    assert zlib.crc32((folder / kept.name).read_bytes()) == kept.crc32
+    assert holds(store, 0, tensors)
