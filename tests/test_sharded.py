@@ -8,9 +8,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_ranks import Group, strategy
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -22,35 +21,6 @@ from pretrain_merge.errors import UnsupportedModelError
 
 EVERY, WINDOW, STEPS = 2, 3, 12
 RUNS = ["ddp", "resharding", "not resharding"]
-
-
-class Group(ClusterEnvironment):
-    """The process group that is there already."""
-
-    creates_processes_externally = True
-    main_address, main_port = "unused", 0
-
-    @staticmethod
-    def detect():
-        return False
-
-    def world_size(self):
-        return torch.distributed.get_world_size()
-
-    def global_rank(self):
-        return torch.distributed.get_rank()
-
-    def local_rank(self):
-        return self.global_rank()
-
-    def node_rank(self):
-        return 0
-
-    def set_world_size(self, size):
-        pass
-
-    def set_global_rank(self, rank):
-        pass
 
 
 class Rows(Dataset):
@@ -125,12 +95,6 @@ class Probe:
     def __call__(self, module):
         self.seen.append({name: full(parameter) for name, parameter in module.named_parameters()})
         return {"number": len(self.seen)}
-
-
-def strategy(kind):
-    if kind == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
 def train(kind, folder, merging=None, *, saving=None, **resume):

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import lightning.pytorch as lightning
 import torch
 
-from pretrain_merge import evaluate, interrupts, snapshot
+from pretrain_merge import evaluate, interrupts, ranks, snapshot
+from pretrain_merge.accumulate import Spread
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState
@@ -29,6 +30,7 @@ from pretrain_merge.loaders import EvaluationInterrupted
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import MergeRecord, Recipe, append_record, copy_records_until, keep_records_until
+from pretrain_merge.reduction import How, Part
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -37,6 +39,8 @@ if find_spec("pytorch_lightning"):
     from pytorch_lightning import Callback as _OtherCallback
 
     _CALLBACKS += (_OtherCallback,)
+
+_SPREAD = ("spread: squared distance", "spread: squared norm")
 
 _REFUSED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens parameters; use FSDP2 (ModelParallelStrategy)",
@@ -208,7 +212,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         clock, merger = self._clock, self._merger
         if clock is None or merger is None:
             return
-        progress = clock.batch_ends(batch, share=_data_share(trainer))
+        progress = clock.batch_ends(batch, share=evaluate.data_share(trainer))
         if progress is None:
             return
         if trainer.fast_dev_run:
@@ -360,7 +364,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
         if merger.merge_is_due():
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+            # rank 0 writes and logs: the others must not go on where it could not
+            with ranks.together(f"merge at step {merger.progress.step}"):
+                self._publish(trainer, self._measure(trainer, pl_module, merger))
 
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
@@ -371,6 +377,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         models = self._merged_models
         recipes: dict[str, Recipe] = {}
         metrics: dict[str, dict[str, float]] = {}
+        spread = float("nan")
         stopwatch = _Stopwatch()
         try:
             # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
@@ -381,7 +388,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                     for view in ready:
                         recipes[view] = put(view)
                         stopwatch.lap(f"merge_{view}")
-                        metrics[view] = measure(view)
+                        metrics[view] = measure(view, _spread_parts(pl_module, merger))
+                        spread = _spread(metrics[view])
                         stopwatch.lap(f"evaluate_{view}")
                         if models is not None:
                             models.keep(pl_module, view, merger.progress, recipes[view], metrics[view])
@@ -397,7 +405,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             name=self.config.name,
             **asdict(merger.progress),
             window=len(merger.window.valid),
-            spread=merger.spread,
+            spread=spread,
             raw=raw,
             views=metrics,
             recipes=recipes,
@@ -450,6 +458,17 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             merger.close()
 
 
+def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
+    """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
+    sums = merger.spread_sums or Spread(0.0, 0.0)
+    how: How = "sum" if snapshot.is_sharded(module) else "mean"
+    return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
+
+
+def _spread(metrics: dict[str, float]) -> float:
+    return Spread(*(metrics.pop(name) for name in _SPREAD)).relative_rms
+
+
 class _Stopwatch:
     """Wall-clock seconds between laps, summed by label."""
 
@@ -468,9 +487,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _data_share(trainer: Any) -> float:
-    """Data-parallel replicas per rank: below 1 under tensor parallelism, where several ranks read the same batch."""
-    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": trainer.world_size}
-    return float(sampler["num_replicas"]) / float(trainer.world_size)
