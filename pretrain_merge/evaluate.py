@@ -34,7 +34,8 @@ class Measure(Protocol):
     metrics.
     """
 
-    def __call__(self, label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]: ...
+    def __call__(self, label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
+        """The metrics by name, and the numbers alongside."""
 
 
 @contextmanager
@@ -147,18 +148,18 @@ def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, go_on: GoOn) -
 
 
 def _meet_before_each_step(loop: Any, go_on: GoOn) -> None:
-    step, end = loop._evaluation_step, loop.on_run_end
+    step, end_of_loader = loop._evaluation_step, loop._store_dataloader_outputs
 
     def step_with_all(*arguments: Any, **options: Any) -> None:
         go_on(True)
         step(*arguments, **options)
 
-    def end_with_all() -> Any:
+    def end_with_all() -> None:
         while go_on(False):
             pass  # this rank has fewer batches than another
-        return end()
+        end_of_loader()  # here objects of torchmetrics sync themselves
 
-    loop._evaluation_step, loop.on_run_end = step_with_all, end_with_all
+    loop._evaluation_step, loop._store_dataloader_outputs = step_with_all, end_with_all
 
 
 def _unsynced(results: Any, share: float) -> dict[str, tuple[float, How]]:

@@ -79,7 +79,7 @@ def weighted_sum_(
         part = group.merge(targets, sources, multipliers, double=group.double, spread=spread is not False)
         increment_version(targets)  # kernels write through addresses, which autograd cannot see
         if part is not None:
-            total = total + part.times(group.count)
+            total = total + part.times(group.share)
     return total if spread is not False else None
 
 
@@ -103,7 +103,7 @@ class _Group(NamedTuple):
     merge: _Merge
     device: torch.device
     double: bool
-    count: float
+    share: float
 
 
 def _group_rows(
@@ -116,8 +116,8 @@ def _group_rows(
         if not is_one_block(target, sources):
             merge = reference.merge_
         double = accumulator_dtype(target, sources) is torch.float64
-        count = 1.0 if counts is None else counts[i]
-        groups.setdefault(_Group(merge, target.device, double, count), []).append(i)
+        share = 1.0 if counts is None else counts[i]
+        groups.setdefault(_Group(merge, target.device, double, share), []).append(i)
     return groups
 
 
