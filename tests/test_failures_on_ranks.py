@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_ranks import Group, strategy
 from ranks import on_ranks
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge import ModelMerging, RollingMerger
 from pretrain_merge.callbacks import model_merging
+from pretrain_merge.checkpoints import consolidated
 from pretrain_merge.stores import disk
 
 STEPS = 6
@@ -95,15 +97,16 @@ def broken_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def run(kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], **options):
+def run(kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], saving=False, **options):
     """What became of one run, and which snapshots it held at its end."""
     here = torch.distributed.get_rank() == on_rank
     merging = ModelMerging(window=3, every=1, views=["sma"], **options)
+    saved = [ModelCheckpoint(folder, every_n_train_steps=2)] if saving else []
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=strategy(kind), plugins=[Group()], max_steps=STEPS,
-        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=folder, logger=False, enable_checkpointing=saving, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None, val_check_interval=1000,
-        callbacks=[*(callbacks(merging) if here else []), merging],
+        callbacks=[*(callbacks(merging) if here else []), merging, *saved],
     )  # fmt: skip
     records = []
     publish, merging._publish = (
@@ -149,6 +152,14 @@ def all_runs(folder):
         replaced_here(model_merging, "append_record", broken_disk, on_rank=0)
         runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
         model_merging.append_record = append
+        keep = model_merging.DurableWindow.keep
+        replaced_here(model_merging.DurableWindow, "keep", broken_disk, on_rank=0)
+        runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saving=True)
+        model_merging.DurableWindow.keep = keep
+        save_file = consolidated.save_file
+        replaced_here(consolidated, "save_file", broken_disk, on_rank=0)
+        runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})
+        consolidated.save_file = save_file
         runs[f"{kind}, nan"] = run(kind, f"{folder}/{kind}-nan", callbacks=lambda merging: [NotANumber(4)])
         runs[f"{kind}, phase"] = run(kind, f"{folder}/{kind}-phase", callbacks=lambda merging: [Phase(merging, 3)])
     runs["no folder"] = no_folder_on_one_rank(folder)
@@ -201,6 +212,8 @@ REASONS = {
     "evaluator": ("ValueError: a benchmark failed", 1),
     "store full": ("No space left on device", 1),
     "record": ("No space left on device", 0),
+    "checkpoint": ("No space left on device", 0),
+    "merged model": ("No space left on device", 0),
 }
 
 
@@ -210,7 +223,7 @@ def test_what_fails_on_one_rank_ends_the_run_on_all_with_the_reason(runs, kind, 
     reason, on_rank = REASONS[failure]
     errors = [rank[f"{kind}, {failure}"]["error"] for rank in runs]
     assert reason in errors[on_rank]
-    assert errors[1 - on_rank].startswith("RankError: cannot ")
+    assert errors[1 - on_rank].startswith(("RankError: cannot ", "CheckpointError: cannot "))
     assert f"rank {on_rank} failed with " in errors[1 - on_rank]
     assert reason in errors[1 - on_rank]
 

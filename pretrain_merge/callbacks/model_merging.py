@@ -172,12 +172,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         snapshot.mergeable_tensors(
             pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
         )
-        save = self.config.save
-        if snapshot.is_sharded(pl_module) and (save.at_end or save.best is not None or save.every is not None):
-            raise UnsupportedModelError(
-                "save: the parameters are sharded over ranks, and merged models are written from whole ones only. "
-                "Remove `save` (merging and measuring need no whole parameters), or train with DDP."
-            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start or go on counting, and find the run's folder."""
@@ -226,7 +220,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         merger, models = self._merger, self._merged_models
         newest = merger.window.newest if merger is not None else None
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
-            with merger.swapping(pl_module) as put:
+            with ranks.together("save merged models at the end"), merger.swapping(pl_module) as put:
                 for view in merger.views:
                     if merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
@@ -247,7 +241,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
-        self._remember()
+        if self._merger is not None:  # every rank is asked, and all must know where one cannot write
+            with ranks.together("keep the window for a checkpoint"):
+                self._remember()
         if self._durable is not None:
             self._durable.announce()
         return dict(self._state)
@@ -348,9 +344,11 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 f"a ModelCheckpoint monitors a metric of {self.config.name!r}. Its checkpoints hold RAW weights; the "
                 f"best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
             )
+        start = state.progress
+        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
+        self._merged_models.load_state_dict(state.saved)
         if not trainer.is_global_zero:
             return
-        start = state.progress
         remove_unpublished(folder / "merged")
         if start.step == 0:
             for path in (self._records_path, folder / "merged"):
@@ -359,8 +357,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         else:
             copy_records_until(Path(state.run_folder) / self._records_path.name, self._records_path, records_until)
             keep_records_until(self._records_path, records_until)
-        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
-        self._merged_models.load_state_dict(state.saved)
 
     def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
         if merger.merge_is_due():

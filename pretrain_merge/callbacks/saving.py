@@ -1,16 +1,19 @@
 """Which merged models are written to disk, and which old ones go.
 
 This module knows `save: {every, keep, best, mode, at_end}` and the names of folders. It writes what is in the module
-when it is called; putting merged weights there and taking them out is the caller's.
+when it is called; putting merged weights there and taking them out is the caller's. On several ranks every rank keeps
+the same books, and rank 0 deletes and renames.
 """
 
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pretrain_merge import ranks
 from pretrain_merge.cadence import Progress
 from pretrain_merge.checkpoints.folders import move_aside
 from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
@@ -55,9 +58,12 @@ class MergedModels:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what an earlier part of the run saved, as far as it is still there."""
-        found = {view: [Path(path) for path in saved] for view, saved in state.get("periodic", {}).items()}
-        self._periodic = {view: [path for path in saved if path.exists()] for view, saved in found.items()}
-        if state.get("best") and Path(state["best"][1]).exists():
+        known = [*chain(*state.get("periodic", {}).values()), *(state.get("best") or ())[1:]]
+        there = ranks.gather({path for path in known if Path(path).exists()})[0]  # what rank 0 sees: all decide alike
+        self._periodic = {
+            view: [Path(path) for path in saved if path in there] for view, saved in state.get("periodic", {}).items()
+        }
+        if state.get("best") and state["best"][1] in there:
             self._best = (float(state["best"][0]), Path(state["best"][1]))
         self._last_merge = {view: Progress(**counts) for view, counts in state.get("last_merge", {}).items()}
 
@@ -98,7 +104,8 @@ class MergedModels:
 
     def _drop(self, path: Path) -> None:
         """Delete a saved model unless it is still wanted for another reason."""
-        if path != self.best_path and not any(path in saved for saved in self._periodic.values()):
+        is_wanted = path == self.best_path or any(path in saved for saved in self._periodic.values())
+        if not is_wanted and ranks.rank() == 0:
             shutil.rmtree(path, ignore_errors=True)
 
     def _save(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> Path:
@@ -111,9 +118,10 @@ class MergedModels:
             "config": dict(self._settings),
             "metrics": dict(metrics),
         }
-        if target.exists():
+        if ranks.gather(target.exists())[0]:
             if holds_weights_of(module, target):
                 return target
-            move_aside(target)  # of a run that went on from an earlier checkpoint another way
+            if ranks.rank() == 0:
+                move_aside(target)  # of a run that went on from an earlier checkpoint another way
         save_merged(module, target, provenance)
         return target
