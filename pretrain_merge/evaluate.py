@@ -13,6 +13,7 @@ themselves, as in any validation. Before each batch the ranks agree to go on, in
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from pretrain_merge.reduction import How, Part
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 GoOn = Callable[[bool], bool]
+# A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
+_PATIENCE = timedelta(minutes=1)
 
 
 class Measure(Protocol):
@@ -77,8 +80,10 @@ def isolated(
 
         def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
             parts = dict(alongside or {})
-            with ranks.together(f"evaluate {label}") as agree, torch.no_grad(), isolation.module_kept(module):
-                go_on = _agreement(agree, is_sharded=snapshot.is_sharded(module))
+            is_sharded = snapshot.is_sharded(module)
+            together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
+            with together as agree, torch.no_grad(), isolation.module_kept(module):
+                go_on = _agreement(agree, is_sharded=is_sharded)
                 go_on(True)
                 bar.reset()
                 bar.set_description(f"evaluating {label}")

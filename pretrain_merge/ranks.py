@@ -5,6 +5,7 @@ This module knows process groups and nothing of merging. Every rank must call th
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ def any_rank(flag: bool) -> bool:
 
 
 @contextmanager
-def together(what: str) -> Iterator[Agree]:
+def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]:
     """Do a thing on every rank, or raise on every rank: the one that failed its own error, the others `RankError`.
 
     One small reduction at the end of the block, and one each time that the function is called; a rank that failed joins
@@ -44,6 +45,8 @@ def together(what: str) -> Iterator[Agree]:
 
     Args:
         what: What is done, to infinitive, for the message.
+        patience: How long a rank that failed waits for the others to hear of it; then it leaves with its reason, and
+            its end breaks off whatever they wait for. None: as long as the process group has it.
 
     Yields:
         A function that takes up to three flags and returns how many ranks set each; it raises where a rank failed.
@@ -64,7 +67,7 @@ def together(what: str) -> Iterator[Agree]:
     except BaseException as error:
         if num_ranks() > 1 and not _is_told(error):
             with suppress(Exception):  # a group that is broken too must not hide the reason
-                sum_over_ranks([1, *[0] * _NUM_FLAGS])
+                sum_over_ranks([1, *[0] * _NUM_FLAGS], patience=patience)
                 _reasons(f"{type(error).__name__}: {error}")
             _told(error)
         raise
@@ -93,12 +96,12 @@ def gather(value: _T) -> list[_T]:
     return values
 
 
-def sum_over_ranks(numbers: Sequence[_NumberT]) -> list[_NumberT]:
+def sum_over_ranks(numbers: Sequence[_NumberT], *, patience: timedelta | None = None) -> list[_NumberT]:
     """Sums over all ranks, of integers in int64 and of floats in float64, in one all-reduce."""
     if num_ranks() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
     total = torch.tensor(numbers, dtype=dtype, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, async_op=True).wait(*[patience] if patience else [])
     return total.tolist()

@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain_merge import ModelMerging, RollingMerger
+from pretrain_merge import ModelMerging, RollingMerger, evaluate
 from pretrain_merge.callbacks import model_merging
 from pretrain_merge.checkpoints import consolidated
 from pretrain_merge.stores import disk
@@ -200,6 +201,36 @@ def broken_block():
     return [item.progress.step for item in merging.window.valid]
 
 
+class BetweenLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 1)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if not torch.is_grad_enabled() and torch.distributed.get_rank() == 1:
+            raise ValueError("failed between two layers")
+        return self.second(hidden)
+
+
+class FailsBetweenLayers(Model):
+    def configure_model(self):
+        self.net = BetweenLayers()
+        for part in (self.net.first, self.net.second, self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def failure_in_a_forward(folder):
+    warnings.simplefilter("ignore")
+    evaluate._PATIENCE = timedelta(seconds=2)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy("fsdp2"), plugins=[Group()], max_steps=STEPS,
+        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[ModelMerging(window=3, every=1)],
+    )  # fmt: skip
+    trainer.fit(FailsBetweenLayers(True, ""), DataLoader(Rows(), 2), DataLoader(Rows(), 2))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return on_ranks(all_runs, str(tmp_path_factory.mktemp("failures")), timeout=120)
@@ -246,6 +277,14 @@ def test_a_snapshot_that_one_rank_refuses_is_refused_and_counted_by_all(runs, ki
 def test_a_break_that_one_rank_sees_is_a_break_on_all(runs, kind):
     expected = [[2, 2, 0], [3, 3, 0], [5, 2, 0], [6, 3, 0]]
     assert [rank[f"{kind}, phase"]["records"] for rank in runs] == [expected] * 2
+
+
+def test_a_rank_that_fails_where_others_wait_for_its_shards_leaves_with_the_reason_and_ends_them(tmp_path):
+    with pytest.raises(AssertionError) as caught:
+        on_ranks(failure_in_a_forward, str(tmp_path), timeout=60)
+    report = str(caught.value)
+    assert "ValueError: failed between two layers" in report
+    assert "still running" not in report  # the other one met a broken connection
 
 
 def test_a_block_that_broke_on_one_rank_gives_no_mean_on_any(runs):
