@@ -85,6 +85,11 @@ def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
 
 
+def whole_sizes(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[int]:
+    """Elements of the whole parameters of which local tensors are parts, in their order."""
+    return [tensor.numel() for tensor in as_shards(module, tensors).values()]
+
+
 def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor

@@ -78,7 +78,12 @@ class Snapshots:
         self._captured = _identities(live.values())
 
     def merge_(
-        self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, spread: bool
+        self,
+        live: Sequence[Tensor],
+        chosen: Sequence[Snapshot],
+        weights: Sequence[float],
+        *,
+        spread: bool | Sequence[float],
     ) -> Spread | None:
         """The weighted sum of snapshots, oldest first, into the live tensors."""
         return self._opened().merge_(live, [item.slot for item in chosen], weights, spread=spread)

@@ -144,7 +144,7 @@ class Once:
 
 def pause_in(moment: str, pause: Once) -> None:
     """Make the package stand still in one of its own functions; of this process only."""
-    from pretrain_merge.checkpoints import merged
+    from pretrain_merge.checkpoints import consolidated
     from pretrain_merge.stores.device import DeviceStore
 
     def followed_by_a_pause(function: Any) -> Any:
@@ -165,7 +165,7 @@ def pause_in(moment: str, pause: Once) -> None:
     if moment == "a merge":
         DeviceStore.merge_ = followed_by_a_pause(DeviceStore.merge_)
     if moment == "the writing of a merged model":
-        merged.save_file = followed_by_a_pause(merged.save_file)
+        consolidated.save_file = followed_by_a_pause(consolidated.save_file)
     if moment == "the restore":
         DeviceStore.read_ = after_a_pause(DeviceStore.read_)
 

@@ -110,3 +110,12 @@ def test_plan(run, tmp_path):
 
 
 # `memory` is run by test_memory.py, which also holds its figures to the promise.
+
+
+def test_scale(run):
+    rows, printed = run("scale", "--quick", "--processes", "1", "2")
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(row["collectives"] == 0 for row in rows)
+    assert all(math.isfinite(number) and number > 0 for number in numbers(rows, "merge_ms", "copy_ms", "ratio"))
+    assert len({row["planned_mib"] for row in rows}) == 1
+    assert "collectives" in printed

@@ -224,8 +224,8 @@ FAULTS = (
     Fault(
         "non-finite snapshots are kept",
         "merger.py",
-        "if ranks.any_rank(not snapshot.all_finite(source)):",
-        "if False:",
+        "not num_partial and not num_non_finite",
+        "True",
         _MERGER,
     ),
     Fault("raw is not restored", "merger.py", "            if written:\n", "            if False:\n", _MERGER),
@@ -338,10 +338,10 @@ FAULTS = (
     ),
     Fault(
         "a waiting signal does not end the pass",
-        "loaders.py",
-        "if interrupts.requested() and ranks.num_ranks() == 1:",
+        "evaluate.py",
+        "if num_more and num_interrupted:",
         "if False:",
-        "tests/test_loaders.py",
+        _EVALUATE,
     ),
     Fault(
         "signals are lost",
@@ -438,7 +438,7 @@ FAULTS = (
     Fault(
         "extra state is read and dropped",
         "checkpoints/merged.py",
-        "extra_states[name].set_extra_state(file.get_tensor(name))",
+        "extra_states[name].set_extra_state(weights.whole(name))",
         "pass",
         "tests/checkpoints/test_merged.py",
     ),
