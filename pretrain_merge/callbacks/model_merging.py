@@ -20,7 +20,7 @@ from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -52,7 +52,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     numbers are those of a run without the callback.
 
     Args:
-        window: How many snapshots are kept, at least 2.
+        window: How many snapshots are kept, 2 to 10000.
         every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
@@ -114,12 +114,13 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             given.pop("tokens_per_batch")
         self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
         self._tokens_per_batch: TokensPerBatch = tokens_per_batch
-        self._evaluators: dict[str, Evaluator] = dict(evaluators or {})
+        self._evaluators = _checked_evaluators(evaluators)
         self._notices = Notices()
         self._tracker = Tracker()
         self._state: dict[str, Any] = {}
         self._durable: DurableWindow | None = None
         self._last_merge = 0
+        self._phase_to_come: str | None = None
         self._merger: RollingMerger | None = None
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
@@ -151,9 +152,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         return self._merged_models.best_path if self._merged_models else None
 
     def mark_phase(self, name: str) -> None:
-        """Say that something changed that the weights will show (a data switch): merges do not reach across it."""
+        """Say that something changed that the weights will show (a data switch): merges do not reach across it.
+
+        Before `fit` it names the phase that the run is in; a resumed run that was in it already goes on unbroken.
+        """
         if self._merger is not None:
             self._merger.mark_phase(name)
+        else:
+            self._phase_to_come = name
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
@@ -195,6 +201,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
             if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
                 self._merge_if_due(trainer, pl_module, self._merger)
+        if self._phase_to_come not in (None, self._merger.phase):
+            self._merger.mark_phase(self._phase_to_come)
+        self._phase_to_come = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -226,6 +235,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 for view in merger.views:
                     if merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
+        if merger is not None and self.last_record is None:
+            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
+            self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -445,7 +457,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         for step in range(1, self.config.window + 1):
             merger.observe(pl_module, step)
         try:
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+            record = self._measure(trainer, pl_module, merger)
+            for metrics in record.views.values() if record else ():
+                refuse_unmeasured(self.config.save.best, metrics)
+            self._publish(trainer, record)
         finally:
             merger.close()
 
@@ -468,6 +483,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
+    if evaluators is None:
+        return {}
+    if not isinstance(evaluators, Mapping) or not all(callable(item) for item in evaluators.values()):
+        raise ConfigError(
+            f"evaluators: {evaluators!r} does not name functions. Allowed: a mapping from names to functions that take "
+            f"the module and return metrics, such as {{'norm': weight_norm}}."
+        )
+    return dict(evaluators)
 
 
 def _data_share(trainer: Any) -> float:

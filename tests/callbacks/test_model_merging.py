@@ -40,7 +40,7 @@ import pretrain_merge.interrupts
 import pretrain_merge.isolation
 import pretrain_merge.merger
 from pretrain_merge import ModelMerging
-from pretrain_merge.errors import EvaluationError, UnsupportedModelError
+from pretrain_merge.errors import ConfigError, EvaluationError, UnsupportedModelError
 from pretrain_merge.records import read_records
 
 pytestmark = LIGHTNING_REMARKS
@@ -178,6 +178,35 @@ def test_merges_do_not_reach_across_a_marked_phase(tmp_path):
         (10, (8, 10), "other data"),
         (12, (8, 10, 12), "other data"),
     ]
+
+
+def test_a_phase_marked_before_fit_is_the_one_that_the_run_is_in(tmp_path):
+    merging = ModelMerging(window=4, every=2)
+    merging.mark_phase("web")
+    own = trainer(tmp_path, merging, max_epochs=1)
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    merging.mark_phase("books")
+    own.fit_loop.max_epochs = 2
+    own.fit(own.lightning_module, rows(), rows(4, seed=1))
+    assert [(record.step, record.recipes["sma"].steps, record.phase) for record in records(tmp_path)] == [
+        (4, (2, 4), "web"),
+        (6, (2, 4, 6), "web"),
+        (10, (8, 10), "books"),
+        (12, (8, 10, 12), "books"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"every": "8B"}, "view 'sma' needs 2 snapshots and the window holds 0. It will be ready at step 16000000000."),
+        ({"every": 2, "merge_every": 100}, "no merge point was reached."),
+    ],
+)
+def test_a_run_that_ends_without_a_merge_says_why(options, reason, tmp_path, caplog):
+    merging = ModelMerging(window=4, **options)
+    trainer(tmp_path, merging, max_steps=6).fit(Regression(), rows(), rows(4, seed=1))
+    assert caplog.messages.count(f"training ended at step 6 without a merge: {reason}") == 1
 
 
 def test_a_warm_up_is_not_merged_with_what_follows(tmp_path):
@@ -449,6 +478,12 @@ def test_a_fast_dev_run_measures_once_and_writes_nothing(tmp_path):
     assert "merge/sma3/val_loss" in own.callback_metrics
     assert same_bits(weights(module), own.raw)
     assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("merged*")) == []
+
+
+def test_a_fast_dev_run_shows_that_save_best_names_no_metric(tmp_path):
+    merging = ModelMerging(window=2, every=1000, save={"best": "val_los"})
+    with pytest.raises(ConfigError, match=r"save\.best: 'val_los' was not measured\. Measured: val_loss"):
+        trainer(tmp_path, merging, fast_dev_run=True).fit(Regression(), rows(), rows(10, seed=1))
 
 
 def test_a_fast_dev_run_after_a_real_run_writes_nothing_either(tmp_path):

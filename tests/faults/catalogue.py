@@ -170,7 +170,7 @@ FAULTS = (
     Fault(
         "a spoiled block stays whole",
         "block_mean.py",
-        "self._complete = self._complete and self._num_seen == 0",
+        "self._complete = self._complete and self.num_seen == 0",
         "pass",
         _BLOCK,
     ),
@@ -230,13 +230,17 @@ FAULTS = (
     Fault("raw is not restored", "merger.py", "            if written:\n", "            if False:\n", _MERGER),
     Fault(
         "raw is always taken from the newest slot",
-        "merger.py",
+        "snapshots.py",
         "if newest is not None and is_raw else None",
         "if newest is not None else None",
         _MERGER,
     ),
     Fault(
-        "raw is always copied", "merger.py", "if newest is not None and is_raw else None", "if False else None", _MERGER
+        "raw is always copied",
+        "snapshots.py",
+        "if newest is not None and is_raw else None",
+        "if False else None",
+        _MERGER,
     ),
     Fault(
         "merges are due without regard to merge_every",
@@ -346,6 +350,20 @@ FAULTS = (
         "tests/test_interrupts.py",
     ),
     # what is published and kept
+    Fault(
+        "a phase named before fit is forgotten",
+        "callbacks/model_merging.py",
+        "            self._phase_to_come = name\n",
+        "            pass\n",
+        "tests/callbacks/test_model_merging.py",
+    ),
+    Fault(
+        "a rehearsal does not ask for the metric that is to be best",
+        "callbacks/model_merging.py",
+        "refuse_unmeasured(self.config.save.best, metrics)",
+        "pass",
+        "tests/callbacks/test_model_merging.py",
+    ),
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/model_merging.py",
