@@ -89,14 +89,6 @@ def test_a_handler_that_raises_does_so_after_the_block():
     assert not interrupts.requested()
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler, whatever the shell gave to a process in the background."""
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, kept)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_a_block():
     done = []

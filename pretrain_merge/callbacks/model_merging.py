@@ -387,9 +387,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         try:
             # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
             with interrupts.held(), self._isolated(trainer, pl_module) as measure:
-                raw = measure("raw")
-                stopwatch.lap("evaluate_raw")
                 with merger.swapping(pl_module) as put:
+                    raw = measure("raw")
+                    stopwatch.lap("evaluate_raw")
                     for view in ready:
                         recipes[view] = put(view)
                         stopwatch.lap(f"merge_{view}")
@@ -403,7 +403,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             return None
         if not raw and not any(metrics.values()):
             self._notices.once(
-                "nothing", "no validation loader and no evaluator: merges are made, nothing is measured."
+                "nothing",
+                "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
+                "that logs nothing.",
             )
         return MergeRecord(
             name=self.config.name,

@@ -305,6 +305,23 @@ def test_raw_is_back_and_saved_after_an_exception_in_an_evaluator(tmp_path):
     assert raw_everywhere(own, module, tmp_path)
 
 
+@pytest.mark.parametrize("average", ["last", "block"])
+def test_raw_is_back_after_an_evaluator_that_writes_into_the_weights(average, tmp_path):
+    @torch.no_grad()
+    def rounds(module: Any) -> dict[str, float]:
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+        return {"a": 1.0}
+
+    module, raw = Regression(), _RawAfterStep()
+    own = trainer(
+        tmp_path, raw, ModelMerging(window=2, every=2, average=average, evaluators={"rounds": rounds}), max_steps=4
+    )
+    own.fit(module, rows(), rows(4, seed=1))
+    assert len(records(tmp_path)) == 1
+    assert same_bits(weights(module), own.raw)
+
+
 def test_raw_is_back_and_saved_after_a_keyboard_interrupt(tmp_path):
     module = _Breaks()
     module.error = KeyboardInterrupt
@@ -642,7 +659,8 @@ def test_batch_norm_is_refused_before_the_first_step(tmp_path):
 def test_without_anything_to_measure_a_notice_says_so(tmp_path, caplog):
     trainer(tmp_path, ModelMerging(window=2, every=1), max_steps=4).fit(Regression(), rows())
     assert [message for message in caplog.messages if "nothing is measured" in message] == [
-        "no validation loader and no evaluator: merges are made, nothing is measured."
+        "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step that "
+        "logs nothing."
     ]
 
 
