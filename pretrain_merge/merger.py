@@ -200,7 +200,7 @@ class RollingMerger:
 
     @contextmanager
     def swapping(self, module: nn.Module) -> Iterator[Callable[[str], Recipe]]:
-        """Several views one after another, with one restore at the end.
+        """Several views one after another, with one restore at the end, also of what the block itself wrote in place.
 
         Yields:
             A function that writes one view's merge into the live model; it raises what `merged` raises.
@@ -208,6 +208,7 @@ class RollingMerger:
         live = list(self._live(module).values())
         raw_slot = self._snapshots.slot_that_is_raw(live, self._progress)
         scratch = [tensor.clone() for tensor in live] if raw_slot is None else []
+        before = snapshot.identities(live)
         written: list[str] = []
 
         def put(view: str) -> Recipe:
@@ -225,7 +226,7 @@ class RollingMerger:
             return recipe
 
         def restore() -> None:
-            if written:
+            if written or snapshot.identities(live) != before:
                 snapshot.reshard(module)
                 if raw_slot is None:
                     snapshot.copy_(live, scratch)

@@ -1,13 +1,12 @@
 """Runs in processes of their own that get a signal from outside at a merge point.
 
-Called as a script with a folder: each scenario's report is `<folder>/<scenario>/report.json`. One process imports the
-libraries and forks one process for each run, because importing takes longer than all the runs.
+`main` is called in a process of its own with a folder: each scenario's report is `<folder>/<scenario>/report.json`. It
+imports the libraries and forks one process for each run, because importing takes longer than all the runs.
 """
 
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -22,8 +21,8 @@ NUM_BATCHES = 40
 _PATIENCE = 60.0  # seconds; a signal takes milliseconds
 
 
-def main(folder: Path) -> None:
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+def main(into: str) -> None:
+    folder = Path(into)
     # before the fork: what takes longer than a run
     import lightning_models  # noqa: F401
     import torch
@@ -187,7 +186,3 @@ def pretend_slurm(folder: Path) -> None:
         "SLURM_NODEID": "0",
         "SLURM_NODELIST": "localhost",
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

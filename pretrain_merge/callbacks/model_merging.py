@@ -23,7 +23,7 @@ from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState, is_state
 from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -58,7 +58,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     numbers are those of a run without the callback.
 
     Args:
-        window: How many snapshots are kept, at least 2.
+        window: How many snapshots are kept, 2 to 10000.
         every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
@@ -123,13 +123,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             given.pop("tokens_per_batch")
         self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
         self._tokens_per_batch: TokensPerBatch = tokens_per_batch
-        self._evaluators: dict[str, Evaluator] = dict(evaluators or {})
+        self._evaluators = _checked_evaluators(evaluators)
         self._notices = Notices()
         self._tracker = Tracker()
         self._forecasts = RunForecasts(self.config, self._notices)
         self._state: dict[str, Any] = {}
         self._durable: DurableWindow | None = None
         self._last_merge = 0
+        self._phase_to_come: str | None = None
         self._merger: RollingMerger | None = None
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
@@ -162,9 +163,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         return self._merged_models.best_path if self._merged_models else None
 
     def mark_phase(self, name: str) -> None:
-        """Say that something changed that the weights will show (a data switch): merges do not reach across it."""
+        """Say that something changed that the weights will show (a data switch): merges do not reach across it.
+
+        Before `fit` it names the phase that the run is in; a resumed run that was in it already goes on unbroken.
+        """
         if self._merger is not None:
             self._merger.mark_phase(name)
+        else:
+            self._phase_to_come = name
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
@@ -207,6 +213,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 self._merge_if_due(trainer, pl_module, self._merger)
                 if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
                     raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+        if self._phase_to_come not in (None, self._merger.phase):
+            self._merger.mark_phase(self._phase_to_come)
+        self._phase_to_come = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -238,6 +247,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 for view in merger.views:
                     if view not in self._forecasts.views and merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
+        if merger is not None and self.last_record is None:
+            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
+            self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -452,9 +464,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         try:
             # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
             with interrupts.held(), self._isolated(trainer, pl_module) as measure:
-                raw = measure("raw")
-                stopwatch.lap("evaluate_raw")
                 with merger.swapping(pl_module) as put:
+                    raw = measure("raw")
+                    stopwatch.lap("evaluate_raw")
                     for view in ready:
                         recipes[view] = put(view)
                         stopwatch.lap(f"merge_{view}")
@@ -469,7 +481,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             return None
         if not raw and not any(metrics.values()):
             self._notices.once(
-                "nothing", "no validation loader and no evaluator: merges are made, nothing is measured."
+                "nothing",
+                "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
+                "that logs nothing.",
             )
         return MergeRecord(
             name=self.config.name,
@@ -526,7 +540,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         for step in range(1, self.config.window + 1):
             merger.observe(pl_module, step)
         try:
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+            record = self._measure(trainer, pl_module, merger)
+            for metrics in record.views.values() if record else ():
+                refuse_unmeasured(self.config.save.best, metrics)
+            self._publish(trainer, record)
         finally:
             merger.close()
 
@@ -560,3 +577,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
+    if evaluators is None:
+        return {}
+    if not isinstance(evaluators, Mapping) or not all(callable(item) for item in evaluators.values()):
+        raise ConfigError(
+            f"evaluators: {evaluators!r} does not name functions. Allowed: a mapping from names to functions that take "
+            f"the module and return metrics, such as {{'norm': weight_norm}}."
+        )
+    return dict(evaluators)

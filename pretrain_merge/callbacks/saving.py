@@ -43,6 +43,12 @@ class SavedModels:
     best_score: float | None = None
 
 
+def refuse_unmeasured(best: str | None, metrics: Mapping[str, float]) -> None:
+    """Raise a `ConfigError` where `save.best` names a metric that is not among the measured ones."""
+    if best is not None and best not in metrics:
+        raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
+
+
 class MergedModels:
     """The folder `merged/` of one run. Nothing outside it is ever deleted, whatever a checkpoint names.
 
@@ -120,8 +126,7 @@ class MergedModels:
     def _keep_best(
         self, best: str, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
     ) -> None:
-        if best not in metrics:
-            raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
+        refuse_unmeasured(best, metrics)
         value = metrics[best]
         score = -value if self._config.mode == "max" else value
         if math.isfinite(score) and (self._best is None or score < self._best[0]):

@@ -228,7 +228,20 @@ FAULTS = (
         "True",
         _MERGER,
     ),
-    Fault("raw is not restored", "merger.py", "            if written:\n", "            if False:\n", _MERGER),
+    Fault(
+        "raw is not restored",
+        "merger.py",
+        "            if written or snapshot.identities(live) != before:\n",
+        "            if False:\n",
+        _MERGER,
+    ),
+    Fault(
+        "what an evaluator wrote into raw stays",
+        "merger.py",
+        "            if written or snapshot.identities(live) != before:\n",
+        "            if written:\n",
+        f"{_MERGER} tests/callbacks/test_model_merging.py",
+    ),
     Fault(
         "raw is always taken from the newest slot",
         "snapshots.py",
@@ -351,6 +364,20 @@ FAULTS = (
         "tests/test_interrupts.py",
     ),
     # what is published and kept
+    Fault(
+        "a phase named before fit is forgotten",
+        "callbacks/model_merging.py",
+        "            self._phase_to_come = name\n",
+        "            pass\n",
+        "tests/callbacks/test_model_merging.py",
+    ),
+    Fault(
+        "a rehearsal does not ask for the metric that is to be best",
+        "callbacks/model_merging.py",
+        "refuse_unmeasured(self.config.save.best, metrics)",
+        "pass",
+        "tests/callbacks/test_model_merging.py",
+    ),
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/model_merging.py",
