@@ -53,7 +53,11 @@ class Curves:
 
     @cached_property
     def noise(self) -> float:
-        """How far the raw model lies above the river: the median over spans, each at the middle of its mean."""
+        """How far the raw model lies above its means, each at its middle; the median over spans.
+
+        The means keep some of the noise, so the river lies lower still. Dividing by the share that they lost was tried:
+        it takes too much out of means of few snapshots, and errors grew by a tenth.
+        """
         means = self._points[-1].means.items()
         return max(0.0, float(np.median([self.raw_at(self.step - span / 2) - mean.loss for span, mean in means])))
 

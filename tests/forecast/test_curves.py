@@ -1,0 +1,81 @@
+"""Curves give back the river and the noise of runs in which both are known."""
+
+import numpy as np
+import pytest
+from forecast.synthetic import MEMORY, NOISE, left, mean_loss, river, run
+
+from pretrain_merge.forecast.curves import Curves, _left_by_mean, _left_by_samples
+from pretrain_merge.forecast.history import read_history
+
+
+def curves(**options):
+    return Curves(read_history(run(**options), "val_loss"))
+
+
+@pytest.mark.parametrize(("number", "gap"), [(2, 0.5), (7, 1.0), (11, 2.5), (37, 0.25)])
+def test_noise_left_by_samples_is_the_mean_of_their_covariances(number, gap):
+    times = gap * np.arange(number)
+    oracle = np.exp(-np.abs(times[:, None] - times)).mean()
+    assert _left_by_samples(number, gap) == pytest.approx(oracle, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [1e-4, 0.01, 1.0, 30.0])
+def test_noise_left_by_a_continuous_mean_is_the_limit_of_many_samples(length):
+    times = np.linspace(0, length, 2001)
+    oracle = np.exp(-np.abs(times[:, None] - times)).mean()
+    assert _left_by_mean(length) == pytest.approx(oracle, rel=2e-3)
+
+
+def test_the_memory_of_the_test_is_that_of_the_package():
+    from pretrain_merge.forecast import curves as module
+
+    assert module.MEMORY == MEMORY
+
+
+def test_the_trend_of_the_raw_loss_passes_through_a_smooth_run():
+    known = curves(last=2000)
+    for step in (1200, 1500, 2000):
+        assert known.raw_at(step) == pytest.approx(river(step) + NOISE, rel=2e-4)
+    assert known.raw_noise < 1e-3
+
+
+def test_the_noise_is_how_far_raw_lies_above_its_means():
+    known = curves(last=4000, every=100, merge_every=200, spans=(2, 8, 16))
+    above = river(4000 - 350) + NOISE - mean_loss(np.arange(3300, 4001, 100))
+    assert known.noise == pytest.approx(above, rel=1e-2)
+    assert 0.8 * NOISE < known.noise < NOISE
+
+
+@pytest.mark.parametrize("span", [150.0, 250.0, 350.0])
+def test_a_mean_over_a_span_lies_half_of_it_back_with_the_noise_of_every_iterate(span):
+    known = curves(last=4000, spans=(2, 4, 6, 8))
+    oracle = river(4000 - span / 2) + NOISE * left(np.arange(span + 1))
+    as_sampled = river(4000 - span / 2) + NOISE * left(np.arange(0, span + 1, 50))
+    assert known.merged(span, 4000) == pytest.approx(oracle, rel=2e-3)
+    assert as_sampled - oracle > 2e-3 * oracle  # what would be read without the correction
+
+
+def test_between_merge_points_a_mean_is_interpolated_and_before_the_first_unknown():
+    known = curves(last=4000)
+    assert river(4000 - 75) < known.merged(150, 3950) < known.merged(150, 3900)
+    assert np.isnan(known.merged(350, 100))
+    assert np.isnan(known.merged(1000, 4000))
+
+
+def test_the_slope_is_that_of_the_river():
+    known = curves(last=4000)
+    middle = 4000 - 75
+    from_quarter = (river(3000 - 75) - river(middle)) / np.log(middle / (3000 - 75))
+    assert known.slope(150) == pytest.approx(from_quarter, rel=1e-6)
+
+
+def test_halves_of_a_short_span_keep_more_noise_than_the_whole():
+    known = curves(last=4000, every=10, merge_every=20, spans=(2, 3, 5, 9))
+    oracle = NOISE * (left(np.arange(41)) - left(np.arange(81)))
+    assert known.halves_above_whole(80, 4000) == pytest.approx(oracle, abs=0.1 * oracle)
+    assert known.halves_above_whole(80, 4000) > 10 * abs(curves(last=4000, noise=0.0).halves_above_whole(150, 4000))
+
+
+def test_few_snapshots_add_noise_and_block_means_none():
+    assert curves(last=4000).sampling_noise(50) > curves(last=4000).sampling_noise(350) > 0
+    assert curves(last=4000, average="block").sampling_noise(100) == 0
