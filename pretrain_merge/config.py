@@ -78,6 +78,7 @@ class ForecastConfig:
         kind: "forecast": the anneal starts now. "nowcast": it started D ago and ends now; the window must span it.
         metric: A loss that is measured at the merge points.
         coverage: Share of truths that the interval is to hold, 0.5 to 0.95.
+        calibration: A file that `Calibration.save` wrote; null: the calibration that ships.
     """
 
     steps: Any = None
@@ -85,6 +86,7 @@ class ForecastConfig:
     kind: str = "forecast"
     metric: str = "val_loss"
     coverage: float = 0.9
+    calibration: str | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge import exports, plots
 from pretrain_merge.errors import ForecastError, MissingDependencyError
-from pretrain_merge.forecast import Forecast, forecast_anneal
+from pretrain_merge.forecast import Calibration, Forecast, forecast_anneal
 from pretrain_merge.tables import expected_cell
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def forecast(
     metric: str = "val_loss",
     coverage: float = 0.9,
     target: float | None = None,
+    calibration: Path | None = None,
     every: int | None = None,
     average: Literal["last", "block"] = "last",
     name: str = "merge",
@@ -48,6 +49,7 @@ def forecast(
         metric: The loss to forecast.
         coverage: Share of truths that the intervals are to hold.
         target: A loss to reach: also say how many steps of annealing from here that takes.
+        calibration: A file that `Calibration.save` wrote; default: the calibration that ships.
         every: Steps between snapshots, for a CSV or a W&B run, which do not say.
         average: What a snapshot was, for these.
         name: Prefix of the metrics.
@@ -62,6 +64,7 @@ def forecast(
         ) from error
     records = exports.read_run(run, every=every, average=average, name=name)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
+    options["calibration"] = Calibration.load(calibration) if calibration else None
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
     back = _asking(partial(forecast_anneal, records, kind="nowcast", **options))
     step = records[-1].step

@@ -14,12 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from pretrain_merge import ModelMerging, RollingMerger, coefficients
 from pretrain_merge.cadence import Cadence, Quantity
 from pretrain_merge.config import (
+    ForecastConfig,
     MergeConfig,
     View,
     WindowConfig,
     build,
     did_you_mean,
     merge_cadence,
+    num_intervals,
+    parse_forecasts,
     parse_views,
     save_cadence,
     snapshot_cadence,
@@ -351,3 +354,53 @@ def test_merges_follow_snapshots_and_nothing_is_saved_unless_asked_for():
     config = build(MergeConfig, {})
     assert merge_cadence(config) is None
     assert save_cadence(config.save) is None
+
+
+# --- forecasts ---
+
+
+def forecast_of(**options):
+    config = build(MergeConfig, {"window": 11, "every": 100, "forecast": {"ours": options}})
+    return config, parse_forecasts(config)["ours"]
+
+
+def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_spans():
+    config, forecast = forecast_of()
+    assert (forecast.shape, forecast.kind, forecast.metric, forecast.coverage) == (
+        "linear",
+        "forecast",
+        "val_loss",
+        0.9,
+    )
+    assert num_intervals(config, forecast) == 10
+    assert num_intervals(build(MergeConfig, {"window": 11, "average": "block"}), ForecastConfig()) == 11
+
+
+def test_the_length_of_a_forecast_is_counted_like_snapshots():
+    options = {"every": "2M tokens", "forecast": {"ours": {"steps": "5M tokens"}}}
+    config = build(MergeConfig, options)
+    assert num_intervals(config, parse_forecasts(config)["ours"]) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("forecast", "message"),
+    [
+        ({"1st": {}}, r"forecast.1st: '1st' is no name"),
+        ({"ours": 200}, r"forecast.ours: 200 is no mapping. Allowed: a mapping with keys of steps, shape"),
+        ({"ours": {"step": 200}}, r"forecast.ours.step: unknown key; did you mean 'steps'\?"),
+        (
+            {"ours": {"kind": "nowcasts"}},
+            r"forecast.ours.kind: 'nowcasts' is out of range. Allowed: forecast or nowcast",
+        ),
+        ({"ours": {"shape": "1-square"}}, r"forecast.ours.shape: '1-square' .*linear or cosine or 1-sqrt"),
+        ({"ours": {"coverage": 0.99}}, r"forecast.ours.coverage: 0.99 .*0.5 to 0.95"),
+        ({"ours": {"coverage": "high"}}, r"forecast.ours.coverage"),
+        ({"ours": {"steps": "5M tokens"}}, r"forecast.ours.steps: 5000000 tokens, and snapshots are counted in steps"),
+        ({"ours": {"steps": -1}}, r"forecast.ours.steps: -1 is not a quantity"),
+        ({"ours": {"steps": 1100, "kind": "nowcast"}}, r"spans from 100 steps to 1000 steps. Allowed for a nowcast"),
+        ({"ours": {"steps": 50, "kind": "nowcast"}}, r"50 steps, and a window of 11 snapshots"),
+    ],
+)
+def test_a_forecast_that_cannot_be_made_is_refused_with_its_path(forecast, message):
+    with pytest.raises(ConfigError, match=message):
+        build(MergeConfig, {"window": 11, "every": 100, "forecast": forecast})

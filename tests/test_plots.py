@@ -1,5 +1,6 @@
 """Figures show what the records say, and leave pyplot alone."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError
 from pretrain_merge.plots import curves
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import Expected, MergeRecord
 
 STEPS = list(range(100, 2100, 100))
 
@@ -122,3 +123,41 @@ def test_pyplot_is_never_loaded_nor_matplotlib_by_the_import_alone(tmp_path):
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "figure.png")], check=True)
+
+
+# --- forecasts ---
+
+
+def band(axes):
+    """Lower and upper edge of the only band, by step."""
+    (collection,) = axes.collections
+    edges: dict[float, list[float]] = {}
+    for step, value in collection.get_paths()[0].vertices:
+        edges.setdefault(float(step), []).append(float(value))
+    return {step: (min(values), max(values)) for step, values in edges.items()}
+
+
+def test_a_forecast_is_drawn_where_its_anneal_ends_with_its_interval():
+    records = [
+        dataclasses.replace(item, forecasts={"ahead": {"val_loss": Expected(0.9, 0.8, 1.1, item.step + 200)}})
+        for item in run()
+    ]
+    upper, _ = curves(records).axes
+    assert drawn(upper, "forecast: ahead") == {step + 200: 0.9 for step in STEPS}
+    assert band(upper) == {step + 200.0: (0.8, 1.1) for step in STEPS}
+
+
+def test_forecasts_from_the_last_merge_on_fan_out():
+    fan = [Expected(0.95 - 0.01 * n, 0.9 - 0.02 * n, 1.0, 2000 + 100 * n) for n in range(1, 5)]
+    upper, _ = curves(run(), ahead=fan).axes
+    assert drawn(upper, "if annealed from here") == {item.step: item.mean for item in fan}
+    assert band(upper)[2400.0] == (pytest.approx(0.82), 1.0)
+    assert upper.get_ylim()[0] < 0.82
+
+
+def test_only_the_views_that_are_asked_for_are_drawn():
+    records = [record(step, 2.0, sma=1.5, sma2=1.6) for step in STEPS]
+    upper, _ = curves(records, views=["sma2"]).axes
+    assert [label for label in lines(upper) if "merged" in str(label)] == ["1.600  merged: sma2"]
+    with pytest.raises(ConfigError, match=r"views: \['sma3'\] are in no record. Measured: sma, sma2"):
+        curves(records, views=["sma3"])

@@ -6,11 +6,12 @@ records is `pretrain_merge.forecast`'s business.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.config import ForecastConfig, MergeConfig, num_intervals, parse_forecasts, parse_views
 from pretrain_merge.errors import ForecastError
-from pretrain_merge.forecast import forecast_anneal, spans
+from pretrain_merge.forecast import Calibration, forecast_anneal, spans
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import FORECAST, Expected, MergeRecord
 
@@ -25,6 +26,10 @@ class RunForecasts:
 
     def __init__(self, config: MergeConfig, notices: Notices) -> None:
         self._forecasts = parse_forecasts(config)
+        self._calibrations = {
+            name: Calibration.load(Path(forecast.calibration)) if forecast.calibration else None
+            for name, forecast in self._forecasts.items()
+        }
         self._config = config
         self._notices = notices
         self._history: list[MergeRecord] = []
@@ -58,13 +63,13 @@ class RunForecasts:
         refused: dict[str, str] = {}
         for name, forecast in self._forecasts.items():
             try:
-                expected[name] = {forecast.metric: self._expected(forecast)}
+                expected[name] = {forecast.metric: self._expected(name, forecast)}
             except ForecastError as error:
                 refused[f"{FORECAST}/{name}"] = str(error)
                 self._notices.once(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {error}")
         return replace(record, forecasts=expected, skipped={**record.skipped, **refused})
 
-    def _expected(self, forecast: ForecastConfig) -> Expected:
+    def _expected(self, name: str, forecast: ForecastConfig) -> Expected:
         return forecast_anneal(
             self._history,
             steps=self._steps(forecast),
@@ -72,6 +77,7 @@ class RunForecasts:
             kind=forecast.kind,
             metric=forecast.metric,
             coverage=forecast.coverage,
+            calibration=self._calibrations[name],
         ).expected
 
     def _steps(self, forecast: ForecastConfig) -> int:

@@ -76,7 +76,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         store_folder: Where a disk store writes; None: `window/` in the run's folder.
         slot_dtype: Dtype of snapshots where smaller than the parameter's, e.g. "bfloat16"; None: the parameter's.
         save: Which merged models are kept on disk: {every, keep, best, mode, at_end}.
-        forecast: Forecasts of annealed losses by name: {name: {steps, shape, kind, metric, coverage}}.
+        forecast: Forecasts of annealed losses by name: {name: {steps, shape, kind, metric, coverage,
+            calibration}}.
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.

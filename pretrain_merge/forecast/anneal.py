@@ -193,9 +193,9 @@ def _read(history: History, steps: int, shape: str, kind: str) -> Reading:
     if len(curves.spans) < 2:
         # tried on the suite: errors double, and the intervals hold 76% instead of 90%
         raise ForecastError(
-            f"only means over {longest:g} steps were measured at step {curves.step}, and how much noise they keep shows "
-            f"in those over half of it. Name the forecast in the run's configuration, which measures them, or add a "
-            f"view over about half the snapshots (such as 'sma4')."
+            f"only means over {longest:g} steps were measured at step {curves.step}. How much noise they keep shows in "
+            f"means over half of it: name the forecast in the run's configuration, which measures them, or add a view "
+            f"over about half the snapshots (such as 'sma4')."
         )
     return read(curves, steps, shape, kind)
 

@@ -5,7 +5,7 @@ A plain mean of models over a span lies half a span back along the way of traini
 curves; what they say of an anneal is the law's business. Lengths are in steps, losses in the metric's own unit.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ class Curves:
         self._is_block = history.average == "block"
         self.step = self._points[-1].step
         self.spans = list(self._points[-1].means)
+        self._known: dict[float, tuple[Floats, Floats]] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -112,6 +113,11 @@ class Curves:
 
     def _along(self, span: float) -> tuple[Floats, Floats]:
         """The merged loss over one span at every merge point that says something of it."""
+        if span not in self._known:  # asked for at many steps; a long run has thousands of merge points
+            self._known[span] = self._measured_along(span)
+        return self._known[span]
+
+    def _measured_along(self, span: float) -> tuple[Floats, Floats]:
         known = [(point.step, loss) for point in self._points if np.isfinite(loss := self._at(point, span))]
         steps, losses = zip(*known, strict=True) if known else ((), ())
         return np.array(steps, dtype=np.float64), np.array(losses)
@@ -137,6 +143,7 @@ class Curves:
         return _left_by_samples(mean.number, span / (mean.number - 1) / MEMORY) - _left_by_mean(span / MEMORY)
 
 
+@cache
 def _left_by_samples(number: int, gap: float) -> float:
     """Variance of a mean of equally spaced samples of a process that forgets as exp(-time), as a share of one's."""
     lags = np.arange(1, number)

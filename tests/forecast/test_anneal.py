@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from forecast.synthetic import record, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.annealing.records import read_suite
@@ -54,6 +54,7 @@ def test_an_anneal_ends_below_raw_and_a_longer_one_ahead_lower():
     assert RUN[-1].raw["val_loss"] > ends[0] > ends[1] > ends[2]
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.floats(0.5, 0.95), st.floats(0.5, 0.95))
 def test_more_coverage_is_a_wider_interval(one, other):
     narrow, wide = sorted((one, other))

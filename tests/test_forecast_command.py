@@ -1,0 +1,98 @@
+"""`pretrain-merge forecast`: a table, a fan chart and an answer, from each kind of file that a run leaves."""
+
+import json
+import sys
+
+import pytest
+from forecast.synthetic import run as synthetic_run
+from lightning.pytorch.loggers import CSVLogger
+
+from pretrain_merge import cli, forecast_anneal
+from pretrain_merge.errors import ConfigError, ForecastError
+from pretrain_merge.forecast import Annealed, calibrate
+from pretrain_merge.forecast_command import forecast
+from pretrain_merge.records import append_record
+from pretrain_merge.tracking import Tracker
+
+RUN = synthetic_run(2000)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    for item in RUN:
+        append_record(tmp_path / "run" / "merges.jsonl", item)
+    return tmp_path / "run"
+
+
+def cell(**options):
+    answer = forecast_anneal(RUN, **options)
+    return f"{answer.mean:.4f} ({answer.low:.3f} – {answer.high:.3f})"
+
+
+def test_the_table_answers_both_questions_for_each_length(folder, capsys):
+    forecast(folder)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["40", "100", "200", "300", "400", "600"]
+    assert cell(steps=200, kind="nowcast") in rows[2]
+    assert cell(steps=200, kind="forecast") in rows[2]
+    assert "2200" in rows[2]
+    assert cell(steps=600, kind="forecast") in rows[5]
+    assert "–" in rows[5].split()[3]  # the window does not reach so far back
+
+
+def test_the_command_runs_as_a_user_types_it(folder, capsys, monkeypatch):
+    command = ["pretrain-merge", "forecast", str(folder), "--steps", "[150]", "--shape", "cosine", "--coverage", "0.8"]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    out = capsys.readouterr().out
+    assert cell(steps=150, kind="forecast", shape="cosine", coverage=0.8) in out
+    assert "with 80% intervals" in out
+    assert "24 runs" in out
+    assert (folder / "forecast.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_numbers_go_to_a_file(folder, tmp_path):
+    forecast(folder, steps=[200], json=tmp_path / "numbers.json")
+    back, ahead = json.loads((tmp_path / "numbers.json").read_text())
+    assert (back["kind"], ahead["kind"]) == ("nowcast", "forecast")
+    assert ahead["mean"] == forecast_anneal(RUN, steps=200).mean
+
+
+def test_a_csv_forecasts_what_the_records_do(folder, tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    for item in RUN:
+        Tracker().publish([logger], item)
+    forecast(tmp_path / "lightning_logs" / "version_0", steps=[200], every=50)
+    assert cell(steps=200, kind="forecast") in capsys.readouterr().out
+
+
+def test_a_target_is_answered_in_steps_of_annealing(folder, capsys):
+    longest = forecast_anneal(RUN, steps=600)
+    forecast(folder, target=longest.mean + 0.002)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is expected after" in said
+    assert "steps of annealing from here, at step" in said
+    forecast(folder, target=0.5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.5 is not reached by an anneal from here" in said
+    assert f"{longest.mean:.4f}" in said
+
+
+def test_a_calibration_of_ones_own_is_used(folder, tmp_path, capsys):
+    own = calibrate(RUN, [Annealed(start=1700, steps=300, loss=1.9)])
+    own.save(tmp_path / "own.json")
+    forecast(folder, steps=[200], calibration=tmp_path / "own.json")
+    assert cell(steps=200, kind="forecast", calibration=own) in capsys.readouterr().out
+
+
+def test_if_nothing_can_be_answered_the_reasons_are_the_error(folder):
+    with pytest.raises(ForecastError, match=r"was not measured"):
+        forecast(folder, metric="other")
+
+
+def test_an_export_without_the_distance_of_snapshots_is_an_error(tmp_path):
+    logger = CSVLogger(tmp_path)
+    Tracker().publish([logger], RUN[-1])
+    with pytest.raises(ConfigError, match="every"):
+        forecast(tmp_path / "lightning_logs" / "version_0")
