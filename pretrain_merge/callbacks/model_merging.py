@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pretrain_merge import evaluate, interrupts, ranks, snapshot
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
-from pretrain_merge.callbacks.durable import DurableWindow, RunState, is_state
+from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
@@ -240,7 +240,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
-        will_save = any(getattr(item, "save_on_exception", False) for item in trainer.checkpoint_callbacks)
+        # those without this choice, as OnExceptionCheckpoint, may do nothing else
+        will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
         try:
             self._remember(lost="" if will_save else f"the run before ended with {type(exception).__name__}.")
         finally:
@@ -255,18 +256,12 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds a state of ours which nobody would ask for (P21)."""
-        states = checkpoint.get("callbacks", {})
-        if trainer.state.fn != "fit" or self.state_key in states:
+        if trainer.state.fn != "fit":
             return
-        claimed = {callback.state_key for callback in trainer.callbacks}
-        for key, value in states.items():
-            if key not in claimed and is_state(value):
-                message = (
-                    f"the checkpoint has nothing under {self.state_key!r}, and under {key!r} a state of ModelMerging "
-                    f"that no callback asks for: `name` was changed, or the checkpoint is damaged. Set the name back, "
-                    f"or resume from another checkpoint."
-                )
-                self._refill_or_raise(CheckpointError(message), checkpoint["global_step"])
+        try:
+            refuse_state_of_nobody(checkpoint.get("callbacks", {}), self.state_key, trainer.callbacks)
+        except CheckpointError as error:
+            self._refill_or_raise(error, checkpoint["global_step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
