@@ -12,6 +12,7 @@ from pretrain_merge import errors as errors
 if TYPE_CHECKING:
     from pretrain_merge.callbacks import ModelMerging as ModelMerging
     from pretrain_merge.checkpoints import load_merged as load_merged
+    from pretrain_merge.forecast import forecast_anneal as forecast_anneal
     from pretrain_merge.merger import RollingMerger as RollingMerger
 
 __version__ = "0.1.0"
@@ -20,9 +21,10 @@ _MODULE_OF = {
     "ModelMerging": "pretrain_merge.callbacks",
     "RollingMerger": "pretrain_merge.merger",
     "load_merged": "pretrain_merge.checkpoints",
+    "forecast_anneal": "pretrain_merge.forecast",
 }
 
-__all__ = ["ModelMerging", "RollingMerger", "errors", "load_merged"]
+__all__ = ["ModelMerging", "RollingMerger", "errors", "forecast_anneal", "load_merged"]
 
 
 def __getattr__(name: str) -> object:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
+from pretrain_merge.forecast_command import forecast
 from pretrain_merge.plan_command import plan
 
 
@@ -57,7 +58,7 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
-        auto_cli([demo, report, plan], as_positional=True, prog="pretrain-merge")
+        auto_cli([demo, report, forecast, plan], as_positional=True, prog="pretrain-merge")
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Quantity
 from pretrain_merge.errors import CoefficientError, ConfigError, nearest
-from pretrain_merge.records import RAW
+from pretrain_merge.records import FORECAST, RAW
 
 AVERAGES = ("last", "block")
 BATCH_NORMS = ("refuse", "live", "merge")
@@ -25,11 +25,13 @@ ON_MISSING = ("error", "refill")
 STORES = ("auto", "device", "host", "disk")
 SLOT_DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("min", "max")
+FORECAST_KINDS = ("forecast", "nowcast")
+FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
 _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ema": ("ema", {"alpha": 0.2}),  # the better of PMA's two values, early and late
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
 }
-_RESERVED = (RAW, "forecast")
+_RESERVED = (RAW, FORECAST)
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _ConfigT = TypeVar("_ConfigT")
@@ -63,6 +65,25 @@ class SaveConfig:
     best: str | None = None
     mode: str = "min"
     at_end: bool = False
+
+
+@dataclass
+class ForecastConfig:
+    """One forecast of an annealed metric.
+
+    Attributes:
+        steps: Length D of the anneal, in the unit of `every`; null: what the full window spans.
+        shape: Of the anneal: "linear", "cosine" or "1-sqrt".
+        kind: "forecast": the anneal starts now. "nowcast": it started D ago and ends now; the window must span it.
+        metric: A loss that is measured at the merge points.
+        coverage: Share of truths that the interval is to hold, 0.5 to 0.95.
+    """
+
+    steps: Any = None
+    shape: str = "linear"
+    kind: str = "forecast"
+    metric: str = "val_loss"
+    coverage: float = 0.9
 
 
 @dataclass
@@ -111,6 +132,7 @@ class MergeConfig(WindowConfig):
     Attributes:
         tokens_per_batch: Tokens of one batch on one rank: a number, or the key of the batch whose elements are counted.
         save: Which merged models are written to disk.
+        forecast: Forecasts by name, each with the keys of `ForecastConfig`.
         validate: Evaluate on the Trainer's validation loaders at merge points.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
@@ -120,6 +142,7 @@ class MergeConfig(WindowConfig):
 
     tokens_per_batch: Any = "input_ids"
     save: SaveConfig = field(default_factory=SaveConfig)
+    forecast: dict[str, Any] = field(default_factory=dict)
     validate: bool = True
     stateful_data: str = "refuse"
     window_folder: str | None = None
@@ -155,20 +178,9 @@ def build(schema: type[_ConfigT], values: object, *, at: str = "") -> _ConfigT:
     Raises:
         ConfigError: Unknown key, wrong type or impossible value; the message names the key's path.
     """
-    given = _read(values)
-    _refuse_misfits(schema, given, at)
-    try:
-        # objects: the shape of a `decay` view may be a function where the configuration is Python
-        overrides = OmegaConf.create(given, flags={"allow_objects": True})
-        checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), overrides))
-    except OmegaConfBaseException as error:
-        path = getattr(error, "full_key", None) or "configuration"
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{at}{path}: {reason}. See the configuration page for the type of each key.") from error
-    except RecursionError as error:
-        raise ConfigError(_endless(at or "configuration")) from error
+    checked = _typed(schema, _read(values), at)
     _refuse_impossible_values(checked)  # type: ignore[arg-type]
-    return checked  # type: ignore[return-value]
+    return checked
 
 
 def snapshot_cadence(config: WindowConfig) -> Cadence:
@@ -201,6 +213,62 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     for index, view in enumerate(views):
         _try_coefficients(view, config.window, f"views[{index}]")
     return views
+
+
+def parse_forecasts(config: MergeConfig) -> dict[str, ForecastConfig]:
+    """The forecasts of a configuration by name, with defaults filled in.
+
+    Raises:
+        ConfigError: A name, key or value that is not allowed, or a nowcast longer than the window.
+    """
+    return {name: _parse_forecast(config, name, value) for name, value in config.forecast.items()}
+
+
+def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
+    """Length of a forecast's anneal as a number of intervals between snapshots."""
+    if forecast.steps is None:
+        return float(config.window - (config.average == "last"))
+    return Quantity.parse(forecast.steps).amount / Quantity.parse(config.every).amount
+
+
+def _typed(schema: type[_ConfigT], given: Any, at: str) -> _ConfigT:
+    _refuse_misfits(schema, given, at)
+    try:
+        # objects: the shape of a `decay` view may be a function where the configuration is Python
+        overrides = OmegaConf.create(given, flags={"allow_objects": True})
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), overrides))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        path = getattr(error, "full_key", None) or "configuration"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{at}{path}: {reason}. See the configuration page for the type of each key.") from error
+    except RecursionError as error:
+        raise ConfigError(_endless(at or "configuration")) from error
+
+
+def _parse_forecast(config: MergeConfig, name: object, value: object) -> ForecastConfig:
+    key = f"forecast.{name}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"{key}: {name!r} is no name. Allowed: letters, digits, '_', '.', '-', a letter first.")
+    if not isinstance(value, Mapping):
+        allowed = ", ".join(item.name for item in fields(ForecastConfig))
+        raise ConfigError(f"{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")
+    forecast = _typed(ForecastConfig, value, f"{key}.")
+    _require(forecast, "kind", lambda kind: kind in FORECAST_KINDS, " or ".join(FORECAST_KINDS), at=f"{key}.")
+    _require(forecast, "coverage", lambda share: 0.5 <= share <= 0.95, "0.5 to 0.95", at=f"{key}.")
+    shapes = " or ".join(FORECAST_SHAPES)
+    _require(forecast, "shape", lambda shape: shape in FORECAST_SHAPES, shapes, at=f"{key}.")
+    every = Quantity.parse(config.every, key="every")
+    steps = every if forecast.steps is None else Quantity.parse(forecast.steps, key=f"{key}.steps")
+    if steps.unit != every.unit:
+        raise ConfigError(f"{key}.steps: {steps}, and snapshots are counted in {every.unit}. Give the length in these.")
+    most = num_intervals(config, ForecastConfig())
+    if forecast.kind == "nowcast" and not 1 <= num_intervals(config, forecast) <= most:
+        raise ConfigError(
+            f"{key}.steps: {steps}, and a window of {config.window} snapshots every {every} spans from {every} to "
+            f"{Quantity(round(most) * every.amount, every.unit)}. Allowed for a nowcast: what the window spans; change "
+            f"`window` or `every`."
+        )
+    return forecast
 
 
 def _parse_view(value: object, key: str) -> View:
@@ -331,6 +399,7 @@ def _refuse_impossible_trainer_values(config: MergeConfig) -> None:
     _require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
     _require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     save_cadence(config.save)
+    parse_forecasts(config)
     _require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     _require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
 

@@ -8,6 +8,7 @@ Each class is also the built-in exception that somebody who has never heard of t
     ├── MergeInputError (ValueError)         tensors that cannot be merged with each other
     ├── UnsupportedModelError (TypeError)    a model or strategy that cannot be merged exactly
     ├── WindowNotReadyError (RuntimeError)   a view asks for more snapshots than are valid now
+    ├── ForecastError (ValueError)           records that do not allow the forecast that was asked for
     ├── EvaluationError (RuntimeError)       raw and merged could not be measured on the same batches
     ├── ProgressError (ValueError)           a counter that went backwards, or tokens that cannot be counted
     ├── CheckpointError (OSError)            a file or folder of weights that cannot be read or written as asked
@@ -42,6 +43,10 @@ class UnsupportedModelError(PretrainMergeError, TypeError):
 
 class WindowNotReadyError(PretrainMergeError, RuntimeError):
     """A view needs more valid snapshots than the window holds since the last break."""
+
+
+class ForecastError(PretrainMergeError, ValueError):
+    """The records do not allow the forecast that was asked for; the message says why, and from when on they will."""
 
 
 class EvaluationError(PretrainMergeError, RuntimeError):

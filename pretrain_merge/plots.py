@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import Expected, MergeRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _RAW, _ANNEALED, _GRID, _TEXT = "#8a8f98", "#1a1a1a", "#e6e8eb", "#30343a"
 # Okabe and Ito's palette: told apart by people with any colour vision, and in print
 _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
 _EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
 
@@ -26,16 +27,20 @@ def curves(
     records: Sequence[MergeRecord],
     *,
     metric: str = "val_loss",
+    views: Sequence[str] | None = None,
     annealed: Mapping[int, float] | None = None,
+    ahead: Sequence[Expected] = (),
     label: str | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Raw, every merged view and a real anneal against steps; below, how far each view is from raw in percent.
+    """Raw, merged views, forecasts and a real anneal against steps; below, how far each is from raw in percent.
 
     Args:
         records: Merge points of one run, oldest first, at least one.
         metric: A metric that the records hold; smaller or larger may be better.
+        views: Names of the merged views to draw; default: all.
         annealed: Metric of a real annealing branch at its steps, if one was trained.
+        ahead: Forecasts of anneals that start at the last record, by where they end; they fan out beyond it.
         label: Name of the metric on the axis, with its unit; default: the metric's own name.
         title: Title of the figure; default: none.
 
@@ -47,23 +52,27 @@ def curves(
         MissingDependencyError: matplotlib is not installed.
     """
     raw = _series(records, metric)
-    views = _views(records, metric)
+    merged = _views(records, metric, views)
+    forecasts = {**_forecasts(records, metric), **({"if annealed from here": list(ahead)} if ahead else {})}
     branch = dict(sorted((annealed or {}).items()))
     figure = _new_figure()
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.25))
     # points are marked while they can be told apart, so that gaps and single merges show
     line = {"linewidth": 1.8, "marker": "o" if len(records) <= _MAX_MARKERS else "", "markersize": 3.5}
     _draw(upper, raw, "raw", color=_RAW, **line)
-    for index, (view, values) in enumerate(views.items()):
-        style = line | {"color": _VIEWS[index % len(_VIEWS)], "zorder": 3 - index / len(views)}  # the first on top
+    for index, (view, values) in enumerate(merged.items()):
+        style = line | {"color": _VIEWS[index % len(_VIEWS)], "zorder": 3 - index / len(merged)}  # the first on top
         _draw(upper, values, f"merged: {view}", **style)
         _draw(lower, _relative(values, raw), None, **style)
+    for index, (name, expected) in enumerate(forecasts.items()):
+        _draw_band(upper, expected, f"forecast: {name}", color=_FORECASTS[index % len(_FORECASTS)])
     if branch:
         _draw_branch(upper, branch, "annealed: a real branch")
     _frame(upper, ylabel=label or metric, title=title)
     _frame(lower, ylabel="merged − raw (%)", xlabel="step")
-    _focus(upper, [raw, *views.values(), branch])
-    _focus(lower, [_relative(values, raw) for values in views.values()], around=0.0)
+    bands = [ends for expected in forecasts.values() for ends in _ends(expected)]
+    _focus(upper, [raw, *merged.values(), *bands, branch])
+    _focus(lower, [_relative(values, raw) for values in merged.values()], around=0.0)
     lower.axhline(0.0, color=_RAW, linewidth=1.5, zorder=1)
     upper.legend(
         loc="upper right",
@@ -98,13 +107,27 @@ def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
     return values
 
 
-def _views(records: Sequence[MergeRecord], metric: str) -> dict[str, dict[int, float]]:
+def _views(records: Sequence[MergeRecord], metric: str, chosen: Sequence[str] | None) -> dict[str, dict[int, float]]:
     """Values of each view, in the order in which the views first appear; a skipped view has a gap in its steps."""
     names = dict.fromkeys(view for record in records for view in record.views)
+    if chosen is not None:
+        if unknown := [view for view in chosen if view not in names]:
+            raise ConfigError(f"views: {unknown} are in no record. Measured: {', '.join(names)}.")
+        names = dict.fromkeys(chosen)
     return {
         view: {record.step: record.views[view][metric] for record in records if metric in record.views.get(view, {})}
         for view in names
     }
+
+
+def _forecasts(records: Sequence[MergeRecord], metric: str) -> dict[str, list[Expected]]:
+    """What each forecast expected, in the order in which their anneals end."""
+    names = dict.fromkeys(name for record in records for name in record.forecasts)
+    found = {
+        name: [record.forecasts[name][metric] for record in records if metric in record.forecasts.get(name, {})]
+        for name in names
+    }
+    return {name: sorted(items, key=lambda item: item.step) for name, items in found.items() if items}
 
 
 def _relative(values: Mapping[int, float], raw: Mapping[int, float]) -> dict[int, float]:
@@ -120,6 +143,20 @@ def _draw(axes: "Axes", values: Mapping[int, float], label: str | None, **style:
     (line,) = axes.plot(list(values), list(values.values()), **style)
     if label and values:
         line.set_label(f"{list(values.values())[-1]:#.4g}  {label}")
+
+
+def _draw_band(axes: "Axes", expected: Sequence[Expected], label: str, *, color: str) -> None:
+    steps = [item.step for item in expected]
+    low, high = (list(ends.values()) for ends in _ends(expected))
+    if len(expected) == 1:  # a band of one step would not be seen
+        axes.vlines(steps, low, high, color=color, linewidth=3, alpha=0.4)
+    axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0, zorder=1)
+    means = {item.step: item.mean for item in expected}
+    _draw(axes, means, label, color=color, linewidth=1.6, linestyle=(0, (1, 1)), zorder=4)
+
+
+def _ends(expected: Sequence[Expected]) -> list[dict[int, float]]:
+    return [{item.step: item.low for item in expected}, {item.step: item.high for item in expected}]
 
 
 def _draw_branch(axes: "Axes", values: Mapping[int, float], label: str | None) -> None:

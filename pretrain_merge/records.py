@@ -14,6 +14,7 @@ from typing import Any
 from pretrain_merge.errors import CheckpointError
 
 RAW = "raw"
+FORECAST = "forecast"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 Metrics = Mapping[str, float]
 
@@ -32,6 +33,23 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """A forecast of one metric: what is expected, and between which values it lies with the coverage asked for.
+
+    Attributes:
+        mean: The metric after the anneal.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        step: Where the anneal ends.
+    """
+
+    mean: float
+    low: float
+    high: float
+    step: int
+
+
+@dataclass(frozen=True)
 class MergeRecord:
     """Everything that is known of one merge point.
 
@@ -43,10 +61,14 @@ class MergeRecord:
         raw: Metrics of the live model.
         views: Metrics of each merged view, on the same batches as `raw`.
         recipes: How each view was made.
-        skipped: Views that were not made at this point, with the reason.
+        skipped: Views that were not made at this point, and forecasts (`forecast/<name>`), with the reason.
+        forecasts: What forecasts expect, by their name and the metric.
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
         refused: Non-finite snapshots refused since the start of the run.
+        since: Step of the last break; 0: none. Records before it say nothing of this stretch.
+        average: What a snapshot is: "last", the model after a step, or "block", the mean of the models since the
+            snapshot before.
         slot_dtype: Dtype of the snapshots where it is smaller than the parameters', or empty.
         timing: Wall-clock seconds of the parts. The only field that differs between two equal runs.
     """
@@ -61,9 +83,12 @@ class MergeRecord:
     views: Mapping[str, Metrics]
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    forecasts: Mapping[str, Mapping[str, Expected]] = field(default_factory=dict)
     lr: tuple[float, ...] = ()
     phase: str = ""
     refused: int = 0
+    since: int = 0
+    average: str = "last"
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
 
@@ -74,6 +99,10 @@ class MergeRecord:
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
+        for forecast, expected in self.forecasts.items():
+            for metric, value in expected.items():
+                key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
+                named |= {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
         return named
 
     def to_json(self) -> str:
@@ -96,8 +125,14 @@ class MergeRecord:
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
         }
+        forecasts = {
+            name: {metric: Expected(**_read_non_finite(value)) for metric, value in expected.items()}
+            for name, expected in values.pop("forecasts", {}).items()
+        }
         numbers = _read_non_finite({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        return cls(**values | numbers | {"recipes": recipes, "lr": tuple(numbers.get("lr", ()))})
+        return cls(
+            **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
+        )
 
 
 def metric_name(name: str, model: str, metric: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import Expected, MergeRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +15,8 @@ def merges_table(
     metric: str,
     *,
     title: str | None = None,
+    views: Sequence[str] | None = None,
+    forecast: str | None = None,
     gap_closed: Mapping[int, float | None] | None = None,
 ) -> "Table":
     """One row for each merge point: step, raw, every view, and how far the lowest view is from raw.
@@ -23,6 +25,8 @@ def merges_table(
         records: Merge points of one run, oldest first, at least one.
         metric: A metric that the records hold. Views below raw are green, the lowest one bold, views above raw red.
         title: Title of the table.
+        views: Names of the merged views to show; default: all.
+        forecast: Name of a forecast to show, with its interval; default: none.
         gap_closed: `(raw - merged) / (raw - annealed)` at the steps where a real anneal ended, for a column of its own.
 
     Raises:
@@ -39,13 +43,15 @@ def merges_table(
     if not measured:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
-    views = list(dict.fromkeys(view for record in measured for view in record.views))
+    shown = list(dict.fromkeys(view for record in measured for view in record.views)) if views is None else views
+    forecast_column = [f"forecast: {forecast}"] if forecast else []
     table = Table(title=title, title_justify="left")
-    for column in ("step", "raw", *views, "best vs raw", *(["gap closed"] if gap_closed else [])):
-        table.add_column(column, justify="right")
+    for column in ("step", "raw", *shown, "best vs raw", *forecast_column, *(["gap closed"] if gap_closed else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     for record in measured:
         closed = [percent(gap_closed[record.step]) if record.step in gap_closed else ""] if gap_closed else []
-        table.add_row(*_row(record, metric, views), *closed)
+        expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
+        table.add_row(*_row(record, metric, shown), *expected, *closed)
     return table
 
 
@@ -56,6 +62,11 @@ def percent(share: float | None) -> str:
     ('95%', '–')
     """
     return "–" if share is None else f"{share:.0%}"
+
+
+def expected_cell(value: Expected | None) -> str:
+    """A forecast with its interval; a dash where there is none."""
+    return "–" if value is None else f"{value.mean:.4f} ({value.low:.3f} – {value.high:.3f})"
 
 
 def _row(record: MergeRecord, metric: str, views: Sequence[str]) -> list[str]:

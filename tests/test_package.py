@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pretrain_merge"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-PUBLIC_NAMES = ["ModelMerging", "RollingMerger", "errors", "load_merged"]
+PUBLIC_NAMES = ["ModelMerging", "RollingMerger", "errors", "forecast_anneal", "load_merged"]
 OPTIONAL = {"matplotlib", "llvmlite", "triton", "transformers", "rich"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "wandb", "numba"} | OPTIONAL
 LAYER_0 = ["errors", "notices", "interrupts", "lr_schedules", "coefficients", "cadence", "records", "config", "plan"]

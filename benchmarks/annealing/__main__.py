@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.annealing import records, texts, training
-from benchmarks.annealing.setups import SUITE, Setup
+from benchmarks.annealing.setups import FRESH, SUITE, Setup
 from benchmarks.measure import machine
 
 
@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("pretrain_merge").setLevel(logging.ERROR)  # views that wait for their first snapshots
     corpus = cache(lambda name: texts.TEXTS[name]())
-    for setup in _chosen(options.only):
-        path = options.out / f"{setup.name}.json"
+    out = options.out or (records.FRESH_FOLDER if options.fresh else records.FOLDER)
+    for setup in _chosen(FRESH if options.fresh else SUITE, options.only):
+        path = out / f"{setup.name}.json"
         if options.list or path.exists():
             print(f"{setup.name}: {'done' if path.exists() else 'missing'}", flush=True)
             continue
@@ -38,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_now(), f"{setup.name}: {len(result['anneals'])} anneals, {seconds:.0f} s of CPU", flush=True)
 
 
-def _chosen(names: Sequence[str]) -> list[Setup]:
-    known = {setup.name: setup for setup in SUITE}
+def _chosen(setups: Sequence[Setup], names: Sequence[str]) -> list[Setup]:
+    known = {setup.name: setup for setup in setups}
     for name in names:
         if name not in known:
             sys.exit(f"{name!r} is no run of the suite. Known: {', '.join(known)}.")
-    return [known[name] for name in names] if names else list(SUITE)
+    return [known[name] for name in names] if names else list(setups)
 
 
 def _about(text_digest: str) -> dict[str, str]:
@@ -62,7 +63,8 @@ def _now() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.annealing", description=__doc__)
-    parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder of the results; what it holds is kept")
+    parser.add_argument("--out", type=Path, help="folder of the results; what it holds is kept")
+    parser.add_argument("--fresh", action="store_true", help="the runs that nothing was fitted to, in their own folder")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these runs alone")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     parser.add_argument("--quick", action="store_true", help="runs of 240 steps, to see that all of it works")

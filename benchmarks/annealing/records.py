@@ -14,6 +14,7 @@ from typing import Any
 from pretrain_merge.records import MergeRecord, Recipe
 
 FOLDER = Path(__file__).with_name("records")
+FRESH_FOLDER = FOLDER / "fresh"
 METRIC = "val_loss"
 _DIGITS = 7  # of a loss; float32 has no more
 
@@ -110,6 +111,7 @@ def _record(name: str, every: int, step: int, lr: float, raw: float, means: Mapp
         views={f"sma{number}": {METRIC: loss} for number, loss in means.items()},
         recipes=recipes,
         lr=(lr,),
+        average="block" if name == "block" else "last",
     )
 
 

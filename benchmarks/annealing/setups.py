@@ -105,4 +105,19 @@ def _suite() -> tuple[Setup, ...]:
     return tuple(Setup(seed=seed, **run) for seed, run in enumerate(runs))
 
 
+def _fresh() -> tuple[Setup, ...]:
+    runs = [
+        {"name": "perl-wide-deep", "text": "perl", "width": 96, "depth": 3, "num_steps": 1200},
+        {"name": "perl-muon", "text": "perl", "optimizer": "muon", "peak_lr": 2e-2},
+        {"name": "stdlib-long", "peak_lr": 2e-3, "num_steps": 2880},
+        {"name": "perl-moe-sgd", "text": "perl", "family": "moe", "optimizer": "sgd", "peak_lr": 0.1, "num_steps": 960}
+        | {"weight_decay": 0.0},
+        {"name": "manuals-lr-high-batch-small", "text": "manuals", "peak_lr": 9e-3, "batch_size": 4, "num_steps": 1800},
+        {"name": "headers-deep-lr-low", "text": "headers", "depth": 4, "peak_lr": 1e-3, "batch_size": 16}
+        | {"num_steps": 720},
+    ]
+    return tuple(Setup(seed=seed, **run) for seed, run in enumerate(runs, start=100))
+
+
 SUITE = _suite()
+FRESH = _fresh()  # trained after the law of the forecasts was chosen, and read by nothing that chooses or fits

@@ -33,6 +33,11 @@ def manuals() -> Corpus:
     return text
 
 
+def perl() -> Corpus:
+    """The Perl library of the machine."""
+    return _joined(_files(Path("/usr/share/perl"), "*.p[lm]"))
+
+
 def markov() -> Corpus:
     """Synthetic: the next of 32 letters depends on the two before; 2048 chains side by side, made from a fixed seed."""
     letters, chains, length = 32, 2048, 2000
@@ -54,6 +59,7 @@ TEXTS: Mapping[str, Callable[[], Corpus]] = {
     "headers": headers,
     "manuals": manuals,
     "markov": markov,
+    "perl": perl,
 }
 
 

@@ -20,6 +20,7 @@ from pretrain_merge import evaluate, interrupts, ranks, snapshot
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
+from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
@@ -71,6 +72,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         store_folder: Where a disk store writes; None: `window/` in the run's folder.
         slot_dtype: Dtype of snapshots where smaller than the parameter's, e.g. "bfloat16"; None: the parameter's.
         save: Which merged models are kept on disk: {every, keep, best, mode, at_end}.
+        forecast: Forecasts of annealed losses by name: {name: {steps, shape, kind, metric, coverage}}.
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
@@ -101,6 +103,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         store_folder: str | None = None,
         slot_dtype: str | None = None,
         save: Mapping[str, Any] | None = None,
+        forecast: Mapping[str, Mapping[str, Any]] | None = None,
         evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         validate: bool = True,
         stateful_data: str = "refuse",
@@ -110,7 +113,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         **options: NoReturn,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in {item.name for item in fields(MergeConfig)}}
-        given |= {"breaks": {} if breaks is None else breaks, "save": {} if save is None else save} | options
+        empty: dict[str, Any] = {"breaks": breaks, "save": save, "forecast": forecast}
+        given |= {key: {} if value is None else value for key, value in empty.items()} | options
         if callable(tokens_per_batch):  # the schema holds what YAML can say
             given.pop("tokens_per_batch")
         self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
@@ -118,6 +122,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._evaluators: dict[str, Evaluator] = dict(evaluators or {})
         self._notices = Notices()
         self._tracker = Tracker()
+        self._forecasts = RunForecasts(self.config, self._notices)
         self._state: dict[str, Any] = {}
         self._durable: DurableWindow | None = None
         self._last_merge = 0
@@ -190,6 +195,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._merger.go_on_from(state.progress)
         self.last_record = self._records_path = self._merged_models = None
         self._tracker = Tracker()
+        self._forecasts = RunForecasts(self.config, self._notices)
         self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
         if not trainer.fast_dev_run:
             self._open_window(trainer, pl_module, self._merger, folder, state)
@@ -229,7 +235,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
             with merger.swapping(pl_module) as put:
                 for view in merger.views:
-                    if merger.why_not(view) is None:
+                    if view not in self._forecasts.views and merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
 
@@ -370,7 +376,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def _window_options(self, folder: Path) -> dict[str, Any]:
         values = asdict(self.config)
         options = {item.name: values[item.name] for item in fields(WindowConfig)}
-        return options | {"store_folder": options["store_folder"] or str(folder / "window")}
+        return options | {
+            "store_folder": options["store_folder"] or str(folder / "window"),
+            "views": [*options["views"], *self._forecasts.views],
+        }
 
     def _open_folder(self, trainer: Any, folder: Path, state: RunState, *, records_until: int) -> None:
         self._records_path = folder / "merges.jsonl"
@@ -397,6 +406,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                     f"{self._records_path} lacks merges up to step {state.last_merge}, which were made: it was moved, "
                     f"or cut when the run was resumed from an earlier checkpoint.",
                 )
+            self._forecasts.go_on_from(kept)
         self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
         if state.saved is not None:
             self._merged_models.go_on_from(state.saved, Path(state.run_folder) / "merged")
@@ -435,7 +445,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                         stopwatch.lap(f"merge_{view}")
                         metrics[view] = measure(view)
                         stopwatch.lap(f"evaluate_{view}")
-                        if models is not None:
+                        if models is not None and view not in self._forecasts.views:
                             models.keep(pl_module, view, merger.progress, recipes[view], metrics[view])
                             stopwatch.lap(f"save_{view}")
                 stopwatch.lap("restore")
@@ -457,6 +467,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             lr=merger.lr,
             phase=merger.phase,
             refused=merger.num_refused,
+            since=merger.window.last_break.step if merger.window.last_break else 0,
+            average=self.config.average,
             slot_dtype=self.config.slot_dtype or "",
             timing=stopwatch.seconds,
         )
@@ -474,6 +486,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
         if record is None:
             return
+        if self._forecasts:  # by one rank, which alone has the records of a resumed run
+            record = trainer.strategy.broadcast(self._forecasts.added_to(record) if trainer.is_global_zero else record)
         self.last_record, self._last_merge = record, record.step
         self._tracker.publish(trainer.loggers, record)
         if trainer.is_global_zero and self._records_path is not None:

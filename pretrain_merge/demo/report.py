@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import Expected, MergeRecord
 from pretrain_merge.tables import merges_table, percent
 
 METRIC = "val_loss"
+AHEAD, NOW = "ahead", "now"  # the forecasts of merge.yaml
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Summary:
         raw: Loss of the live model after the last step.
         merged: Loss of each view after the last step.
         annealed: Loss of the real annealing branch, which ends at the same step.
+        forecast: What was expected of it when it left the run, from the merges up to that step; None: nothing.
+        nowcast: What is expected of it at its end, from the merges of the run it left; None: nothing.
         steps: Length of the run.
         seconds: Training and annealing together, with all evaluations.
         best: The view with the smallest loss.
@@ -40,6 +43,8 @@ class Summary:
     raw: float
     merged: Mapping[str, float]
     annealed: float
+    forecast: Expected | None
+    nowcast: Expected | None
     steps: int
     seconds: float
     best: str
@@ -59,6 +64,7 @@ def summarise(
     records: Sequence[MergeRecord],
     anneal_curve: Mapping[int, float],
     *,
+    views: Sequence[str],
     model: str,
     parameters: int,
     seconds_train: float,
@@ -69,6 +75,7 @@ def summarise(
     Args:
         records: All merge points of the run; the last one is at its last step.
         anneal_curve: Loss of the branch from the step where it left the run to the run's last step.
+        views: The views to compare; forecasts measure others.
         model: Name of the model.
         parameters: Number of its parameters.
         seconds_train: Wall-clock time of the run.
@@ -76,12 +83,15 @@ def summarise(
     """
     last = records[-1]
     raw, annealed = last.raw[METRIC], anneal_curve[last.step]
-    merged = {view: metrics[METRIC] for view, metrics in last.views.items()}
+    merged = {view: last.views[view][METRIC] for view in views if view in last.views}
+    start = next((record for record in records if record.step == min(anneal_curve)), None)
     late = [record for record in records if record.step > last.step / 4]
     return Summary(
         raw=raw,
         merged=merged,
         annealed=annealed,
+        forecast=start.forecasts.get(AHEAD, {}).get(METRIC) if start else None,
+        nowcast=last.forecasts.get(NOW, {}).get(METRIC),
         steps=last.step,
         seconds=seconds_train + seconds_anneal,
         best=min(merged, key=lambda view: merged[view]),
@@ -108,10 +118,12 @@ def show(records: Sequence[MergeRecord], summary: Summary, out: Path) -> None:
             records,
             METRIC,
             title="Validation loss in nats per byte, raw and merged on the same bytes",
+            views=list(summary.merged),
+            forecast=NOW if summary.nowcast else None,
             gap_closed={summary.steps: summary.gap_closed[summary.best]},
         )
     )
-    console.print(f"\n{comparison(summary)}", style="bold", soft_wrap=True)
+    console.print(f"\n{comparison(summary)}\n{forecasts(summary)}", style="bold", soft_wrap=True)
     console.print(
         f"\nIn {out}: curves.png, summary.json, merges.jsonl, merged/ (safetensors), wandb/ (an offline run).\n"
         f"Training took {summary.seconds_train:.0f} s and annealing {summary.seconds_anneal:.0f} s.\n",
@@ -126,6 +138,27 @@ def comparison(summary: Summary) -> str:
     return (
         f"raw {summary.raw:.4f}  |  merged ({summary.best}) {summary.merged[summary.best]:.4f}  |  "
         f"annealed {summary.annealed:.4f}  |  gap closed {percent(summary.gap_closed[summary.best])}"
+    )
+
+
+def forecasts(summary: Summary) -> str:
+    """What was expected of the anneal, before and after, beside what it reached."""
+    start = summary.steps - summary.anneal_steps
+    return "\n".join(
+        [
+            _expected(summary.forecast, summary.annealed, f"forecast at step {start}"),
+            _expected(summary.nowcast, summary.annealed, f"nowcast at step {summary.steps}"),
+        ]
+    )
+
+
+def _expected(expected: Expected | None, annealed: float, name: str) -> str:
+    if expected is None:
+        return f"{name}: none, the run is too short for one"
+    holds = "holds" if expected.low <= annealed <= expected.high else "does not hold"
+    return (
+        f"{name}: {expected.mean:.4f} ({expected.low:.4f} to {expected.high:.4f}), {expected.mean / annealed - 1:+.2%} "
+        f"from the annealed {annealed:.4f}; the interval {holds} it"
     )
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from pretrain_merge import ModelMerging, plots
+from pretrain_merge.config import parse_views
 from pretrain_merge.demo.corpus import Corpus, load_corpus
 from pretrain_merge.demo.experiment import FAMILIES, Branch, Experiment, last_window
 from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, ValidationCurve, fit, offline_run, quiet
@@ -70,6 +71,7 @@ def demo(
     summary = summarise(
         records,
         {record.step: record.raw[METRIC] for record in records if record.step == branch.start} | curve,
+        views=[view.name for view in parse_views(callback.config)],
         model=name,
         parameters=parameters,
         seconds_train=seconds_train,
@@ -147,6 +149,7 @@ def draw(records: Sequence[MergeRecord], summary: Summary, path: Path) -> None:
     figure = plots.curves(
         records,
         metric=METRIC,
+        views=list(summary.merged),
         annealed=summary.anneal_curve,
         label="validation loss (nats per byte)",
         title=f"{summary.model} of {summary.parameters:,} parameters, constant learning rate, Python source text",

@@ -1,12 +1,13 @@
 """What the demo says follows from the numbers."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pretrain_merge.demo.report import comparison, sentence, show, summarise
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.demo.report import comparison, forecasts, sentence, show, summarise
+from pretrain_merge.records import Expected, MergeRecord
 
 
 def record(step, raw, **views):
@@ -32,7 +33,8 @@ CURVE = {300: 2.25, 350: 2.0, 400: 1.5}
 
 
 def summary(records=RECORDS, curve=CURVE):
-    return summarise(records, curve, model="Llama", parameters=123_456, seconds_train=60.0, seconds_anneal=5.0)
+    about = {"model": "Llama", "parameters": 123_456, "seconds_train": 60.0, "seconds_anneal": 5.0}
+    return summarise(records, curve, views=["sma", "wsm"], **about)
 
 
 def test_the_gap_closed_is_the_share_of_the_way_from_raw_to_annealed():
@@ -43,6 +45,31 @@ def test_the_gap_closed_is_the_share_of_the_way_from_raw_to_annealed():
     assert result.best == "sma"
     assert result.anneal_steps == 100
     assert result.tokens == 409_600
+
+
+def test_the_forecast_is_what_was_expected_where_the_branch_left_and_the_nowcast_at_its_end():
+    ahead, now = Expected(1.52, 1.4, 1.6, step=400), Expected(1.6, 1.55, 1.65, step=400)
+    records = [*RECORDS]
+    records[2] = replace(records[2], forecasts={"ahead": {"val_loss": ahead}, "now": {"val_loss": now}})
+    records[3] = replace(
+        records[3], forecasts={"ahead": {"val_loss": replace(ahead, step=500)}, "now": {"val_loss": now}}
+    )
+    result = summary(records)
+    assert (result.forecast, result.nowcast) == (ahead, now)
+    first, second = forecasts(result).splitlines()
+    for part in ("step 300", "1.5200", "1.4000 to 1.6000", "+1.33%", "1.5000", "holds it"):
+        assert part in first
+    assert "step 400" in second
+    assert "does not hold it" in second
+
+
+def test_a_run_without_forecasts_says_so():
+    assert (summary().forecast, summary().nowcast) == (None, None)
+    assert forecasts(summary()).count("none, the run is too short for one") == 2
+
+
+def test_views_that_only_forecasts_needed_are_not_compared():
+    assert summary([*RECORDS[:-1], record(400, 2.0, sma=1.6, sma3=1.0)]).merged == {"sma": 1.6}
 
 
 def test_better_than_raw_counts_merge_points_past_the_first_quarter_and_a_tie_is_no_win():

@@ -1,0 +1,130 @@
+"""What the terms of the law count, and how wrong it then is: numbers fitted to real anneals.
+
+This module knows how a calibration predicts, and how it is kept in a file. The one that ships was fitted to the suite
+of `benchmarks/annealing` by `python -m benchmarks.forecast --calibrate`; `fitting` makes others.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain_merge.errors import CheckpointError, ForecastError
+from pretrain_merge.forecast.law import DOUBTS, TERMS, Reading
+
+SHIPPED = Path(__file__).with_name("calibration.json")
+_LEAST_ERROR = 1e-4  # of the loss: no forecast is surer
+_WIDEST = 4.0  # times the interval: farther outside of what was calibrated nothing is said
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Coefficients, expected errors, and the anneals that they were fitted to.
+
+    Attributes:
+        coefficients: One for each of `law.TERMS`.
+        prior: Covariance of the coefficients between runs: how far one run's own may be from these.
+        errors: One for each of `law.DOUBTS`, at least 0: the error that is expected per unit of doubt.
+        levels: Coverages, ascending.
+        quantiles: For each level, how many expected errors hold that share of the true errors.
+        shares: Smallest and largest length of the anneals, as shares of the steps before.
+        longest: Most steps of an anneal.
+        num_runs: How many runs they belong to.
+        source: Where they come from.
+    """
+
+    coefficients: tuple[float, ...]
+    prior: tuple[tuple[float, ...], ...]
+    errors: tuple[float, ...]
+    levels: tuple[float, ...]
+    quantiles: tuple[float, ...]
+    shares: tuple[float, float]
+    longest: float
+    num_runs: int
+    source: str
+
+    def expected(self, reading: Reading) -> float:
+        """The annealed loss."""
+        return reading.base * (1.0 + float(reading.terms @ np.array(self.coefficients)))
+
+    def expected_error(self, reading: Reading) -> float:
+        """The typical error of `expected`, relative to the loss."""
+        return max(_LEAST_ERROR, float(reading.doubts @ np.array(self.errors)))
+
+    def half_width(self, reading: Reading, coverage: float) -> float:
+        """Half of the interval that holds a share of true losses, in the loss's own unit.
+
+        Raises:
+            ForecastError: So many runs cannot tell the coverage, or the anneal is too far from those calibrated on.
+        """
+        if not self.levels[0] <= coverage <= self.levels[-1]:
+            raise ForecastError(
+                f"coverage {coverage:g}: {self.num_runs} runs tell intervals of {self.levels[0]:g} to "
+                f"{self.levels[-1]:g}. Ask for one of these."
+            )
+        width = float(np.interp(coverage, self.levels, self.quantiles)) * self.expected_error(reading)
+        # theory has c0 vanish for anneals much longer than the noise's memory, which the calibration did not see
+        beyond = max(0.0, 1.0 - self.longest / reading.steps)
+        return reading.base * (width * self.widening(reading) + abs(self.coefficients[0]) * reading.gap * beyond)
+
+    def widening(self, reading: Reading) -> float:
+        """By what the interval is multiplied where the anneal's share of training is outside of what was calibrated.
+
+        Raises:
+            ForecastError: It is too far outside.
+        """
+        shortest, longest = self.shares
+        factor = max(1.0, shortest / reading.share, (reading.share / longest) ** 2)
+        if not factor <= _WIDEST:
+            raise ForecastError(
+                f"an anneal of {reading.steps:g} steps is {reading.share:.1%} of the steps so far, and the "
+                f"calibration covers {shortest:.1%} to {longest:.1%}; forecasts reach from {shortest / _WIDEST:.1%} to "
+                f"{longest * math.sqrt(_WIDEST):.1%}. Ask for a length within these, or calibrate on anneals like it."
+            )
+        return factor
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        try:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that exists.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing or is no calibration.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            calibration = cls(**{key: _tuples(value) for key, value in values.items()})
+            sizes = [len(calibration.coefficients), *map(len, calibration.prior), len(calibration.errors)]
+            if sizes != [len(TERMS), *[len(TERMS)] * len(TERMS), len(DOUBTS)]:
+                raise ValueError(f"{sizes} numbers, for another law")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is no calibration: {error}. Name a file that `Calibration.save` wrote, or give none for the "
+                f"one that ships."
+            ) from error
+        return calibration
+
+
+@cache
+def shipped() -> Calibration:
+    """The calibration that comes with the package."""
+    return Calibration.load(SHIPPED)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,129 @@
+"""Forecasts in a run: logged beside what they are forecasts of, from the records that the run has written so far."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_models import LIGHTNING_REMARKS, MemoryLogger, rows, trainer
+from torch import nn
+
+from pretrain_merge import ModelMerging
+from pretrain_merge.callbacks.forecasting import RunForecasts
+from pretrain_merge.config import MergeConfig
+from pretrain_merge.forecast import forecast_anneal
+from pretrain_merge.notices import Notices
+from pretrain_merge.records import MergeRecord, Recipe, read_records
+
+pytestmark = LIGHTNING_REMARKS
+FORECASTS = {
+    "ahead": {"steps": 8, "kind": "forecast"},
+    "now": {"steps": 16, "kind": "nowcast", "shape": "cosine", "coverage": 0.8},
+}
+OPTIONS = {"window": 9, "every": 2, "merge_every": 8, "forecast": FORECASTS}
+
+
+class NoisyRegression(pl.LightningModule):
+    """A linear problem whose targets are noisy: the loss falls, and SGD at constant rate stays above its floor."""
+
+    def __init__(self, schedule: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+        self.schedule = schedule
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        generator = torch.Generator().manual_seed(self.trainer.global_step)  # P26
+        x = torch.randn(8, 4, generator=generator)
+        return (self.layer(x) - x.sum(1, keepdim=True) - torch.randn(8, 1, generator=generator)).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", (self.layer(x) - y).square().mean() + 1.0)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.02)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule or (lambda step: 1.0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fit(folder: Path, *callbacks: Any, max_steps: int = 80, schedule: Any = None, **options: Any) -> pl.Trainer:
+    fit_options = {key: options.pop(key) for key in list(options) if key in ("logger", "ckpt_path")}
+    merging = ModelMerging(**(OPTIONS | options))
+    logger = fit_options.pop("logger", False)
+    ours = trainer(folder, merging, *callbacks, max_steps=max_steps, logger=logger)
+    ours.fit(NoisyRegression(schedule), rows(800), rows(32, seed=1), **fit_options)
+    return ours
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with forecasts: its folder, its logger's lines, the metrics at its end."""
+    folder = tmp_path_factory.mktemp("run")
+    logger = MemoryLogger(folder)
+    kept = ModelCheckpoint(folder / "kept", every_n_train_steps=24, save_top_k=-1, filename="{step}")
+    ended = fit(folder, kept, logger=logger, save={"at_end": True})
+    return folder, logger.lines, dict(ended.callback_metrics)
+
+
+def forecast_records(folder: Path) -> list[MergeRecord]:
+    return [record for record in read_records(folder / "merges.jsonl") if "ahead" in record.forecasts]
+
+
+def test_a_forecast_is_logged_with_its_interval_beside_raw_and_merged(run):
+    folder, lines, metrics = run
+    assert forecast_records(folder)
+    for record in forecast_records(folder):
+        (line,) = (values for step, values in lines if step == record.step and "merge/raw/val_loss" in values)
+        for name in record.forecasts:
+            low, mean, high = (line[f"merge/forecast/{name}/val_loss{end}"] for end in ("/low", "", "/high"))
+            assert low < mean < high
+    assert set(record.forecasts) == set(FORECASTS)  # once the window is full
+    assert float(metrics["merge/forecast/ahead/val_loss/low"]) == record.forecasts["ahead"]["val_loss"].low
+
+
+def test_a_forecast_in_the_run_is_that_of_its_records_after_the_run(run):
+    folder, _, _ = run
+    records = read_records(folder / "merges.jsonl")
+    for index, record in enumerate(records):
+        for name, expected in record.forecasts.items():
+            answer = forecast_anneal(records[: index + 1], **FORECASTS[name])
+            assert expected == {"val_loss": answer.expected}
+
+
+def test_spans_that_a_forecast_needs_are_measured_and_not_saved(run):
+    folder, _, _ = run
+    assert {"sma9"} < set(forecast_records(folder)[-1].views) | {"sma9"}
+    measured = forecast_records(folder)[-1].views
+    assert any(view not in ("sma",) for view in measured)
+    assert [path.name.partition("-")[2].partition("-")[2] for path in (folder / "merged").iterdir()] == ["sma"]
+
+
+def test_a_resumed_run_forecasts_what_the_uninterrupted_one_did(run, tmp_path):
+    folder, _, _ = run
+    fit(tmp_path, ckpt_path=folder / "kept" / "step=48.ckpt", save={"at_end": True})
+    whole, resumed = (read_records(path / "merges.jsonl") for path in (folder, tmp_path))
+    assert [record.forecasts for record in resumed] == [record.forecasts for record in whole]
+
+
+def test_a_forecast_that_is_refused_says_why_once_and_in_every_record(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="pretrain_merge"):
+        fit(tmp_path, schedule=lambda step: 1.0 if step < 68 else 0.5, breaks={"lr": False})
+    last = read_records(tmp_path / "merges.jsonl")[-1]
+    assert last.forecasts == {}
+    assert "learning rate" in last.skipped["forecast/now"]
+    said = [message for message in caplog.messages if "forecast 'now'" in message]
+    assert len(said) == len({message.partition(":")[0] for message in said})
+
+
+def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
+    config = MergeConfig(window=5, every="100 tokens", forecast={"now": {"steps": "200 tokens", "kind": "nowcast"}})
+    forecasts = RunForecasts(config, Notices())
+    forecasts.go_on_from([])
+    recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
+    record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
+    forecasts.added_to(record)
+    assert forecasts._steps(next(iter(forecasts._forecasts.values()))) == 40
