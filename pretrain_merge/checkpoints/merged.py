@@ -186,7 +186,8 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def _wrapped_hugging_face_model(module: nn.Module) -> tuple[str, Any]:
-    transformers = sys.modules.get("transformers")  # a model of theirs exists only if they are imported
+    # a model of theirs exists only if this is imported, which takes most of a second
+    transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return "", None
     names = [plain_name(name) for name in module.state_dict()]
