@@ -529,6 +529,27 @@ def test_a_state_asked_for_outside_a_save_pins_no_files(tmp_path):
     assert {int(name.split("-")[1]) for name in files(tmp_path) if "-" in name} == {10, 12, 14}
 
 
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_a_snapshot_is_written_once_and_has_its_name_once_it_is_on_the_disk(store, tmp_path, monkeypatch):
+    synced, named, replace, sync = set(), [], Path.replace, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.name.startswith("snapshot-"):
+            named.append(target.name)
+            assert path.stat().st_ino in synced
+            assert path.name.endswith(".tmp")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    fit(tmp_path, store=store, max_steps=9)  # three checkpoints, which share snapshots
+    assert [int(name.split("-")[1]) for name in named] == [2, 4, 6, 8]
+
+
 def test_an_open_block_is_written_once_per_step(tmp_path, monkeypatch):
     written = []
     keep = open_block.keep
