@@ -33,6 +33,7 @@ _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 _RESERVED = (RAW, FORECAST)
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
+_LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _ConfigT = TypeVar("_ConfigT")
 
@@ -91,7 +92,7 @@ class WindowConfig:
     """Which snapshots are taken, kept and merged. All that `RollingMerger` needs.
 
     Attributes:
-        window: How many snapshots are kept, oldest dropped first; at least 2.
+        window: How many snapshots are kept, oldest dropped first; 2 to 10000.
         every: Interval V between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; null: at every snapshot.
@@ -368,7 +369,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def _refuse_impossible_values(config: WindowConfig) -> None:
-    _require(config, "window", lambda value: value >= 2, "an integer of at least 2")
+    _require(config, "window", lambda value: 2 <= value <= _LARGEST_WINDOW, f"an integer from 2 to {_LARGEST_WINDOW}")
     _require(config, "sample_every", lambda value: value >= 1, "an integer of at least 1")
     _require(config, "lr_tolerance", lambda value: 0.0 <= value < 1.0, "a number from 0 to 1")
     _require(config, "average", lambda value: value in AVERAGES, " or ".join(AVERAGES))

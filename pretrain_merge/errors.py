@@ -10,6 +10,7 @@ Each class is also the built-in exception that somebody who has never heard of t
     ├── WindowNotReadyError (RuntimeError)   a view asks for more snapshots than are valid now
     ├── ForecastError (ValueError)           records that do not allow the forecast that was asked for
     ├── EvaluationError (RuntimeError)       raw and merged could not be measured on the same batches
+    ├── RankError (RuntimeError)             another rank failed, and this one stops with it
     ├── ProgressError (ValueError)           a counter that went backwards, or tokens that cannot be counted
     ├── CheckpointError (OSError)            a file or folder of weights that cannot be read or written as asked
     └── MissingDependencyError (ImportError) an optional library that this call needs
@@ -51,6 +52,10 @@ class ForecastError(PretrainMergeError, ValueError):
 
 class EvaluationError(PretrainMergeError, RuntimeError):
     """Raw and merged weights could not be measured on the same batches."""
+
+
+class RankError(PretrainMergeError, RuntimeError):
+    """Another rank failed; the message has its reason."""
 
 
 class ProgressError(PretrainMergeError, ValueError):

@@ -4,22 +4,41 @@ This module knows Lightning's evaluation loop and nothing of windows or coeffici
 own, of Lightning's class, so that a metric means here exactly what it means in the user's own validation: batch-size
 weights, several loaders, torchmetrics, precision and strategy. Everything that such a loop touches in the Trainer is a
 stand-in while it runs (`isolation`), and loaders are iterated by iterators of our own (`loaders`).
+
+On several ranks Lightning's own syncing of `self.log` is off: each rank measures its part of the data, and all metrics
+are reduced together once, after the pass, whether or not the user asked for `sync_dist`. Objects of torchmetrics sync
+themselves, as in any validation. Before each batch the ranks agree to go on, in one small reduction.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from pretrain_merge import interrupts, isolation, loaders, ranks
+from pretrain_merge import interrupts, isolation, loaders, ranks, reduction, snapshot
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.notices import Notices
+from pretrain_merge.reduction import How, Part
 
 Evaluator = Callable[[Any], Mapping[str, float]]
-Measure = Callable[[str], dict[str, float]]
+GoOn = Callable[[bool], bool]
+# A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
+_PATIENCE = timedelta(minutes=1)
+
+
+class Measure(Protocol):
+    """Evaluates the live model on all ranks' data.
+
+    A label for the progress bar, and numbers of another source that ranks hold in parts, to be reduced along with the
+    metrics.
+    """
+
+    def __call__(self, label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
+        """The metrics by name, and the numbers alongside."""
 
 
 @contextmanager
@@ -45,11 +64,12 @@ def isolated(
         notices: What the user was told already.
 
     Yields:
-        A function from a label (for the progress bar) to metrics: those of the validation loop under the names that
-        `trainer.callback_metrics` would use, those of evaluators as `<evaluator>/<key>`.
+        A function that gives metrics: those of the validation loop under the names that `trainer.callback_metrics`
+        would use, those of evaluators as `<evaluator>/<key>`; of all ranks, the same on each.
 
     Raises:
         EvaluationError: The loaders gave other batches than the first time, or a metric is no number.
+        RankError: Something failed on another rank.
     """
     with ExitStack() as stack:
         stack.enter_context(isolation.checkpoints_wait(trainer, notices or Notices()))
@@ -58,31 +78,59 @@ def isolated(
         bar = stack.enter_context(_progress_bar(trainer, data))
         stack.enter_context(isolation.stand_ins(trainer))
 
-        def measure(label: str) -> dict[str, float]:
-            if ranks.any_rank(interrupts.requested()):
-                raise loaders.EvaluationInterrupted
-            bar.reset()
-            bar.set_description(f"evaluating {label}")
-            metrics: dict[str, float] = {}
-            with torch.no_grad(), isolation.module_kept(module):
+        def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
+            parts = dict(alongside or {})
+            is_sharded = snapshot.is_sharded(module)
+            together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
+            with together as agree, torch.no_grad(), isolation.module_kept(module):
+                go_on = _agreement(agree, is_sharded=is_sharded)
+                go_on(True)
+                bar.reset()
+                bar.set_description(f"evaluating {label}")
                 if data is not None:
                     random_state()
-                    metrics |= _validate(trainer, data, bar)
+                    parts |= _validate(trainer, data, bar, go_on)
                 for name, evaluator in (evaluators or {}).items():
                     random_state()
                     module.eval()
                     with interrupts.ctrl_c_breaks_in():
                         values = evaluator(module)
-                    metrics |= {f"{name}/{key}": value for key, value in _numbers(name, values).items()}
-            return metrics
+                    parts |= {f"{name}/{key}": Part(value) for key, value in _numbers(name, values).items()}
+            return reduction.over_ranks(parts)
 
         yield measure
 
 
-def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any) -> dict[str, float]:
+def data_share(trainer: Any) -> float:
+    """Data-parallel replicas per rank: below 1 under tensor parallelism, where several ranks read the same batch."""
+    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": trainer.world_size}
+    return float(sampler["num_replicas"]) / float(trainer.world_size)
+
+
+def _agreement(agree: ranks.Agree, *, is_sharded: bool) -> GoOn:
+    """Whether any rank has something left to do; each says of itself, and all leave together where a signal waits."""
+
+    def go_on(has_more: bool) -> bool:
+        num_more, num_interrupted, num_done = agree(has_more, interrupts.requested(), not has_more)
+        if num_more and num_interrupted:
+            raise loaders.EvaluationInterrupted
+        if is_sharded and num_more and num_done:
+            raise EvaluationError(
+                f"{num_done} ranks have no validation batch left and {num_more} have one. A sharded model gathers "
+                f"its parameters in every forward, so all ranks need the same number. Use a DistributedSampler, or "
+                f"limit_val_batches."
+            )
+        return num_more > 0
+
+    return go_on
+
+
+def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, go_on: GoOn) -> dict[str, Part]:
     """One run of Lightning's evaluation loop, on loaders, results and counters of its own."""
     users_loop = trainer.fit_loop.epoch_loop.val_loop
     loop = _new_loop(trainer, users_loop)
+    _meet_before_each_step(loop, go_on)
+    ways = _unsynced(loop._results, data_share(trainer))
     loop._combined_loader = data.combined(on_batch=lambda: bar.update(1))
     loop._max_batches = list(data.max_batches)
     loop._last_val_dl_reload_epoch = trainer.current_epoch  # this loop's loaders are never reloaded
@@ -100,7 +148,55 @@ def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any) -> dict[str, f
             loop.teardown()
     data.end_pass()
     measured = connector._callback_metrics
-    return _numbers("validation", {key: item for key, item in measured.items() if item is not inherited.get(key)})
+    own = _numbers("validation", {key: item for key, item in measured.items() if item is not inherited.get(key)})
+    return {key: Part(value, *ways.get(key, (1.0, "mean"))) for key, value in own.items()}
+
+
+def _meet_before_each_step(loop: Any, go_on: GoOn) -> None:
+    step, end_of_loader = loop._evaluation_step, loop._store_dataloader_outputs
+
+    def step_with_all(*arguments: Any, **options: Any) -> None:
+        go_on(True)
+        step(*arguments, **options)
+
+    def end_with_all() -> None:
+        while go_on(False):
+            pass  # this rank has fewer batches than another
+        end_of_loader()  # here objects of torchmetrics sync themselves
+
+    loop._evaluation_step, loop._store_dataloader_outputs = step_with_all, end_with_all
+
+
+def _unsynced(results: Any, share: float) -> dict[str, tuple[float, How]]:
+    """Keep Lightning from syncing what is logged; filled during the pass: by name, how it adds up over ranks."""
+    ways: dict[str, tuple[float, How]] = {}
+    log, metrics = results.log, results.metrics
+
+    def log_alone(*arguments: Any, **options: Any) -> None:
+        # and not `sync_dist=False`, which is remarked upon; torchmetrics' own are not touched by it
+        log(*arguments, **options | {"sync_dist": True, "sync_dist_fn": _not_synced})
+
+    def metrics_and_ways(on_step: bool) -> Any:
+        found = metrics(on_step)
+        for _, item in results.valid_items() if not on_step else ():
+            ways.update(dict.fromkeys(results._forked_name(item, on_step), _way(item, share)))
+        return found
+
+    results.log, results.metrics = log_alone, metrics_and_ways
+    return ways
+
+
+def _not_synced(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _way(item: Any, share: float) -> tuple[float, How]:
+    meta = item.meta
+    if not item.is_tensor:
+        return 1.0, "mean"  # of torchmetrics, and the same on every rank by now
+    if meta.is_mean_reduction:
+        return float(item.cumulated_batch_size), "mean"
+    return (share, "sum") if meta.is_sum_reduction else (1.0, "max" if meta.is_max_reduction else "min")
 
 
 def _new_loop(trainer: Any, users_loop: Any) -> Any:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from pretrain_merge import interrupts, ranks
 from pretrain_merge.errors import EvaluationError
 
 _COUNTERS = (int, float, str, bytes, tuple, type(None))
@@ -120,8 +119,6 @@ class _OwnBatches:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in _without_persistent_workers(self._loader):
-            if interrupts.requested() and ranks.num_ranks() == 1:  # one of several ranks may not leave alone
-                raise EvaluationInterrupted
             self._fingerprints.check(self._index, batch)
             yield batch
             self._on_batch()

@@ -4,7 +4,7 @@
 where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluation and no logger.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ class RollingMerger:
         self._segment_lr: tuple[float, ...] = ()
         self._phase = ""
         self._snapshot_is_new = False
-        self._spread = float("nan")
+        self._spread: Spread | None = None
+        self._counts: list[float] | None = None
+        self._segment_of_all = 0
         self._snapshots = Snapshots(settings)
         self._kept_block: tuple[Path, Progress, OpenBlock] | None = None  # as it was written last, and when
         self.num_refused = 0
@@ -89,7 +91,18 @@ class RollingMerger:
 
     @property
     def spread(self) -> float:
-        """Relative RMS distance of the valid snapshots from their mean, as measured by the last merge."""
+        """Relative RMS distance of the valid snapshots from their mean, as the last merge measured it; NaN before.
+
+        Of what this rank holds: of the whole model, but for shards. Add `spread_sums` over ranks for that.
+        """
+        return self._spread.relative_rms if self._spread is not None else float("nan")
+
+    @property
+    def spread_sums(self) -> Spread | None:
+        """What `spread` is made of. Where parameters are sharded, sums over ranks are those of the whole model.
+
+        A merge communicates nothing, so these are of this rank alone; what n ranks hold alike counts 1 / n on each.
+        """
         return self._spread
 
     @property
@@ -187,15 +200,15 @@ class RollingMerger:
 
     @contextmanager
     def swapping(self, module: nn.Module) -> Iterator[Callable[[str], Recipe]]:
-        """Several views one after another, with one restore at the end.
+        """Several views one after another, with one restore at the end, also of what the block itself wrote in place.
 
         Yields:
             A function that writes one view's merge into the live model; it raises what `merged` raises.
         """
         live = list(self._live(module).values())
-        is_sharded = snapshot.is_sharded(module)
         raw_slot = self._snapshots.slot_that_is_raw(live, self._progress)
         scratch = [tensor.clone() for tensor in live] if raw_slot is None else []
+        before = snapshot.identities(live)
         written: list[str] = []
 
         def put(view: str) -> Recipe:
@@ -208,12 +221,12 @@ class RollingMerger:
             snapshot.reshard(module)  # P18
             valid = self.window.valid
             if first and len(chosen) < len(valid):  # the spread speaks of the whole window
-                self._merge_into(live, valid, coefficients.sma(len(valid)), is_sharded=is_sharded)
-            self._merge_into(live, chosen, recipe.coefficients, is_sharded=is_sharded)
+                self._merge_into(live, valid, coefficients.sma(len(valid)))
+            self._merge_into(live, chosen, recipe.coefficients)
             return recipe
 
         def restore() -> None:
-            if written:
+            if written or snapshot.identities(live) != before:
                 snapshot.reshard(module)
                 if raw_slot is None:
                     snapshot.copy_(live, scratch)
@@ -273,6 +286,7 @@ class RollingMerger:
         files = WindowFiles(folder, module)
         try:
             self.window.go_on_from(manifest.segment, manifest.last_break)
+            self._counts = _counts_over_ranks(module, live)
             self._snapshots.load(manifest.snapshots, live, files)
             if self._block is not None and manifest.block is not None:
                 open_block.load(self._block, manifest.block, live, files)
@@ -283,6 +297,7 @@ class RollingMerger:
         self._progress, self._phase, self.num_refused = manifest.progress, manifest.phase, manifest.num_refused
         self._lr, self._segment_lr = manifest.lr, manifest.segment_lr
         self._snapshot_is_new = manifest.snapshot_is_new
+        self._segment_of_all = manifest.segment
 
     def close(self) -> None:
         """Give the memory of the window back."""
@@ -372,26 +387,38 @@ class RollingMerger:
         return taken
 
     def _capture(self, module: nn.Module) -> bool:
-        live = self._live(module)
-        if self._snapshots.are_of_other_tensors(live):
-            self._break("the set of trainable parameters changed")
-            self._snapshots.clear()
-        source = list(live.values())
-        if self._block is not None:
-            if not self._block.is_whole:
-                self._notices.once(
-                    f"block {self.window.segment}",
-                    f"step {self._progress.step}: no block mean, since its interval was not observed from its start.",
-                )
+        with ranks.together(f"take the snapshot of step {self._progress.step}") as agree:
+            live = self._live(module)
+            if self._snapshots.are_of_other_tensors(live):
+                self._break("the set of trainable parameters changed")
+                self._snapshots.clear()
+                self._counts = None
+            if not self._all_ranks_take(agree, list(live.values())):
                 return False
-            source = self._block.sums
-        if ranks.any_rank(not snapshot.all_finite(source)):
-            self._refuse_non_finite()
-            return False
-        if self._block is not None:
-            source = self._block.mean()
-        self._snapshots.capture(live, source, self._progress, lr=self._lr, phase=self._phase)
+            if self._counts is None:
+                self._counts = _counts_over_ranks(module, live)
+            source = self._block.mean() if self._block is not None else list(live.values())
+            self._snapshots.capture(live, source, self._progress, lr=self._lr, phase=self._phase)
         return True
+
+    def _all_ranks_take(self, agree: ranks.Agree, live: Sequence[Tensor]) -> bool:
+        """One decision for all ranks: a break on one is a break on all, and what one cannot take nobody takes."""
+        is_whole = self._block is None or self._block.is_whole
+        is_finite = is_whole and snapshot.all_finite(live if self._block is None else self._block.sums)
+        has_broken = self.window.segment != self._segment_of_all
+        num_broken, num_partial, num_non_finite = agree(has_broken, not is_whole, is_whole and not is_finite)
+        if num_broken and not has_broken:
+            self._break("another rank had one")
+        self._segment_of_all = self.window.segment
+        if num_partial:
+            self._notices.once(
+                f"block {self.window.segment}",
+                f"step {self._progress.step}: no block mean, since its interval was not observed from its start.",
+            )
+        elif num_non_finite:
+            self._refuse_non_finite()
+            self._segment_of_all = self.window.segment
+        return not num_partial and not num_non_finite
 
     def _refuse_non_finite(self) -> None:
         self.num_refused += 1
@@ -410,14 +437,23 @@ class RollingMerger:
             coefficients.compute(kind, len(chosen), times=times, **params),
         )
 
-    def _merge_into(
-        self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, is_sharded: bool
-    ) -> None:
+    def _merge_into(self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float]) -> None:
         is_whole_window = len(chosen) == len(self.window.valid)
-        measured = self._snapshots.merge_(live, chosen, weights, spread=is_whole_window)
-        if measured is not None:
-            # what several ranks hold alike counts several times, in numerator and denominator
-            self._spread = (Spread(*ranks.sum_over_ranks(measured)) if is_sharded else measured).relative_rms
+        measured = self._snapshots.merge_(live, chosen, weights, spread=is_whole_window and (self._counts or True))
+        self._spread = self._spread if measured is None else measured
+
+
+def _counts_over_ranks(module: nn.Module, live: Mapping[str, Tensor]) -> list[float]:
+    """How much each local tensor counts in a sum over ranks: 1 / n where n ranks hold the same elements.
+
+    Every element of a parameter is held by as many ranks as every other, however meshes divide it, so n is what all
+    ranks hold together over the size of the whole. Where nothing is sharded every rank has the whole model: 1.
+    """
+    if not snapshot.is_sharded(module):
+        return [1.0] * len(live)
+    held = ranks.sum_over_ranks([tensor.numel() for tensor in live.values()])
+    pairs = zip(snapshot.whole_sizes(module, live), held, strict=True)
+    return [whole / together if together else 1.0 for whole, together in pairs]
 
 
 def _listed(lr: Sequence[float]) -> str:

@@ -3,14 +3,22 @@
 This module knows process groups and nothing of merging. Every rank must call these functions at the same point.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pretrain_merge.errors import RankError
+
 _T = TypeVar("_T")
 _NumberT = TypeVar("_NumberT", int, float)
+_ErrorT = TypeVar("_ErrorT", bound=BaseException)
+_NUM_FLAGS = 3
+_TOLD = "_told_to_all_ranks"
+Agree = Callable[..., list[int]]
 
 
 def num_ranks() -> int:
@@ -28,6 +36,58 @@ def any_rank(flag: bool) -> bool:
     return sum_over_ranks([int(flag)])[0] > 0
 
 
+@contextmanager
+def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]:
+    """Do a thing on every rank, or raise on every rank: the one that failed its own error, the others `RankError`.
+
+    One small reduction at the end of the block, and one each time that the function is called; a rank that failed joins
+    the next of them, wherever in the block (or in one inside it) that is on the other ranks.
+
+    Args:
+        what: What is done, to infinitive, for the message.
+        patience: How long a rank that failed waits for the others to hear of it; then it leaves with its reason, and
+            its end breaks off whatever they wait for. None: as long as the process group has it.
+
+    Yields:
+        A function that takes up to three flags and returns how many ranks set each; it raises where a rank failed.
+
+    Raises:
+        RankError: Another rank failed; its reason is in the message.
+    """
+
+    def agree(*flags: bool) -> list[int]:
+        counts = sum_over_ranks([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
+        if counts[0]:
+            raise _told(RankError(f"cannot {what}: {_reasons(None)}"))
+        return counts[1:]
+
+    try:
+        yield agree
+        agree()
+    except BaseException as error:
+        if num_ranks() > 1 and not _is_told(error):
+            with suppress(Exception):  # a group that is broken too must not hide the reason
+                sum_over_ranks([1, *[0] * _NUM_FLAGS], patience=patience)
+                _reasons(f"{type(error).__name__}: {error}")
+            _told(error)
+        raise
+
+
+def _reasons(own: str | None) -> str:
+    failed = {number: reason for number, reason in enumerate(gather(own)) if reason is not None}
+    return "; ".join(f"rank {number} failed with {reason}" for number, reason in failed.items())
+
+
+def _told(error: _ErrorT) -> _ErrorT:
+    setattr(error, _TOLD, True)
+    return error
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether all ranks know of it, or of what it came from: each failure is told once."""
+    return error is not None and (hasattr(error, _TOLD) or _is_told(error.__cause__) or _is_told(error.__context__))
+
+
 def gather(value: _T) -> list[_T]:
     """What each rank gave, in the order of ranks."""
     values: list[_T] = [value] * num_ranks()
@@ -36,12 +96,12 @@ def gather(value: _T) -> list[_T]:
     return values
 
 
-def sum_over_ranks(numbers: Sequence[_NumberT]) -> list[_NumberT]:
+def sum_over_ranks(numbers: Sequence[_NumberT], *, patience: timedelta | None = None) -> list[_NumberT]:
     """Sums over all ranks, of integers in int64 and of floats in float64, in one all-reduce."""
     if num_ranks() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
     total = torch.tensor(numbers, dtype=dtype, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, async_op=True).wait(*[patience] if patience else [])
     return total.tolist()

@@ -6,7 +6,7 @@ are weighted. Everything is local to this rank: merging is elementwise, so shard
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
 
 
+def whole_sizes(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[int]:
+    """Elements of the whole parameters of which local tensors are parts, in their order."""
+    return [tensor.numel() for tensor in as_shards(module, tensors).values()]
+
+
 def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
@@ -105,6 +110,11 @@ def reshard(module: nn.Module) -> None:
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensor by tensor, in one multi-tensor call."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 This module joins window and store. It knows nothing of when a snapshot is due and of how snapshots are weighted.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
 from pretrain_merge.manifest import HeldSnapshot
 from pretrain_merge.notices import logger
+from pretrain_merge.snapshot import identities
 from pretrain_merge.stores import Store, choose_store, slot_dtype
 from pretrain_merge.stores.snapshot_file import SnapshotFile
 from pretrain_merge.window import Snapshot, Window
@@ -75,10 +76,15 @@ class Snapshots:
         self._write(self.window.next_slot(), live, source)
         self.window.add(progress, lr=lr, phase=phase)
         self._files = {held: file for held, file in self._files.items() if held in self.window.snapshots}
-        self._captured = _identities(live.values())
+        self._captured = identities(live.values())
 
     def merge_(
-        self, live: Sequence[Tensor], chosen: Sequence[Snapshot], weights: Sequence[float], *, spread: bool
+        self,
+        live: Sequence[Tensor],
+        chosen: Sequence[Snapshot],
+        weights: Sequence[float],
+        *,
+        spread: bool | Sequence[float],
     ) -> Spread | None:
         """The weighted sum of snapshots, oldest first, into the live tensors."""
         return self._opened().merge_(live, [item.slot for item in chosen], weights, spread=spread)
@@ -91,14 +97,14 @@ class Snapshots:
             and newest.progress == progress
             and self._settings.average == "last"
             and all(slot_dtype(tensor.dtype, self._slot_dtype) == tensor.dtype for tensor in live)
-            and self._captured == _identities(live)
+            and self._captured == identities(live)
         )
         return newest.slot if newest is not None and is_raw else None
 
     def put_back(self, live: Sequence[Tensor], slot: int) -> None:
         """Raw again, from the slot that `slot_that_is_raw` named."""
         self._opened().read_(live, slot)
-        self._captured = _identities(live)
+        self._captured = identities(live)
 
     def keep(self, files: WindowFiles) -> tuple[HeldSnapshot, ...]:
         """Make every snapshot a durable file, each once, and say which it is; oldest first.
@@ -164,8 +170,3 @@ class Snapshots:
             self._store, said = choose_store(self._settings.store, list(live.values()), num_bytes, folder or None)
             logger.info(said)
         return self._store
-
-
-def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

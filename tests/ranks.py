@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import run_forked
 
-_ROOT = Path(__file__).resolve().parent.parent
 _DUMP = "dump"
 _GRACE = 1.0  # seconds that the other ranks get to end by themselves, and to print their stacks
 
@@ -47,16 +46,13 @@ def on_ranks(function: Callable[..., Any], *args: Any, num_ranks: int = 2, timeo
     """
     with tempfile.TemporaryDirectory() as folder:
         job = [inspect.getfile(function), function.__name__, folder, str(num_ranks), str(timeout), json.dumps(args)]
-        path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, __file__, *job], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise AssertionError(f"{function.__name__} on {num_ranks} ranks:\n{done.stdout}{done.stderr}")
+        code, output = run_forked(_fork_ranks, *job)
+        if code:
+            raise AssertionError(f"{function.__name__} on {num_ranks} ranks:\n{output}")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
-def _main(file: str, name: str, folder: str, num_ranks: str, timeout: str, args: str) -> int:
+def _fork_ranks(file: str, name: str, folder: str, num_ranks: str, timeout: str, args: str) -> int:
     torch.set_num_threads(1)
     specification = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert specification is not None
@@ -121,7 +117,3 @@ def _wait(running: dict[int, int], folder: Path, deadline: float) -> dict[int, s
         os.waitpid(pid, 0)
         codes[rank] = "still running, stacks below"
     return codes
-
-
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))

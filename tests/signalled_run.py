@@ -1,13 +1,12 @@
 """Runs in processes of their own that get a signal from outside at a merge point.
 
-Called as a script with a folder: each scenario's report is `<folder>/<scenario>/report.json`. One process imports the
-libraries and forks one process for each run, because importing takes longer than all the runs.
+`main` is called in a process of its own with a folder: each scenario's report is `<folder>/<scenario>/report.json`. It
+imports the libraries and forks one process for each run, because importing takes longer than all the runs.
 """
 
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -22,8 +21,8 @@ NUM_BATCHES = 40
 _PATIENCE = 60.0  # seconds; a signal takes milliseconds
 
 
-def main(folder: Path) -> None:
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+def main(into: str) -> None:
+    folder = Path(into)
     # before the fork: what takes longer than a run
     import lightning_models  # noqa: F401
     import torch
@@ -144,7 +143,7 @@ class Once:
 
 def pause_in(moment: str, pause: Once) -> None:
     """Make the package stand still in one of its own functions; of this process only."""
-    from pretrain_merge.checkpoints import merged
+    from pretrain_merge.checkpoints import consolidated
     from pretrain_merge.stores.device import DeviceStore
 
     def followed_by_a_pause(function: Any) -> Any:
@@ -165,7 +164,7 @@ def pause_in(moment: str, pause: Once) -> None:
     if moment == "a merge":
         DeviceStore.merge_ = followed_by_a_pause(DeviceStore.merge_)
     if moment == "the writing of a merged model":
-        merged.save_file = followed_by_a_pause(merged.save_file)
+        consolidated.save_file = followed_by_a_pause(consolidated.save_file)
     if moment == "the restore":
         DeviceStore.read_ = after_a_pause(DeviceStore.read_)
 
@@ -187,7 +186,3 @@ def pretend_slurm(folder: Path) -> None:
         "SLURM_NODEID": "0",
         "SLURM_NODELIST": "localhost",
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

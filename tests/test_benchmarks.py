@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from forks import run_forked
 
-ROOT = Path(__file__).parents[1]
 ALWAYS = {"machine", "torch", "elements"}
 RATIOS = {"seconds", "ratio_to_copy"}
 
@@ -19,15 +18,21 @@ def run(tmp_path_factory):
 
     def run_benchmark(name, *arguments):
         path = tmp_path_factory.mktemp("rows") / f"{name}.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(path), "--threads", "1"]
-        finished = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=110)
-        assert finished.returncode == 0, finished.stderr
+        command = [f"benchmarks.{name}", *arguments, "--json", str(path), "--threads", "1", "--device", "cpu"]
+        code, printed = run_forked(run_module, *command, timeout=110)
+        assert code == 0, printed
         rows = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
         assert isinstance(rows, list)
         assert all(row.keys() >= ALWAYS for row in rows)
-        return rows, finished.stdout
+        return rows, printed
 
     return run_benchmark
+
+
+def run_module(name, *arguments):
+    """What `python -m` does."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def numbers(rows, *keys):
@@ -110,3 +115,12 @@ def test_plan(run, tmp_path):
 
 
 # `memory` is run by test_memory.py, which also holds its figures to the promise.
+
+
+def test_scale(run):
+    rows, printed = run("scale", "--quick", "--processes", "1", "2")
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(row["collectives"] == 0 for row in rows)
+    assert all(math.isfinite(number) and number > 0 for number in numbers(rows, "merge_ms", "copy_ms", "ratio"))
+    assert len({row["planned_mib"] for row in rows}) == 1
+    assert "collectives" in printed

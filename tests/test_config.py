@@ -141,7 +141,8 @@ def test_tuples_are_lists():
         ({"window": True}, ["window: ", "'True'", "Integer"]),
         ({"window": None}, ["window: ", "'None'", "int"]),
         ({"window": math.inf}, ["window: ", "'inf'", "Integer"]),
-        ({"window": 1}, ["window: 1 is out of range", "Allowed: an integer of at least 2"]),
+        ({"window": 1}, ["window: 1 is out of range", "Allowed: an integer from 2 to 10000"]),
+        ({"window": 10**9}, ["window: 1000000000 is out of range", "from 2 to 10000"]),
         ({"window": "???"}, ["window: '???' stands for a value that must be given", "drop the key"]),
         ({"window": "${nowhere}"}, ["window: ", "nowhere"]),
         ({"every": "5 parsecs"}, ["every: '5 parsecs' is not a quantity", "'8B tokens'"]),
@@ -219,6 +220,12 @@ def test_every_door_gives_the_same_error(arguments):
     with pytest.raises(Exception, match="Error in call to target") as caught:
         instantiate({"_target_": "pretrain_merge.ModelMerging", **arguments})
     assert str(caught.value.__cause__) == message
+
+
+@pytest.mark.parametrize("evaluators", [{"norm": 3}, [len], "norm"])
+def test_evaluators_that_are_no_functions_by_name_are_refused(evaluators):
+    with pytest.raises(ConfigError, match=r"evaluators: .* does not name functions\. Allowed: a mapping from names"):
+        ModelMerging(evaluators=evaluators)
 
 
 def test_lightning_cli_names_a_misspelt_key(tmp_path, capsys):

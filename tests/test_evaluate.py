@@ -26,7 +26,7 @@ from lightning_models import (
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from pretrain_merge import ModelMerging, evaluate, ranks
+from pretrain_merge import ModelMerging, evaluate, interrupts, ranks
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.loaders import EvaluationInterrupted
 
@@ -486,8 +486,13 @@ def test_data_with_a_position_of_their_own_are_iterated_on_request(tmp_path):
     )
 
 
-def test_a_signal_on_any_rank_keeps_the_next_measurement_from_starting_on_all(tmp_path, monkeypatch):
-    asked: list[bool] = []
+@pytest.mark.parametrize("at_call", [2, 3, 5], ids=["before a batch", "between batches", "before a pass"])
+def test_a_signal_on_any_rank_ends_the_measurement_on_all(at_call, tmp_path, monkeypatch):
+    calls: list[list[int]] = []
+
+    def with_another_rank(flags: list[int]) -> list[int]:
+        calls.append(flags)
+        return [*flags[:2], int(len(calls) == at_call), *flags[3:]]  # this rank has no signal
 
     def act(trainer: Any, module: Any) -> list[str]:
         done = []
@@ -497,12 +502,29 @@ def test_a_signal_on_any_rank_keeps_the_next_measurement_from_starting_on_all(tm
                 done.append(label)
         return done
 
-    # another rank says yes the second time that all are asked; this one has no signal
-    monkeypatch.setattr(ranks, "any_rank", lambda flag: asked.append(flag) or len(asked) == 2)
+    monkeypatch.setattr(ranks, "sum_over_ranks", with_another_rank)
     at = At(2, act)
-    trainer(tmp_path, at, max_steps=2).fit(Regression(), rows(), rows(4, seed=1))
-    assert asked == [False, False]
-    assert at.result == ["raw"]
+    trainer(tmp_path, at, max_steps=2).fit(Regression(), rows(), rows(4 if at_call == 5 else 8, seed=1))
+    assert len(calls) == at_call
+    assert at.result == (["raw"] if at_call == 5 else [])
+
+
+def test_a_waiting_signal_ends_the_pass_before_its_next_batch(tmp_path, monkeypatch):
+    seen: list[int] = []
+
+    class Signalled(Regression):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append(batch_idx)
+            monkeypatch.setattr(interrupts, "requested", lambda: True)
+
+    def act(trainer: Any, module: Any) -> None:
+        with pytest.raises(EvaluationInterrupted):
+            measure_once(trainer, module)
+
+    trainer(tmp_path, At(2, act), max_steps=2, limit_val_batches=2, check_val_every_n_epoch=9).fit(
+        Signalled(), rows(), rows(12, seed=1)
+    )
+    assert seen == [0]
 
 
 # --- evaluators ---

@@ -3,10 +3,7 @@
 # ruff: noqa: PT012 - what is inside the block is what is tested
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import signalled_run
 import torch
+from forks import run_forked
 from lightning_models import LIGHTNING_REMARKS, Recorder, Regression, rows, same_bits, trainer, weights
 
 from pretrain_merge import ModelMerging, RollingMerger, interrupts
@@ -89,14 +87,6 @@ def test_a_handler_that_raises_does_so_after_the_block():
         signal.signal(signal.SIGTERM, kept)
     assert done == ["block"]
     assert not interrupts.requested()
-
-
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler, whatever the shell gave to a process in the background."""
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, kept)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -241,9 +231,8 @@ def test_ctrl_c_ends_a_long_evaluation_at_once_and_raw_is_back(where, tmp_path):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    script = Path(signalled_run.__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, str(script), str(folder)], env=environment, check=True, timeout=200)
+    code, output = run_forked(signalled_run.main, str(folder), timeout=200)
+    assert code == 0, output
     return folder
 
 

@@ -14,9 +14,9 @@ from lightning_models import AugmentedRows, Documents, Rows, checksum, same_bits
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset
 
-from pretrain_merge import interrupts, loaders, ranks
+from pretrain_merge import loaders
 from pretrain_merge.errors import EvaluationError
-from pretrain_merge.loaders import EvaluationInterrupted, Fingerprints, OwnLoaders
+from pretrain_merge.loaders import Fingerprints, OwnLoaders
 
 
 def combined(*given: Any, mode: str = "sequential") -> CombinedLoader:
@@ -148,19 +148,6 @@ def test_a_fingerprint_sees_the_difference(a, b):
     fingerprint = loaders._fingerprint
     assert fingerprint(a) != fingerprint(b)
     assert fingerprint(a) == fingerprint(a)
-
-
-def test_a_waiting_signal_ends_the_pass(monkeypatch):
-    monkeypatch.setattr(interrupts, "requested", lambda: True)
-    with own_loaders(DataLoader(Rows(8), 4)) as own, pytest.raises(EvaluationInterrupted):
-        read(own)
-
-
-def test_one_of_several_ranks_does_not_leave_the_pass_alone(monkeypatch):
-    monkeypatch.setattr(interrupts, "requested", lambda: True)
-    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
-    with own_loaders(DataLoader(Rows(8), 4)) as own:
-        assert len(read(own)) == 2
 
 
 def test_each_batch_is_announced_after_it_was_used():

@@ -282,6 +282,7 @@ def test_raw_comes_back_when_a_later_view_is_not_ready():
     assert state(module) == raw
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("last_step", [20, 22], ids=["from the newest slot", "from a copy"])
 def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
     module, merging = Mixed(), RollingMerger(window=4, every=5)
@@ -299,6 +300,7 @@ def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
     assert state(module) == raw
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_twice_interrupts_the_block_and_not_the_restore():
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, 21))

@@ -8,9 +8,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_ranks import Group, strategy
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -18,39 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge import ModelMerging, RollingMerger, load_merged, snapshot
-from pretrain_merge.errors import UnsupportedModelError
 
 EVERY, WINDOW, STEPS = 2, 3, 12
 RUNS = ["ddp", "resharding", "not resharding"]
-
-
-class Group(ClusterEnvironment):
-    """The process group that is there already."""
-
-    creates_processes_externally = True
-    main_address, main_port = "unused", 0
-
-    @staticmethod
-    def detect():
-        return False
-
-    def world_size(self):
-        return torch.distributed.get_world_size()
-
-    def global_rank(self):
-        return torch.distributed.get_rank()
-
-    def local_rank(self):
-        return self.global_rank()
-
-    def node_rank(self):
-        return 0
-
-    def set_world_size(self, size):
-        pass
-
-    def set_global_rank(self, rank):
-        pass
 
 
 class Rows(Dataset):
@@ -127,12 +96,6 @@ class Probe:
         return {"number": len(self.seen)}
 
 
-def strategy(kind):
-    if kind == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-
-
 def train(kind, folder, merging=None, *, saving=None, **resume):
     """One run; returns everything that tests look at, the same on every rank."""
     pl.seed_everything(1, verbose=False)
@@ -170,18 +133,15 @@ def all_runs(folder):
     on = {kind: with_merging(kind, f"{folder}/{kind}") for kind in RUNS}
     off = {kind: train(kind, f"{folder}/{kind} off") for kind in RUNS}
     saved = with_merging("ddp", f"{folder}/saved", save={"at_end": True})
-    refused = ""
-    try:
-        with_merging("resharding", f"{folder}/refused", save={"at_end": True})
-    except UnsupportedModelError as error:
-        refused = str(error)
+    saving = {"at_end": True, "best": "val_loss", "every": "4 steps", "keep": 1}
+    sharded = with_merging("resharding", f"{folder}/sharded", save=saving)
     loops = [loop_of_ones_own(reshard) for reshard in (True, False)]
     return {
         "on": on,
         "loops": loops,
         "off": off,
         "saved": saved,
-        "refused": refused,
+        "sharded": sharded,
         "resumed": {kind: resumed(kind, f"{folder}/{kind} resumed") for kind in ("ddp", "resharding")},
         "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
     }
@@ -356,7 +316,16 @@ def test_one_rank_writes_the_merged_model_of_all(runs, folder):
     assert equal({name: full(weight) for name, weight in module.named_parameters()}, runs[0]["saved"]["seen"][-2])
 
 
-def test_saving_sharded_models_is_refused_on_every_rank_instead_of_waiting_for_each_other(runs):
-    for rank in runs:
-        assert rank["refused"].startswith("save: the parameters are sharded over ranks")
-        assert "Remove `save`" in rank["refused"]
+def test_ranks_write_the_merged_models_of_their_shards_for_one_process_to_read(runs, folder):
+    last = "step-00000012-sma"
+    saved = {path.name for path in (folder / "sharded" / "merged").iterdir()}
+    assert {last, "step-00000012-wsm"} <= saved
+    assert len(saved) <= 2 + 1  # of the end, of which one is the newest periodic one, and the best
+    module = Model(reshard=None)
+    provenance = load_merged(module, folder / "sharded" / "merged" / last)
+    assert provenance["steps"] == [8, 10, 12]
+    assert equal({name: full(weight) for name, weight in module.named_parameters()}, runs[0]["sharded"]["seen"][-2])
+    assert {path.name for path in (folder / "sharded" / "merged" / last).iterdir()} == {
+        "model.safetensors",
+        "provenance.json",
+    }

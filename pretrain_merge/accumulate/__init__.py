@@ -37,7 +37,7 @@ def weighted_sum_(
     snapshots: Sequence[Sequence[Tensor]],
     coefficients: Sequence[float],
     *,
-    spread: bool = False,
+    spread: bool | Sequence[float] = False,
     backend: Backend = "auto",
 ) -> Spread | None:
     """Merge snapshots in place: `out[i] <- round(sum_j coefficients[j] * snapshots[j][i])`.
@@ -52,7 +52,8 @@ def weighted_sum_(
         snapshots: N >= 1 sequences, oldest first, each with one tensor per output, of its shape and on its device.
             Dtypes may differ.
         coefficients: N numbers, oldest first. They need not sum to 1 here.
-        spread: Also measure, in the same pass, how far the snapshots lie from their unweighted mean.
+        spread: Also measure, in the same pass, how far the snapshots lie from their unweighted mean. Numbers say how
+            much each row counts in it: 1 / n for what n ranks hold alike, so that sums over ranks count it once.
         backend: `auto` takes the fastest one for each row. A backend that is named must be installed and fit the
             device; rows that no kernel can take (strides that differ within a row) still go to the reference.
 
@@ -71,14 +72,15 @@ def weighted_sum_(
     check_merge(out, snapshots, coefficients)
     multipliers = [float(coefficient) for coefficient in coefficients]
     total = Spread(0.0, 0.0)
-    for group, rows in _group_rows(out, snapshots, backend).items():
+    counts = None if isinstance(spread, bool) else spread
+    for group, rows in _group_rows(out, snapshots, backend, counts).items():
         targets = [out[i] for i in rows]
         sources = [[snapshot[i] for i in rows] for snapshot in snapshots]
-        part = group.merge(targets, sources, multipliers, double=group.double, spread=spread)
+        part = group.merge(targets, sources, multipliers, double=group.double, spread=spread is not False)
         increment_version(targets)  # kernels write through addresses, which autograd cannot see
         if part is not None:
-            total = total + part
-    return total if spread else None
+            total = total + part.times(group.share)
+    return total if spread is not False else None
 
 
 class _Merge(Protocol):
@@ -101,10 +103,11 @@ class _Group(NamedTuple):
     merge: _Merge
     device: torch.device
     double: bool
+    share: float
 
 
 def _group_rows(
-    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], backend: Backend
+    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], backend: Backend, counts: Sequence[float] | None
 ) -> dict[_Group, list[int]]:
     groups: dict[_Group, list[int]] = {}
     for i, target in enumerate(out):
@@ -113,7 +116,8 @@ def _group_rows(
         if not is_one_block(target, sources):
             merge = reference.merge_
         double = accumulator_dtype(target, sources) is torch.float64
-        groups.setdefault(_Group(merge, target.device, double), []).append(i)
+        share = 1.0 if counts is None else counts[i]
+        groups.setdefault(_Group(merge, target.device, double, share), []).append(i)
     return groups
 
 

@@ -23,6 +23,10 @@ class Spread(NamedTuple):
             return NotImplemented
         return Spread(self.squared_distance + other.squared_distance, self.squared_norm + other.squared_norm)
 
+    def times(self, count: float) -> "Spread":
+        """Both sums, counted so many times."""
+        return Spread(self.squared_distance * count, self.squared_norm * count)
+
     @property
     def relative_rms(self) -> float:
         """Relative RMS distance from the mean, `sqrt(distance / norm)`: 0 where nothing moved, inf at a zero mean."""

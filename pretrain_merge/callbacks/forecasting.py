@@ -51,6 +51,8 @@ class RunForecasts:
 
     def added_to(self, record: MergeRecord) -> MergeRecord:
         """The record of this merge point with its forecasts; what is refused is said once, with the reason."""
+        if not self._forecasts:
+            return record
         self._history.append(record)
         expected: dict[str, dict[str, Expected]] = {}
         refused: dict[str, str] = {}

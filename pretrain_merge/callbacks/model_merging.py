@@ -17,12 +17,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge import evaluate, interrupts, ranks, snapshot
+from pretrain_merge.accumulate import Spread
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.callbacks.saving import MergedModels
+from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -31,6 +32,7 @@ from pretrain_merge.loaders import EvaluationInterrupted
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
+from pretrain_merge.reduction import How, Part
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -39,6 +41,8 @@ if find_spec("pytorch_lightning"):
     from pytorch_lightning import Callback as _OtherCallback
 
     _CALLBACKS += (_OtherCallback,)
+
+_SPREAD = ("spread: squared distance", "spread: squared norm")
 
 _REFUSED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens parameters; use FSDP2 (ModelParallelStrategy)",
@@ -54,7 +58,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     numbers are those of a run without the callback.
 
     Args:
-        window: How many snapshots are kept, at least 2.
+        window: How many snapshots are kept, 2 to 10000.
         every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
@@ -119,13 +123,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             given.pop("tokens_per_batch")
         self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
         self._tokens_per_batch: TokensPerBatch = tokens_per_batch
-        self._evaluators: dict[str, Evaluator] = dict(evaluators or {})
+        self._evaluators = _checked_evaluators(evaluators)
         self._notices = Notices()
         self._tracker = Tracker()
         self._forecasts = RunForecasts(self.config, self._notices)
         self._state: dict[str, Any] = {}
         self._durable: DurableWindow | None = None
         self._last_merge = 0
+        self._phase_to_come: str | None = None
         self._merger: RollingMerger | None = None
         self._clock: Clock | None = None
         self._monitors: Monitors | None = None
@@ -158,9 +163,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         return self._merged_models.best_path if self._merged_models else None
 
     def mark_phase(self, name: str) -> None:
-        """Say that something changed that the weights will show (a data switch): merges do not reach across it."""
+        """Say that something changed that the weights will show (a data switch): merges do not reach across it.
+
+        Before `fit` it names the phase that the run is in; a resumed run that was in it already goes on unbroken.
+        """
         if self._merger is not None:
             self._merger.mark_phase(name)
+        else:
+            self._phase_to_come = name
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
@@ -175,12 +185,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         snapshot.mergeable_tensors(
             pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
         )
-        save = self.config.save
-        if snapshot.is_sharded(pl_module) and (save.at_end or save.best is not None or save.every is not None):
-            raise UnsupportedModelError(
-                "save: the parameters are sharded over ranks, and merged models are written from whole ones only. "
-                "Remove `save` (merging and measuring need no whole parameters), or train with DDP."
-            )
         self._watch_for_a_complete_run(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -201,11 +205,17 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._open_window(trainer, pl_module, self._merger, folder, state)
             self._last_merge = state.last_merge
             is_owed = state.last_merge < state.progress.step and self._merger.merge_is_due()
-            self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
+            with ranks.together("open the run's folder"):
+                before = self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
+            if self._forecasts:
+                self._forecasts.go_on_from(ranks.gather(before)[0])
             if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
                 self._merge_if_due(trainer, pl_module, self._merger)
                 if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
                     raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+        if self._phase_to_come not in (None, self._merger.phase):
+            self._merger.mark_phase(self._phase_to_come)
+        self._phase_to_come = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -219,7 +229,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         clock, merger = self._clock, self._merger
         if clock is None or merger is None:
             return
-        progress = clock.batch_ends(batch, share=_data_share(trainer))
+        progress = clock.batch_ends(batch, share=evaluate.data_share(trainer))
         if progress is None:
             return
         if trainer.fast_dev_run:
@@ -233,10 +243,13 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         merger, models = self._merger, self._merged_models
         newest = merger.window.newest if merger is not None else None
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
-            with merger.swapping(pl_module) as put:
+            with ranks.together("save merged models at the end"), merger.swapping(pl_module) as put:
                 for view in merger.views:
                     if view not in self._forecasts.views and merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
+        if merger is not None and self.last_record is None:
+            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
+            self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -255,7 +268,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
-        self._remember()
+        if self._merger is not None:  # every rank is asked, and all must know where one cannot write
+            with ranks.together("keep the window for a checkpoint"):
+                self._remember()
         if self._durable is not None:
             self._durable.announce()
         return dict(self._state)
@@ -381,7 +396,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "views": [*options["views"], *self._forecasts.views],
         }
 
-    def _open_folder(self, trainer: Any, folder: Path, state: RunState, *, records_until: int) -> None:
+    def _open_folder(self, trainer: Any, folder: Path, state: RunState, *, records_until: int) -> list[MergeRecord]:
+        """Make the folder this run's own; returns the records before this point, on rank 0."""
         self._records_path = folder / "merges.jsonl"
         if self._monitors is not None and self._monitors.checkpoints:
             self._notices.once(
@@ -389,31 +405,36 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 f"a ModelCheckpoint monitors a metric of {self.config.name!r}. Its checkpoints hold RAW weights; the "
                 f"best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
             )
-        if not trainer.is_global_zero:
-            return
         start = state.progress
+        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
+        if state.saved is not None:
+            self._merged_models.go_on_from(state.saved, Path(state.run_folder) / "merged")
+        if not trainer.is_global_zero:
+            return []
         remove_unpublished(folder / "merged")
         if start.step == 0:
             for path in (self._records_path, folder / "merged"):
                 if aside := move_aside(path):
                     self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
-        else:
-            before = Path(state.run_folder) / self._records_path.name
-            kept = keep_records_until(self._records_path, records_until, before=before)
-            if min(state.last_merge, records_until) > (kept[-1].step if kept else 0):
-                self._notices.once(
-                    "records",
-                    f"{self._records_path} lacks merges up to step {state.last_merge}, which were made: it was moved, "
-                    f"or cut when the run was resumed from an earlier checkpoint.",
-                )
-            self._forecasts.go_on_from(kept)
-        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
-        if state.saved is not None:
-            self._merged_models.go_on_from(state.saved, Path(state.run_folder) / "merged")
+            return []
+        before = Path(state.run_folder) / self._records_path.name
+        kept = keep_records_until(self._records_path, records_until, before=before)
+        if min(state.last_merge, records_until) > (kept[-1].step if kept else 0):
+            self._notices.once(
+                "records",
+                f"{self._records_path} lacks merges up to step {state.last_merge}, which were made: it was moved, "
+                f"or cut when the run was resumed from an earlier checkpoint.",
+            )
+        return kept
 
     def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
         if not merger.merge_is_due():
             return
+        # rank 0 writes and logs: the others must not go on where it could not
+        with ranks.together(f"merge at step {merger.progress.step}"):
+            self._publish(trainer, self._measured(trainer, pl_module, merger))
+
+    def _measured(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         record = self._measure(trainer, pl_module, merger)
         if record is None and not ranks.any_rank(trainer.received_sigterm):  # a signal after which the run goes on
             record = self._measure(trainer, pl_module, merger)
@@ -422,7 +443,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 "broken off",
                 f"step {merger.progress.step}: a signal broke off the merge. A run that is resumed from here makes it.",
             )
-        self._publish(trainer, record)
+        return record
 
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
@@ -433,17 +454,19 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         models = self._merged_models
         recipes: dict[str, Recipe] = {}
         metrics: dict[str, dict[str, float]] = {}
+        spread = float("nan")
         stopwatch = _Stopwatch()
         try:
             # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
             with interrupts.held(), self._isolated(trainer, pl_module) as measure:
-                raw = measure("raw")
-                stopwatch.lap("evaluate_raw")
                 with merger.swapping(pl_module) as put:
+                    raw = measure("raw")
+                    stopwatch.lap("evaluate_raw")
                     for view in ready:
                         recipes[view] = put(view)
                         stopwatch.lap(f"merge_{view}")
-                        metrics[view] = measure(view)
+                        metrics[view] = measure(view, _spread_parts(pl_module, merger))
+                        spread = _spread(metrics[view])
                         stopwatch.lap(f"evaluate_{view}")
                         if models is not None and view not in self._forecasts.views:
                             models.keep(pl_module, view, merger.progress, recipes[view], metrics[view])
@@ -453,13 +476,15 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             return None
         if not raw and not any(metrics.values()):
             self._notices.once(
-                "nothing", "no validation loader and no evaluator: merges are made, nothing is measured."
+                "nothing",
+                "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
+                "that logs nothing.",
             )
         return MergeRecord(
             name=self.config.name,
             **asdict(merger.progress),
             window=len(merger.window.valid),
-            spread=merger.spread,
+            spread=spread,
             raw=raw,
             views=metrics,
             recipes=recipes,
@@ -486,8 +511,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
         if record is None:
             return
-        if self._forecasts:  # by one rank, which alone has the records of a resumed run
-            record = trainer.strategy.broadcast(self._forecasts.added_to(record) if trainer.is_global_zero else record)
+        record = self._forecasts.added_to(record)
         self.last_record, self._last_merge = record, record.step
         self._tracker.publish(trainer.loggers, record)
         if trainer.is_global_zero and self._records_path is not None:
@@ -511,9 +535,23 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         for step in range(1, self.config.window + 1):
             merger.observe(pl_module, step)
         try:
-            self._publish(trainer, self._measure(trainer, pl_module, merger))
+            record = self._measure(trainer, pl_module, merger)
+            for metrics in record.views.values() if record else ():
+                refuse_unmeasured(self.config.save.best, metrics)
+            self._publish(trainer, record)
         finally:
             merger.close()
+
+
+def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
+    """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
+    sums = merger.spread_sums or Spread(0.0, 0.0)
+    how: How = "sum" if snapshot.is_sharded(module) else "mean"
+    return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
+
+
+def _spread(metrics: dict[str, float]) -> float:
+    return Spread(*(metrics.pop(name) for name in _SPREAD)).relative_rms
 
 
 class _Stopwatch:
@@ -536,7 +574,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _data_share(trainer: Any) -> float:
-    """Data-parallel replicas per rank: below 1 under tensor parallelism, where several ranks read the same batch."""
-    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": trainer.world_size}
-    return float(sampler["num_replicas"]) / float(trainer.world_size)
+def _checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
+    if evaluators is None:
+        return {}
+    if not isinstance(evaluators, Mapping) or not all(callable(item) for item in evaluators.values()):
+        raise ConfigError(
+            f"evaluators: {evaluators!r} does not name functions. Allowed: a mapping from names to functions that take "
+            f"the module and return metrics, such as {{'norm': weight_norm}}."
+        )
+    return dict(evaluators)

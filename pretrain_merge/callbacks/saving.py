@@ -1,16 +1,19 @@
 """Which merged models are written to disk, and which old ones go.
 
 This module knows `save: {every, keep, best, mode, at_end}` and the names of folders. It writes what is in the module
-when it is called; putting merged weights there and taking them out is the caller's.
+when it is called; putting merged weights there and taking them out is the caller's. On several ranks every rank keeps
+the same books, and rank 0 deletes and renames.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pretrain_merge import ranks
 from pretrain_merge.cadence import Progress
 from pretrain_merge.checkpoints.folders import discard, move_aside
 from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
@@ -38,6 +41,12 @@ class SavedModels:
     periodic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best: str | None = None
     best_score: float | None = None
+
+
+def refuse_unmeasured(best: str | None, metrics: Mapping[str, float]) -> None:
+    """Raise a `ConfigError` where `save.best` names a metric that is not among the measured ones."""
+    if best is not None and best not in metrics:
+        raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
 
 
 class MergedModels:
@@ -85,10 +94,11 @@ class MergedModels:
         """
         self._start, self._last_merge = saved.start, dict(saved.last_merge)
         found = {view: [self.folder / name for name in names] for view, names in saved.periodic.items()}
-        self._periodic = {view: [path for path in paths if path.exists()] for view, paths in found.items()}
-        if saved.best is not None and saved.best_score is not None:
-            places = [folder / saved.best for folder in (self.folder, before.absolute())]
-            self._best = next(((saved.best_score, path) for path in places if path.exists()), None)
+        places = [] if saved.best is None else [folder / saved.best for folder in (self.folder, before.absolute())]
+        there = ranks.gather({path for path in chain(places, *found.values()) if path.exists()})[0]  # all decide alike
+        self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
+        best = next((path for path in places if path in there), None)
+        self._best = (saved.best_score, best) if best is not None and saved.best_score is not None else None
 
     def keep(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
@@ -116,8 +126,7 @@ class MergedModels:
     def _keep_best(
         self, best: str, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
     ) -> None:
-        if best not in metrics:
-            raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
+        refuse_unmeasured(best, metrics)
         value = metrics[best]
         score = -value if self._config.mode == "max" else value
         if math.isfinite(score) and (self._best is None or score < self._best[0]):
@@ -128,7 +137,7 @@ class MergedModels:
     def _drop(self, path: Path) -> None:
         """Delete a saved model unless it is still wanted for another reason, or is not of this folder."""
         is_wanted = path == self.best_path or any(path in saved for saved in self._periodic.values())
-        if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name):
+        if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name) and ranks.rank() == 0:
             discard(path)
 
     def _save(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> Path:
@@ -141,9 +150,10 @@ class MergedModels:
             "config": dict(self._settings),
             "metrics": dict(metrics),
         }
-        if target.exists():
+        if ranks.gather(target.exists())[0]:
             if holds_weights_of(module, target):
                 return target
-            move_aside(target)  # of a run that went on from an earlier checkpoint another way
+            if ranks.rank() == 0:
+                move_aside(target)  # of a run that went on from an earlier checkpoint another way
         save_merged(module, target, provenance)
         return target

@@ -1,28 +1,29 @@
-"""Merged models on disk: `model.safetensors` and the provenance of every number in it.
+"""Merged models on disk: their weights as safetensors and the provenance of every number in them.
 
-This module knows state dicts, safetensors and the folder layout. It knows no windows and no trainers: whatever weights
-are in the module when it is called are the ones written. No pickle is written or read.
+This module knows state dicts, names and the folder layout; how tensors get into files and back is `consolidated`. It
+knows no windows and no trainers: whatever weights are in the module when it is called are the ones written. No pickle
+is written or read. On several ranks every rank calls its functions at the same point.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain_merge import __version__
+from pretrain_merge import __version__, ranks, snapshot
+from pretrain_merge.checkpoints import consolidated
+from pretrain_merge.checkpoints.consolidated import LARGEST_FILE, WEIGHTS, Weights
 from pretrain_merge.checkpoints.folders import published
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.notices import logger
 from pretrain_merge.snapshot import plain_name
 
-WEIGHTS = "model.safetensors"
 PROVENANCE = "provenance.json"
 _FORMAT = "pretrain-merge/1"
 _RECORDED_VERSIONS = ("torch", "lightning", "safetensors")
@@ -30,23 +31,28 @@ _LISTED = 5
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
-def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) -> None:
+def save_merged(
+    module: nn.Module, target: Path, provenance: Mapping[str, Any], *, largest_file: int = LARGEST_FILE
+) -> None:
     """Write the weights that are in the module now, with their provenance, as a folder that appears whole.
 
-    Where the module wraps one Hugging Face model and nothing else, names lose the wrapper's prefix and the model's
-    `config.json` is added, so that `from_pretrained(target)` works.
+    Every rank calls it: where the module is sharded each writes its shards, else rank 0 writes for all. Either way the
+    folder holds whole tensors for one process to read. Where the module wraps one Hugging Face model and nothing else,
+    names lose the wrapper's prefix and the model's `config.json` is added, so that `from_pretrained(target)` works.
 
     Args:
         module: The model; its whole state dict is written: merged parameters, frozen ones, buffers, and extra state
             (`get_extra_state`) that is a tensor.
         target: The folder to be made.
         provenance: Plain JSON values: steps, coefficients, configuration, metrics.
+        largest_file: Bytes after which the weights go on in another file, with an index beside them.
 
     Raises:
         CheckpointError: The folder exists, or cannot be written.
+        RankError: That happened on another rank.
     """
     prefix, hugging_face = _wrapped_hugging_face_model(module)
-    tensors, ties = _without_ties(_state(module, prefix))
+    tensors, ties = _without_ties(_state(module, prefix), is_sharded=snapshot.is_sharded(module))
     if left_out := [name for name, value in module.state_dict().items() if not isinstance(value, Tensor | None)]:
         logger.warning(
             f"{target} is saved without {', '.join(left_out)}: extra state that is no tensor could be written as a "
@@ -61,25 +67,47 @@ def save_merged(module: nn.Module, target: Path, provenance: Mapping[str, Any]) 
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
         "versions": {"pretrain-merge": __version__} | {name: version(name) for name in _RECORDED_VERSIONS},
     }
-    with published(target) as folder:
-        try:
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:  # no OSError, also where the disk is full
-            raise OSError(error) from error
-        if not _holds(folder / WEIGHTS, tensors):
-            raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
-        # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
-        (folder / PROVENANCE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if hugging_face is not None:
-            hugging_face.config.save_pretrained(folder)
-            if getattr(hugging_face, "generation_config", None) is not None:
-                hugging_face.generation_config.save_pretrained(folder)
+    with _published_by_rank_0(target) as folder:
+        is_writer = ranks.rank() == 0 or snapshot.is_sharded(module)
+        with ranks.together(f"write {target}"):
+            if is_writer:
+                consolidated.write(folder, tensors, largest_file=largest_file)
+        with ranks.together(f"read {target} back"):
+            if is_writer and not consolidated.hold(folder, tensors):
+                raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
+        if ranks.rank() == 0:
+            consolidated.remove_parts(folder)
+            # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
+            (folder / PROVENANCE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if hugging_face is not None:
+                hugging_face.config.save_pretrained(folder)
+                if getattr(hugging_face, "generation_config", None) is not None:
+                    hugging_face.generation_config.save_pretrained(folder)
 
 
 def holds_weights_of(module: nn.Module, target: Path) -> bool:
-    """Whether a merged model on disk is, bit for bit, what is in the module now."""
+    """Whether a merged model on disk is, bit for bit, what is in the module now; the same answer on every rank."""
     prefix, _ = _wrapped_hugging_face_model(module)
-    return _holds(target / WEIGHTS, _without_ties(_state(module, prefix))[0])
+    is_sharded = snapshot.is_sharded(module)
+    tensors, _ = _without_ties(_state(module, prefix), is_sharded=is_sharded)
+    is_reader = ranks.rank() == 0 or is_sharded
+    return not ranks.any_rank(is_reader and not consolidated.hold(target, tensors))
+
+
+@contextmanager
+def _published_by_rank_0(target: Path) -> Iterator[Path]:
+    """`published` on rank 0; the others get its temporary folder to write in."""
+    with ranks.together(f"save {target}"), ExitStack() as publishing:
+        with ranks.together(f"make a folder for {target}"):
+            own = publishing.enter_context(published(target)) if ranks.rank() == 0 else None
+        try:
+            yield ranks.gather(own)[0] or target
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot write {target}: {error}. Free space there, or choose another folder."
+            ) from error
 
 
 @torch.no_grad()
@@ -88,7 +116,8 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
 
     Args:
         module: The model to write into, as it was when the merge was saved.
-        path: A folder that `ModelMerging` saved (`…/merged/step-00001000-sma`).
+        path: A folder that `ModelMerging` saved (`…/merged/step-00001000-sma`), of whatever number of ranks. A module
+            that is sharded over ranks takes its own shards on each; no rank waits for another.
 
     Returns:
         The provenance: steps, coefficients, configuration, versions, metrics.
@@ -101,23 +130,23 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
     prefix, ties = provenance["prefix"], provenance["ties"]
     wanted = _state(module, prefix)
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            if not set(ties.values()) <= set(file.keys()):
+        with consolidated.opened(folder) as weights:
+            if not set(ties.values()) <= weights.names():
                 raise CheckpointError(f"{folder / PROVENANCE} is damaged: {ties}. Copy the folder again.")
-            _refuse_other_model(folder, module, wanted, file, ties)
+            _refuse_other_model(folder, module, wanted, weights, ties)
             extra_states = _modules_by_extra_state(module, prefix)
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in sorted(weights.names()):
                 if _is_extra_state(name):
-                    extra_states[name].set_extra_state(file.get_tensor(name))
+                    extra_states[name].set_extra_state(weights.whole(name))
                 else:
-                    wanted[name].copy_(file.get_tensor(name))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+                    consolidated.local(wanted[name]).copy_(weights.like(name, wanted[name]))
+    except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}). Copy the folder again.") from error
     for alias, name in ties.items():
-        if wanted[alias].data_ptr() != wanted[name].data_ptr():
-            wanted[alias].copy_(wanted[name])
+        if _memory(wanted[alias]) != _memory(wanted[name]):
+            consolidated.local(wanted[alias]).copy_(consolidated.local(wanted[name]))
     return provenance
 
 
@@ -144,23 +173,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys()) == tensors.keys() and all(
-                _same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items()
-            )
-    except (SafetensorError, OSError):
-        return False
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    b = b.cpu()
-    same_kind = a.dtype == b.dtype and a.shape == b.shape
-    return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 def _state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    snapshot.reshard(module)  # P18
     state = {plain_name(name): value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     return {name.removeprefix(prefix): tensor.detach() for name, tensor in state.items()}
 
@@ -174,15 +188,23 @@ def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Modu
     return {plain_name(f"{path}{_EXTRA_STATE}").removeprefix(prefix): part for path, part in paths}
 
 
-def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _without_ties(state: Mapping[str, Tensor], *, is_sharded: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each storage once, under its first name (P22), and which other names it has."""
     first: dict[object, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        identity = _memory(tensor) if tensor.numel() else name
         if first.setdefault(identity, name) != name:
             ties[name] = first[identity]
-    return {name: state[name].contiguous() for name in first.values()}, ties
+    if is_sharded:
+        ties = ranks.gather(ties)[0]  # memory tells nothing where a rank's shard is empty, and rank 0 has the most
+    return {name: tensor.contiguous() for name, tensor in state.items() if name not in ties}, ties
+
+
+def _memory(tensor: Tensor) -> object:
+    """Where it lies and how."""
+    own = consolidated.local(tensor)
+    return own.data_ptr(), tensor.shape, own.stride()
 
 
 def _wrapped_hugging_face_model(module: nn.Module) -> tuple[str, Any]:
@@ -199,16 +221,16 @@ def _wrapped_hugging_face_model(module: nn.Module) -> tuple[str, Any]:
 
 
 def _refuse_other_model(
-    folder: Path, module: nn.Module, wanted: Mapping[str, Tensor], file: Any, ties: Mapping[str, str]
+    folder: Path, module: nn.Module, wanted: Mapping[str, Tensor], weights: Weights, ties: Mapping[str, str]
 ) -> None:
-    stored = set(file.keys()) | set(ties)
+    stored = weights.names() | set(ties)
     problems = [f"missing in the file: {name}" for name in sorted(wanted.keys() - stored)]
     problems += [f"not in the model: {name}" for name in sorted(stored - wanted.keys())]
-    for name in sorted(set(file.keys()) & wanted.keys()):
+    for name in sorted(weights.names() & wanted.keys()):
         if _is_extra_state(name):
             continue  # its module says what it takes
-        tensor = file.get_slice(name)
-        shape, dtype = tuple(tensor.get_shape()), _TORCH_DTYPES.get(tensor.get_dtype())
+        shape, spelled = weights.kind(name)
+        dtype = _TORCH_DTYPES.get(spelled)
         if (shape, dtype) != (tuple(wanted[name].shape), wanted[name].dtype):
             problems.append(
                 f"{name}: {dtype} {shape} in the file, {wanted[name].dtype} {tuple(wanted[name].shape)} here"

@@ -37,7 +37,12 @@ class DeviceStore:
         """Nothing to wait for: whatever comes next on the device comes after the copy."""
 
     def merge_(
-        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+        self,
+        out: Sequence[Tensor],
+        slots: Sequence[int],
+        coefficients: Sequence[float],
+        *,
+        spread: bool | Sequence[float] = False,
     ) -> Spread | None:
         """`weighted_sum_` of slots, oldest first, into `out`."""
         return weighted_sum_(out, [self._slots[slot] for slot in slots], coefficients, spread=spread)

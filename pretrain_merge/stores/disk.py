@@ -110,7 +110,12 @@ class DiskStore:
         """Nothing to wait for: a capture returns when it has read the last byte."""
 
     def merge_(
-        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+        self,
+        out: Sequence[Tensor],
+        slots: Sequence[int],
+        coefficients: Sequence[float],
+        *,
+        spread: bool | Sequence[float] = False,
     ) -> Spread | None:
         """`weighted_sum_` of slots, oldest first, into `out`, from the page cache.
 

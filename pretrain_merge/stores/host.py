@@ -53,11 +53,18 @@ class HostStore:
             capture.hold_back()
 
     def merge_(
-        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+        self,
+        out: Sequence[Tensor],
+        slots: Sequence[int],
+        coefficients: Sequence[float],
+        *,
+        spread: bool | Sequence[float] = False,
     ) -> Spread | None:
         """`weighted_sum_` of slots, oldest first, into `out`."""
         self._wait()
         held = [self._slots[slot] for slot in slots]
+        if not isinstance(spread, bool):
+            spread = [count for tensor, count in zip(out, spread, strict=True) for _ in _parts([tensor])]
         return merge_from_host_(list(_parts(out)), held, coefficients, spread=spread)
 
     def read_(self, out: Sequence[Tensor], slot: int) -> None:

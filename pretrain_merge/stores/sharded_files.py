@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain_merge import ranks
 from pretrain_merge.checkpoints.folders import sync
-from pretrain_merge.errors import CheckpointError
+from pretrain_merge.errors import CheckpointError, RankError
 from pretrain_merge.stores.snapshot_file import SnapshotFile, is_ours
 
 SUFFIX = ".sharded"
@@ -77,16 +77,13 @@ def read(folder: Path, file: SnapshotFile, tensors: Mapping[str, Tensor]) -> Non
 
 def _together(what: str, do: Callable[[], _T]) -> _T:
     """Do a thing on every rank, or raise on every rank."""
-    done: list[_T] = []
-    failure: BaseException | None = None
     try:
-        done.append(do())
+        with ranks.together(what):
+            return do()
+    except RankError as error:
+        raise CheckpointError(str(error)) from error
     except _FAILURES as error:
-        failure = error
-    if ranks.any_rank(failure is not None):
-        reason = " ".join(str(failure or "another rank could not, and says why").split())
-        raise CheckpointError(f"cannot {what}: {reason}") from failure
-    return done[0]
+        raise CheckpointError(f"cannot {what}: {' '.join(str(error).split())}") from error
 
 
 def _make_empty(folder: Path) -> None:

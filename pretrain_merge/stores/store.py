@@ -24,7 +24,12 @@ class Store(Protocol):
         """Let the tensors that were written last change from here on, by whatever is not a step of an optimizer."""
 
     def merge_(
-        self, out: Sequence[Tensor], slots: Sequence[int], coefficients: Sequence[float], *, spread: bool = False
+        self,
+        out: Sequence[Tensor],
+        slots: Sequence[int],
+        coefficients: Sequence[float],
+        *,
+        spread: bool | Sequence[float] = False,
     ) -> Spread | None:
         """`weighted_sum_` of slots, oldest first, into `out`."""
 

@@ -6,6 +6,7 @@ there, in bounded pieces that pass through two staging buffers: while one is mer
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,11 @@ _NO_SPREAD = Spread(0.0, 0.0)
 
 
 def merge_from_host_(
-    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], coefficients: Sequence[float], *, spread: bool = False
+    out: Sequence[Tensor],
+    snapshots: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float],
+    *,
+    spread: bool | Sequence[float] = False,
 ) -> Spread | None:
     """`weighted_sum_` of snapshots in host memory.
 
@@ -27,7 +32,7 @@ def merge_from_host_(
         out: Live tensors, contiguous, on any devices.
         snapshots: N sequences, oldest first, of contiguous tensors in host memory, pinned where copies shall overlap.
         coefficients: N numbers, oldest first.
-        spread: Also measure the spread.
+        spread: Also measure the spread; numbers say how much each row counts.
 
     Returns:
         The spread if it was asked for.
@@ -37,8 +42,9 @@ def merge_from_host_(
         rows = [row for row, tensor in enumerate(out) if tensor.device == device]
         merge = weighted_sum_ if device.type == "cpu" else merge_streamed_
         sources = [[snapshot[row] for row in rows] for snapshot in snapshots]
-        total += merge([out[row] for row in rows], sources, coefficients, spread=spread) or _NO_SPREAD
-    return total if spread else None
+        counted = spread if isinstance(spread, bool) else [spread[row] for row in rows]
+        total += merge([out[row] for row in rows], sources, coefficients, spread=counted) or _NO_SPREAD
+    return total if spread is not False else None
 
 
 @torch.no_grad()
@@ -47,7 +53,7 @@ def merge_streamed_(
     snapshots: Sequence[Sequence[Tensor]],
     coefficients: Sequence[float],
     *,
-    spread: bool = False,
+    spread: bool | Sequence[float] = False,
     staging_bytes: int = STAGING_BYTES,
 ) -> Spread | None:
     """`weighted_sum_` of snapshots that lie elsewhere, with at most `staging_bytes` on the device.
@@ -56,7 +62,7 @@ def merge_streamed_(
         out: Live tensors on one device, contiguous.
         snapshots: N sequences, oldest first, of contiguous tensors in host memory, pinned where copies shall overlap.
         coefficients: N numbers, oldest first.
-        spread: Also measure the spread.
+        spread: Also measure the spread; numbers say how much each row counts.
         staging_bytes: Size of both staging buffers together, at least 32 bytes per snapshot.
 
     Returns:
@@ -75,10 +81,20 @@ def merge_streamed_(
         buffers = [_Staging(staging_bytes // 2, out[0].device) for _ in range(2)]
         for number, piece in enumerate(_pieces(out, snapshots, staging_bytes // 2)):
             buffer = buffers[number % 2]
-            staged = buffer.fill([sources for _, sources in piece], len(snapshots))
-            total += weighted_sum_([target for target, _ in piece], staged, coefficients, spread=spread) or _NO_SPREAD
+            staged = buffer.fill([part.sources for part in piece], len(snapshots))
+            counted = spread if isinstance(spread, bool) else [spread[part.row] for part in piece]
+            targets = [part.target for part in piece]
+            total += weighted_sum_(targets, staged, coefficients, spread=counted) or _NO_SPREAD
             buffer.merged()
-    return total if spread else None
+    return total if spread is not False else None
+
+
+class _Part(NamedTuple):
+    """Part of an output, and the same part of every snapshot."""
+
+    row: int
+    target: Tensor
+    sources: list[Tensor]
 
 
 class _Staging:
@@ -118,11 +134,9 @@ class _Staging:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
 
-def _pieces(
-    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], num_bytes: int
-) -> Iterator[list[tuple[Tensor, list[Tensor]]]]:
-    """Lists of (part of an output, the same part of every snapshot) whose snapshots fit into `num_bytes`."""
-    piece: list[tuple[Tensor, list[Tensor]]] = []
+def _pieces(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], num_bytes: int) -> Iterator[list[_Part]]:
+    """Lists of parts whose snapshots fit into `num_bytes`."""
+    piece: list[_Part] = []
     room = num_bytes
     for index, target in enumerate(out):
         flat, sources = target.view(-1), [snapshot[index].view(-1) for snapshot in snapshots]
@@ -135,7 +149,7 @@ def _pieces(
                 piece, room = [], num_bytes
                 continue
             stop = min(flat.numel(), start + fitting)
-            piece.append((flat[start:stop], [source[start:stop] for source in sources]))
+            piece.append(_Part(index, flat[start:stop], [source[start:stop] for source in sources]))
             room -= sum(_aligned((stop - start) * source.element_size()) for source in sources)
             start = stop
     if piece:

@@ -719,7 +719,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(t
 
 
 def test_a_merged_model_that_reads_back_differently_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(merged, "_same_bits", lambda *_: False)
+    monkeypatch.setattr("pretrain_merge.checkpoints.consolidated._same_bits", lambda *_: False)
     with pytest.raises(CheckpointError, match="what was read back is not what was written"):
         merged.save_merged(Regression(), tmp_path / "step-1-sma", {})
     assert list(tmp_path.iterdir()) == []

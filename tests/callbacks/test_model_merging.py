@@ -40,7 +40,7 @@ import pretrain_merge.interrupts
 import pretrain_merge.isolation
 import pretrain_merge.merger
 from pretrain_merge import ModelMerging
-from pretrain_merge.errors import EvaluationError, UnsupportedModelError
+from pretrain_merge.errors import ConfigError, EvaluationError, UnsupportedModelError
 from pretrain_merge.records import read_records
 
 pytestmark = LIGHTNING_REMARKS
@@ -180,6 +180,35 @@ def test_merges_do_not_reach_across_a_marked_phase(tmp_path):
     ]
 
 
+def test_a_phase_marked_before_fit_is_the_one_that_the_run_is_in(tmp_path):
+    merging = ModelMerging(window=4, every=2)
+    merging.mark_phase("web")
+    own = trainer(tmp_path, merging, max_epochs=1)
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    merging.mark_phase("books")
+    own.fit_loop.max_epochs = 2
+    own.fit(own.lightning_module, rows(), rows(4, seed=1))
+    assert [(record.step, record.recipes["sma"].steps, record.phase) for record in records(tmp_path)] == [
+        (4, (2, 4), "web"),
+        (6, (2, 4, 6), "web"),
+        (10, (8, 10), "books"),
+        (12, (8, 10, 12), "books"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"every": "8B"}, "view 'sma' needs 2 snapshots and the window holds 0. It will be ready at step 16000000000."),
+        ({"every": 2, "merge_every": 100}, "no merge point was reached."),
+    ],
+)
+def test_a_run_that_ends_without_a_merge_says_why(options, reason, tmp_path, caplog):
+    merging = ModelMerging(window=4, **options)
+    trainer(tmp_path, merging, max_steps=6).fit(Regression(), rows(), rows(4, seed=1))
+    assert caplog.messages.count(f"training ended at step 6 without a merge: {reason}") == 1
+
+
 def test_a_warm_up_is_not_merged_with_what_follows(tmp_path):
     class WarmsUp(Regression):
         def configure_optimizers(self) -> Any:
@@ -274,6 +303,23 @@ def test_raw_is_back_and_saved_after_an_exception_in_an_evaluator(tmp_path):
     own = interrupted(tmp_path, module, error=ZeroDivisionError, evaluators={"breaks": breaks})
     assert not same_bits(calls[-1], own.raw)
     assert raw_everywhere(own, module, tmp_path)
+
+
+@pytest.mark.parametrize("average", ["last", "block"])
+def test_raw_is_back_after_an_evaluator_that_writes_into_the_weights(average, tmp_path):
+    @torch.no_grad()
+    def rounds(module: Any) -> dict[str, float]:
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+        return {"a": 1.0}
+
+    module, raw = Regression(), _RawAfterStep()
+    own = trainer(
+        tmp_path, raw, ModelMerging(window=2, every=2, average=average, evaluators={"rounds": rounds}), max_steps=4
+    )
+    own.fit(module, rows(), rows(4, seed=1))
+    assert len(records(tmp_path)) == 1
+    assert same_bits(weights(module), own.raw)
 
 
 def test_raw_is_back_and_saved_after_a_keyboard_interrupt(tmp_path):
@@ -451,6 +497,12 @@ def test_a_fast_dev_run_measures_once_and_writes_nothing(tmp_path):
     assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("merged*")) == []
 
 
+def test_a_fast_dev_run_shows_that_save_best_names_no_metric(tmp_path):
+    merging = ModelMerging(window=2, every=1000, save={"best": "val_los"})
+    with pytest.raises(ConfigError, match=r"save\.best: 'val_los' was not measured\. Measured: val_loss"):
+        trainer(tmp_path, merging, fast_dev_run=True).fit(Regression(), rows(), rows(10, seed=1))
+
+
 def test_a_fast_dev_run_after_a_real_run_writes_nothing_either(tmp_path):
     merging = ModelMerging(window=2, every=2, save={"every": 2})
     trainer(tmp_path, merging, max_steps=4).fit(Regression(), rows(), rows(4, seed=1))
@@ -607,7 +659,8 @@ def test_batch_norm_is_refused_before_the_first_step(tmp_path):
 def test_without_anything_to_measure_a_notice_says_so(tmp_path, caplog):
     trainer(tmp_path, ModelMerging(window=2, every=1), max_steps=4).fit(Regression(), rows())
     assert [message for message in caplog.messages if "nothing is measured" in message] == [
-        "no validation loader and no evaluator: merges are made, nothing is measured."
+        "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step that "
+        "logs nothing."
     ]
 
 

@@ -302,7 +302,7 @@ def test_a_full_disk_is_an_error_and_raw_is_back(tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain_merge.checkpoints.merged.save_file", full)
+    monkeypatch.setattr("pretrain_merge.checkpoints.consolidated.save_file", full)
     recorder, module = Recorder(), Regression()
     merging = ModelMerging(window=2, every=2, save={"every": 2})
     with pytest.raises(CheckpointError, match=r"No space left on device.*Free space"):

@@ -10,7 +10,7 @@ from pretrain_merge.errors import MergeInputError
 from pretrain_merge.stores.streaming import merge_from_host_, merge_streamed_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(1000,), (), (0, 4), (33, 31), (1,), (16, 3, 3), (4097,)]
+SHAPES = [(200,), (), (0, 4), (13, 11), (1,), (16, 3, 3), (1025,)]
 
 
 def tensors(seed, dtypes):
@@ -27,7 +27,7 @@ def bits(merged):
     num_snapshots=st.integers(1, 12),
     out_dtypes=st.lists(st.sampled_from(DTYPES), min_size=len(SHAPES), max_size=len(SHAPES)),
     slot_dtypes=st.lists(st.sampled_from(DTYPES), min_size=len(SHAPES), max_size=len(SHAPES)),
-    beyond_least=st.sampled_from([0, 1, 16, 100, 1000, 30_000, 10**6]),
+    beyond_least=st.sampled_from([0, 1, 16, 100, 1000, 10_000, 10**6]),
     spread=st.booleans(),
 )
 def test_a_streamed_merge_is_the_whole_merge_bit_for_bit(num_snapshots, out_dtypes, slot_dtypes, beyond_least, spread):
@@ -77,12 +77,12 @@ def test_the_meter_sees_an_allocation():
 
 @pytest.mark.parametrize("budget", [10_000, 2 * 2**20])
 def test_a_streamed_merge_holds_no_more_than_its_budget(budget):
-    out = [torch.zeros(2**20)]
-    snapshots = [[torch.full((2**20,), float(j))] for j in range(8)]
+    out = [torch.zeros(2**17)]
+    snapshots = [[torch.full((2**17,), float(j))] for j in range(8)]
     merge_streamed_(out, snapshots, [0.125] * 8, staging_bytes=budget)  # compiles the kernel
     peak = peak_bytes(lambda: merge_streamed_(out, snapshots, [0.125] * 8, staging_bytes=budget))
     assert budget * 0.99 <= peak <= budget
-    assert torch.equal(out[0], torch.full((2**20,), 3.5))
+    assert torch.equal(out[0], torch.full((2**17,), 3.5))
 
 
 def test_many_small_tensors_share_a_buffer():

@@ -1,0 +1,295 @@
+"""What happens on one rank alone is decided by all: none goes on, none waits, and all say why."""
+
+import errno
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_ranks import Group, strategy
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain_merge import ModelMerging, RollingMerger, evaluate
+from pretrain_merge.callbacks import model_merging
+from pretrain_merge.checkpoints import consolidated
+from pretrain_merge.stores import disk
+
+STEPS = 6
+
+
+class Rows(Dataset):
+    def __init__(self, fails=False):
+        self.x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+        self.fails = fails
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        if self.fails and index > 8:
+            raise OSError(errno.EIO, "row cannot be read")
+        return self.x[index]
+
+
+class Model(pl.LightningModule):
+    def __init__(self, sharded, fails_at):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
+        self.sharded, self.fails_at = sharded, fails_at
+
+    def configure_model(self):
+        if self.sharded:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.net(batch).square().mean()
+        if self.fails_at == "validation_step" and batch_idx == 1:
+            raise ValueError("a step failed")
+        self.log("val_loss", loss)
+
+    def on_validation_epoch_end(self):
+        if self.fails_at == "epoch end":
+            raise ValueError("the epoch's end failed")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class NotANumber(pl.Callback):
+    """Makes the raw weights of this rank useless after a step, until the next batch starts."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            weight = next(pl_module.parameters()).detach()
+            self.weight = weight.to_local() if hasattr(weight, "to_local") else weight
+            self.kept = self.weight.clone()
+            self.weight.fill_(float("nan"))
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.weight.copy_(self.kept)
+
+
+class Phase(pl.Callback):
+    """A data switch that one rank alone is told of."""
+
+    def __init__(self, merging, step):
+        self.merging, self.step = merging, step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.merging.mark_phase("other data")
+
+
+def broken_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def run(kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], saving=False, **options):
+    """What became of one run, and which snapshots it held at its end."""
+    here = torch.distributed.get_rank() == on_rank
+    merging = ModelMerging(window=3, every=1, views=["sma"], **options)
+    saved = [ModelCheckpoint(folder, every_n_train_steps=2)] if saving else []
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy(kind), plugins=[Group()], max_steps=STEPS,
+        default_root_dir=folder, logger=False, enable_checkpointing=saving, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None, val_check_interval=1000,
+        callbacks=[*(callbacks(merging) if here else []), merging, *saved],
+    )  # fmt: skip
+    records = []
+    publish, merging._publish = (
+        merging._publish,
+        lambda trainer, record: (records.append(record), publish(trainer, record)),
+    )
+    error = ""
+    try:
+        validation = DataLoader(Rows(fails=here and fails_at == "data"), 2)
+        trainer.fit(Model(kind != "ddp", fails_at if here else ""), DataLoader(Rows(), 2), validation)
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return {
+        "error": error,
+        "step": trainer.global_step,
+        "records": [[record.step, record.window, record.refused] for record in records],
+    }
+
+
+def replaced_here(owner, name, value, on_rank=1):
+    if torch.distributed.get_rank() == on_rank:
+        setattr(owner, name, value)
+
+
+def evaluator(module):
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("a benchmark failed")
+    return {"score": 1.0}
+
+
+def all_runs(folder):
+    warnings.simplefilter("ignore")
+    runs = {}
+    for kind in ("ddp", "fsdp2"):
+        for fails_at in ("validation_step", "data", "epoch end"):
+            runs[f"{kind}, {fails_at}"] = run(kind, f"{folder}/{kind}-{fails_at}", fails_at=fails_at)
+        runs[f"{kind}, evaluator"] = run(kind, f"{folder}/{kind}-evaluator", evaluators={"benchmark": evaluator})
+        write = disk._write_file
+        replaced_here(disk, "_write_file", broken_write)
+        runs[f"{kind}, store full"] = run(kind, f"{folder}/{kind}-store", store="disk")
+        disk._write_file = write
+        append = model_merging.append_record
+        replaced_here(model_merging, "append_record", broken_disk, on_rank=0)
+        runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
+        model_merging.append_record = append
+        keep = model_merging.DurableWindow.keep
+        replaced_here(model_merging.DurableWindow, "keep", broken_disk, on_rank=0)
+        runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saving=True)
+        model_merging.DurableWindow.keep = keep
+        save_file = consolidated.save_file
+        replaced_here(consolidated, "save_file", broken_disk, on_rank=0)
+        runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})
+        consolidated.save_file = save_file
+        runs[f"{kind}, nan"] = run(kind, f"{folder}/{kind}-nan", callbacks=lambda merging: [NotANumber(4)])
+        runs[f"{kind}, phase"] = run(kind, f"{folder}/{kind}-phase", callbacks=lambda merging: [Phase(merging, 3)])
+    runs["no folder"] = no_folder_on_one_rank(folder)
+    runs["block"] = broken_block()
+    return runs
+
+
+def broken_write(slot, filled, free):
+    slot.failure = OSError(errno.ENOSPC, "No space left on device")
+    free.put(None)
+    slot.readable.set()
+    raise slot.failure
+
+
+def no_folder_on_one_rank(folder):
+    """A store that one rank cannot open, in a loop of one's own."""
+    place = Path(folder) / "place"
+    if torch.distributed.get_rank() == 1:
+        place = place / "file" / "window"
+        place.parent.parent.mkdir()
+        place.parent.touch()
+    torch.distributed.barrier()
+    merging = RollingMerger(window=2, every=1, store="disk", store_folder=str(place))
+    try:
+        merging.observe(nn.Linear(2, 1), 1)
+    except Exception as caught:
+        return type(caught).__name__
+    return ""
+
+
+def broken_block():
+    """Steps held where one rank alone was told of another phase in the midst of a block."""
+    module, merging = nn.Linear(1, 1), RollingMerger(window=4, every=3, average="block")
+    for step in range(1, 13):
+        if step == 5 and torch.distributed.get_rank() == 1:
+            merging.mark_phase("other data")
+        merging.observe(module, step)
+    return [item.progress.step for item in merging.window.valid]
+
+
+class BetweenLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 1)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if not torch.is_grad_enabled() and torch.distributed.get_rank() == 1:
+            raise ValueError("failed between two layers")
+        return self.second(hidden)
+
+
+class FailsBetweenLayers(Model):
+    def configure_model(self):
+        self.net = BetweenLayers()
+        for part in (self.net.first, self.net.second, self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def failure_in_a_forward(folder):
+    warnings.simplefilter("ignore")
+    evaluate._PATIENCE = timedelta(seconds=2)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy("fsdp2"), plugins=[Group()], max_steps=STEPS,
+        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[ModelMerging(window=3, every=1)],
+    )  # fmt: skip
+    trainer.fit(FailsBetweenLayers(True, ""), DataLoader(Rows(), 2), DataLoader(Rows(), 2))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return on_ranks(all_runs, str(tmp_path_factory.mktemp("failures")), timeout=120)
+
+
+REASONS = {
+    "validation_step": ("ValueError: a step failed", 1),
+    "data": ("row cannot be read", 1),
+    "epoch end": ("ValueError: the epoch's end failed", 1),
+    "evaluator": ("ValueError: a benchmark failed", 1),
+    "store full": ("No space left on device", 1),
+    "record": ("No space left on device", 0),
+    "checkpoint": ("No space left on device", 0),
+    "merged model": ("No space left on device", 0),
+}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("failure", REASONS)
+def test_what_fails_on_one_rank_ends_the_run_on_all_with_the_reason(runs, kind, failure):
+    reason, on_rank = REASONS[failure]
+    errors = [rank[f"{kind}, {failure}"]["error"] for rank in runs]
+    assert reason in errors[on_rank]
+    assert errors[1 - on_rank].startswith(("RankError: cannot ", "CheckpointError: cannot "))
+    assert f"rank {on_rank} failed with " in errors[1 - on_rank]
+    assert reason in errors[1 - on_rank]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("failure", REASONS)
+def test_all_ranks_end_at_the_same_step(runs, kind, failure):
+    steps = [rank[f"{kind}, {failure}"]["step"] for rank in runs]
+    assert steps[0] == steps[1] <= 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_snapshot_that_one_rank_refuses_is_refused_and_counted_by_all(runs, kind):
+    # 4 is refused, 5 is alone
+    expected = [[2, 2, 0], [3, 3, 0], [6, 2, 1]]
+    assert [rank[f"{kind}, nan"]["records"] for rank in runs] == [expected] * 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_break_that_one_rank_sees_is_a_break_on_all(runs, kind):
+    expected = [[2, 2, 0], [3, 3, 0], [5, 2, 0], [6, 3, 0]]
+    assert [rank[f"{kind}, phase"]["records"] for rank in runs] == [expected] * 2
+
+
+def test_a_rank_that_fails_where_others_wait_for_its_shards_leaves_with_the_reason_and_ends_them(tmp_path):
+    with pytest.raises(AssertionError) as caught:
+        on_ranks(failure_in_a_forward, str(tmp_path), timeout=60)
+    report = str(caught.value)
+    assert "ValueError: failed between two layers" in report
+    assert "still running" not in report  # the other one met a broken connection
+
+
+def test_a_block_that_broke_on_one_rank_gives_no_mean_on_any(runs):
+    assert [rank["block"] for rank in runs] == [[9, 12]] * 2
+
+
+def test_a_store_that_one_rank_cannot_open_stops_all(runs):
+    assert [rank["no folder"] for rank in runs] == ["RankError", "CheckpointError"]
