@@ -247,7 +247,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 for view in merger.views:
                     if view not in self._forecasts.views and merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
-        if merger is not None and self.last_record is None:
+        if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")

@@ -334,7 +334,7 @@ def test_a_merge_of_the_last_step_that_a_signal_broke_off_is_made_though_no_step
     assert same_bits(weights(raw), torch.load(checkpoint(tmp_path, STEPS), weights_only=True)["state_dict"])
 
 
-def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resumed(tmp_path):
+def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resumed(tmp_path, caplog):
     fit(tmp_path, store="disk", saving=saving(tmp_path, every_n_train_steps=8))
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     left = [tmp_path / "window" / "lock", tmp_path / "window" / ".snapshot-00000014.1.tmp"]
@@ -343,6 +343,7 @@ def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resum
         path.touch()
     fit(tmp_path, store="disk", ckpt_path=checkpoint(tmp_path, STEPS), saving=saving(tmp_path, every_n_train_steps=8))
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not any("without a merge" in message for message in caplog.messages)
 
 
 def test_a_merge_that_another_signal_broke_off_is_made_at_once(tmp_path):
