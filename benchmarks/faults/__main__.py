@@ -29,6 +29,7 @@ from benchmarks.faults.run import Reference
 from benchmarks.faults.signals import broken_at_chosen_moments, broken_at_random
 from benchmarks.faults.training import CHOSEN, SETTINGS
 from benchmarks.measure import machine, new_parser, show, write_json
+from pretrain_merge.accumulate import weighted_sum_
 
 _MANY = {"kills": 200, "terms": 50, "full_disks": 24, "corruptions": 200}
 _FEW = {"kills": 6, "terms": 6, "full_disks": 3, "corruptions": 6}
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "pretrain_merge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    weighted_sum_([torch.zeros(1)], [[torch.zeros(1)]], [1.0])  # compiled once, and not in every child
     start = time.monotonic()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -77,10 +77,13 @@ class _Model(pl.LightningModule):
         micro_batch = index % self.trainer.accumulate_grad_batches
         seed = 1000 * self.trainer.global_step + 10 * micro_batch + self.trainer.global_rank
         inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
-        return (self.layers(inputs) - 2 * inputs[:, :4]).pow(2).mean()
+        return self._loss(inputs)
 
     def validation_step(self, batch: Tensor, index: int) -> None:
-        self.log("val_loss", self.layers(batch).pow(2).mean(), sync_dist=True)
+        self.log("val_loss", self._loss(batch), sync_dist=True)
+
+    def _loss(self, inputs: Tensor) -> Tensor:
+        return (self.layers(inputs) - 2 * inputs[:, :4]).pow(2).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -138,6 +141,7 @@ def train(
     merging = ModelMerging(
         window=4, every=3, merge_every=6, views=["sma", "wma", "sma3"], average=setting.average, store=setting.store,
         save={} if setting.strategy == "fsdp2" else {"every": 12, "keep": 2, "at_end": True}, tokens_per_batch=7,
+        forecast={"soon": {"steps": 9 if setting.average == "last" else 12}},
     )  # fmt: skip
     saving = pl.callbacks.ModelCheckpoint(
         dirpath=folder / "checkpoints", every_n_train_steps=5, save_top_k=2, monitor="step", mode="max",
@@ -153,7 +157,7 @@ def train(
     trainer.fit(
         model,
         DataLoader([torch.zeros(4, 8)] * 1000, batch_size=None),
-        DataLoader([torch.full((4, 8), 0.1)] * 3, batch_size=None),
+        DataLoader([torch.eye(8)] * 3, batch_size=None),
         ckpt_path=checkpoint,
     )
     if trainer.global_step == STEPS:

@@ -4,7 +4,7 @@ This module knows which checkpoints a Trainer writes, and where. It knows no hoo
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,28 @@ def _refuse_impossible(state: RunState) -> None:
         raise ValueError(f"its learning rates are of optimizers {', '.join(state.lr)}")
 
 
-def is_state(value: object) -> bool:
-    """Whether this is what `RunState.to_plain` gave, damaged or not: told by its form, whatever its key is."""
+def refuse_state_of_nobody(states: Mapping[str, object], wanted: str, callbacks: Iterable[Any]) -> None:
+    """Tell a checkpoint that never had a state of ours from one that has it under another key (P21).
+
+    Args:
+        states: What the checkpoint holds of callbacks.
+        wanted: The key of ours.
+        callbacks: All of the Trainer's.
+
+    Raises:
+        CheckpointError: Nothing is there under that key, and a state of our form is there that no callback asks for.
+    """
+    claimed = {callback.state_key for callback in callbacks}
+    lost = [key for key, value in states.items() if key not in claimed and _has_our_form(value)]
+    if wanted not in states and lost:
+        raise CheckpointError(
+            f"the checkpoint has nothing under {wanted!r}, and under {lost[0]!r} a state of ModelMerging that no "
+            f"callback asks for: `name` was changed, or the checkpoint is damaged. Set the name back, or resume from "
+            f"another checkpoint."
+        )
+
+
+def _has_our_form(value: object) -> bool:
     return isinstance(value, Mapping) and {"format", "crc32", "values"} == value.keys()
 
 
@@ -108,7 +128,7 @@ class DurableWindow:
     def announce(self) -> None:
         """A checkpoint that is being written will need what `keep` made durable."""
         if self._sidecar is not None and self._checkpoint:
-            self._sidecar.announce(self._checkpoint, self._held)
+            self._sidecar.announce(self._checkpoint, self._held, self._there(self._checkpoint))
 
     def refuse_lost_state(self) -> None:
         """Tell a checkpoint of a run without ModelMerging from one that lost the state of ours that it had.
@@ -151,7 +171,7 @@ class DurableWindow:
     def prune(self) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, lambda key: _exists(self._path(key)))
+            self._sidecar.prune(self._held, self._there)
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -183,8 +203,15 @@ class DurableWindow:
         )
         return os.path.relpath(path, self.folder) if together else str(path)
 
-    def _path(self, key: str) -> str:
-        return key if "://" in key else os.path.normpath(self.folder / key)
+    def _there(self, key: str) -> str | None:
+        """The file of a checkpoint in words; None where there is none."""
+        try:
+            filesystem, path = fsspec.core.url_to_fs(key if "://" in key else os.path.normpath(self.folder / key))
+            return repr(filesystem.info(path))
+        except FileNotFoundError:
+            return None
+        except Exception:
+            return "unknown"  # so nothing that it needs may go
 
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
@@ -204,11 +231,3 @@ class DurableWindow:
             inside_run = Path(os.path.relpath(recorded, state.run_folder))
             for folder in list(Path(checkpoint).absolute().parents)[:2]:
                 yield folder / inside_run
-
-
-def _exists(path: str) -> bool:
-    try:
-        filesystem, inside = fsspec.core.url_to_fs(path)
-        return bool(filesystem.exists(inside))
-    except Exception:
-        return True  # unknown, so nothing that it needs may go

@@ -20,7 +20,7 @@ from pretrain_merge import evaluate, interrupts, ranks, snapshot
 from pretrain_merge.accumulate import Spread
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
-from pretrain_merge.callbacks.durable import DurableWindow, RunState, is_state
+from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
@@ -248,7 +248,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 for view in merger.views:
                     if view not in self._forecasts.views and merger.why_not(view) is None:
                         models.keep_last(pl_module, view, newest.progress, put(view))
-        if merger is not None and self.last_record is None:
+        if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
         self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
@@ -260,7 +260,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
-        will_save = any(getattr(item, "save_on_exception", False) for item in trainer.checkpoint_callbacks)
+        # those without this choice, as OnExceptionCheckpoint, may do nothing else
+        will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
         try:
             self._remember(lost="" if will_save else f"the run before ended with {type(exception).__name__}.")
         finally:
@@ -277,18 +278,12 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds a state of ours which nobody would ask for (P21)."""
-        states = checkpoint.get("callbacks", {})
-        if trainer.state.fn != "fit" or self.state_key in states:
+        if trainer.state.fn != "fit":
             return
-        claimed = {callback.state_key for callback in trainer.callbacks}
-        for key, value in states.items():
-            if key not in claimed and is_state(value):
-                message = (
-                    f"the checkpoint has nothing under {self.state_key!r}, and under {key!r} a state of ModelMerging "
-                    f"that no callback asks for: `name` was changed, or the checkpoint is damaged. Set the name back, "
-                    f"or resume from another checkpoint."
-                )
-                self._refill_or_raise(CheckpointError(message), checkpoint["global_step"])
+        try:
+            refuse_state_of_nobody(checkpoint.get("callbacks", {}), self.state_key, trainer.callbacks)
+        except CheckpointError as error:
+            self._refill_or_raise(error, checkpoint["global_step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""

@@ -208,7 +208,8 @@ def _memory(tensor: Tensor) -> object:
 
 
 def _wrapped_hugging_face_model(module: nn.Module) -> tuple[str, Any]:
-    transformers = sys.modules.get("transformers")  # a model of theirs exists only if they are imported
+    # a model of theirs exists only if this is imported, which takes most of a second
+    transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return "", None
     names = [plain_name(name) for name in module.state_dict()]

@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_merge.checkpoints.folders import sync
@@ -19,6 +20,14 @@ from pretrain_merge.stores import folder_lock
 from pretrain_merge.stores.snapshot_file import is_ours
 
 _NEEDS = "checkpoints.json"
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A checkpoint that is to be written: what was at its path before, and how often it was announced since."""
+
+    before: str | None
+    times: int
 
 
 class Sidecar:
@@ -36,37 +45,42 @@ class Sidecar:
         folder_lock.claim(self.folder, remedy="Set window_folder to a folder that can be written, of this run alone.")
         self._release = weakref.finalize(self, _release, self.folder)  # also if nobody closes it
         self._needs = self._read_needs()
-        self._unwritten: set[str] = set()  # checkpoints that were announced and not yet seen
+        self._unwritten: dict[str, _Announced] = {}
         for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
             _delete(leftover)
 
-    def announce(self, checkpoint: str, names: Iterable[str]) -> None:
+    def announce(self, checkpoint: str, names: Iterable[str], before: str | None = None) -> None:
         """Note which files a checkpoint will need; call before it is written.
 
-        Until it is written, a file at its path is an older checkpoint, whose needs are kept as well.
+        Args:
+            checkpoint: Its path.
+            names: The files.
+            before: What is at its path now, as `prune` will be told. Until that has changed, and it may be written in
+                the background, it is an older checkpoint, whose needs are kept as well.
         """
+        self._look(checkpoint, before)
+        times = self._unwritten[checkpoint].times if checkpoint in self._unwritten else 0
         self._needs[checkpoint] = [*self._needs.get(checkpoint, []), sorted(names)]
-        self._unwritten.add(checkpoint)
+        self._unwritten[checkpoint] = _Announced(before, times + 1)
         self._write_needs()
 
     def knows(self, checkpoint: str) -> bool:
         """Whether a checkpoint was announced, and not been gone since."""
         return checkpoint in self._needs
 
-    def prune(self, held: Iterable[str], exists: Callable[[str], bool]) -> None:
+    def prune(self, held: Iterable[str], there: Callable[[str], str | None]) -> None:
         """Delete files that neither a checkpoint nor the window needs; call after a checkpoint was written.
 
         Args:
             held: Files of the window as it is now.
-            exists: Whether a checkpoint is still at its path.
+            there: What is at the path of a checkpoint, in any words that are others for another file; None: nothing.
         """
         before = dict(self._needs)
-        for path in filter(exists, self._unwritten.copy()):  # so an older one under its path is not there any more
-            self._unwritten.remove(path)
-            self._needs[path] = self._needs[path][-1:]
-        self._needs = {
-            path: needs for path, needs in self._needs.items() if not path or path in self._unwritten or exists(path)
-        }
+        found = {path: there(path) for path in before if path}
+        for path, now in found.items():
+            self._look(path, now)
+        gone = {path for path, now in found.items() if now is None and path not in self._unwritten}
+        self._needs = {path: needs for path, needs in self._needs.items() if path not in gone}
         if self._needs != before:
             self._write_needs()
         needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
@@ -77,6 +91,17 @@ class Sidecar:
     def close(self) -> None:
         """Let other runs use the folder; it goes where nothing is in it."""
         self._release()
+
+    def _look(self, path: str, now: str | None) -> None:
+        """Where another file than before is at a path, one that was announced was written, and older ones are gone."""
+        announced = self._unwritten.get(path)
+        if announced is None or now in (None, announced.before):
+            return
+        self._needs[path] = self._needs[path][-announced.times :]
+        if announced.times == 1:
+            del self._unwritten[path]
+        else:
+            self._unwritten[path] = _Announced(now, announced.times - 1)
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*-*-*.*") if is_ours(path.name)]

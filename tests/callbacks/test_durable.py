@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_models import LIGHTNING_REMARKS, Regression, TwoOptimizers, rows, same_bits, weights
 from lightning_models import trainer as plain_trainer
 from safetensors.torch import load_file, save_file
@@ -179,16 +182,25 @@ def test_a_checkpoint_that_is_saved_after_the_run_goes_on_exactly(tmp_path):
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
-def test_an_exception_leaves_a_checkpoint_that_goes_on_exactly_where_one_is_saved_on_it(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*was called without a model.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning")
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda folder: saving(folder, save_on_exception=True, every_n_train_steps=100),
+        lambda folder: OnExceptionCheckpoint(folder / "kept"),
+    ],
+    ids=["save_on_exception", "OnExceptionCheckpoint"],
+)
+def test_an_exception_leaves_a_checkpoint_that_goes_on_exactly_where_one_is_saved_on_it(kept, tmp_path):
     class Breaks(ByStep):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.trainer.global_step == 11:
                 raise RuntimeError("broken")
             return super().training_step(batch, batch_idx)
 
-    kept = saving(tmp_path, save_on_exception=True, every_n_train_steps=100)
     with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, module=Breaks(), saving=kept)
+        fit(tmp_path, module=Breaks(), saving=kept(tmp_path))
     (path,) = (tmp_path / "kept").glob("*.ckpt")
     fit(tmp_path, ckpt_path=path)
     fit(tmp_path / "whole")
@@ -322,7 +334,7 @@ def test_a_merge_of_the_last_step_that_a_signal_broke_off_is_made_though_no_step
     assert same_bits(weights(raw), torch.load(checkpoint(tmp_path, STEPS), weights_only=True)["state_dict"])
 
 
-def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resumed(tmp_path):
+def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resumed(tmp_path, caplog):
     fit(tmp_path, store="disk", saving=saving(tmp_path, every_n_train_steps=8))
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     left = [tmp_path / "window" / "lock", tmp_path / "window" / ".snapshot-00000014.1.tmp"]
@@ -331,6 +343,7 @@ def test_a_complete_run_that_was_killed_at_its_end_is_tidied_up_when_it_is_resum
         path.touch()
     fit(tmp_path, store="disk", ckpt_path=checkpoint(tmp_path, STEPS), saving=saving(tmp_path, every_n_train_steps=8))
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not any("without a merge" in message for message in caplog.messages)
 
 
 def test_a_merge_that_another_signal_broke_off_is_made_at_once(tmp_path):
@@ -342,12 +355,19 @@ def test_a_merge_that_another_signal_broke_off_is_made_at_once(tmp_path):
                 signal.raise_signal(signal.SIGUSR1)
             super().validation_step(batch, batch_idx)
 
-    before = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    def requeue(number: int, _: Any) -> None:
+        asked.append(number)
+        module.trainer.save_checkpoint(tmp_path / "requeue.ckpt")
+
+    module, before = Asked(), signal.signal(signal.SIGUSR1, requeue)
     try:
-        fit(tmp_path, module=Asked())
+        fit(tmp_path, module=module)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12, 16]
+    uninterrupted = lines(tmp_path)
+    fit(tmp_path, ckpt_path=tmp_path / "requeue.ckpt")  # in which it was owed
+    assert lines(tmp_path) == uninterrupted
 
 
 def test_records_that_an_earlier_checkpoint_cut_are_said_to_be_missing(tmp_path, caplog):
@@ -510,6 +530,27 @@ def test_a_state_asked_for_outside_a_save_pins_no_files(tmp_path):
     assert {int(name.split("-")[1]) for name in files(tmp_path) if "-" in name} == {10, 12, 14}
 
 
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_a_snapshot_is_written_once_and_has_its_name_once_it_is_on_the_disk(store, tmp_path, monkeypatch):
+    synced, named, replace, sync = set(), [], Path.replace, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.name.startswith("snapshot-"):
+            named.append(target.name)
+            assert path.stat().st_ino in synced
+            assert path.name.endswith(".tmp")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    fit(tmp_path, store=store, max_steps=9)  # three checkpoints, which share snapshots
+    assert [int(name.split("-")[1]) for name in named] == [2, 4, 6, 8]
+
+
 def test_an_open_block_is_written_once_per_step(tmp_path, monkeypatch):
     written = []
     keep = open_block.keep
@@ -561,22 +602,58 @@ def test_a_checkpoint_deleted_by_hand_takes_its_snapshots_with_it_at_the_next_st
     assert {int(name.split("-")[1]) for name in gone} == {2}
 
 
+def there(path: str) -> str | None:
+    return str(os.stat(path)) if Path(path).exists() else None
+
+
 def test_an_overwritten_checkpoint_keeps_its_snapshots_until_the_new_one_is_there(tmp_path):
     own = Sidecar(tmp_path / "window")
     (own.folder / "snapshot-00000001-00000000.safetensors").touch()
     last = tmp_path / "last.ckpt"
     own.announce(str(last), ["snapshot-00000001-00000000.safetensors"])
     last.touch()
-    own.prune([], os.path.exists)
+    own.prune([], there)
     own.close()
     again = Sidecar(tmp_path / "window")  # killed while the second one was being written
     (again.folder / "snapshot-00000002-00000000.safetensors").touch()
-    again.announce(str(last), ["snapshot-00000002-00000000.safetensors"])
+    again.announce(str(last), ["snapshot-00000002-00000000.safetensors"], there(str(last)))
     again.close()
     third = Sidecar(tmp_path / "window")
-    third.prune([], os.path.exists)
+    third.prune([], there)
     assert len(list(third.folder.glob("*.safetensors"))) == 2
     third.close()
+
+
+def test_a_checkpoint_that_is_written_in_the_background_leaves_the_older_one_its_snapshots_until_then(tmp_path):
+    may_write, last, missing = threading.Event(), tmp_path / "last.ckpt", []
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+            assert may_write.wait(30)
+            super().save_checkpoint(*arguments, **options)
+
+    class Asks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6:
+                may_write.set()
+                trainer.save_checkpoint(last)
+                while not last.exists():
+                    time.sleep(0.01)
+                may_write.clear()
+            if trainer.global_step == 12:  # killed now, the run would go on from step 6
+                trainer.save_checkpoint(last)
+                trainer.save_checkpoint(tmp_path / "another.ckpt")
+                missing.extend(needed(tmp_path, last) - set(files(tmp_path)))
+                may_write.set()
+
+    merging = ModelMerging(**OPTIONS)
+    own = trainer(tmp_path, merging, max_steps=13, plugins=[AsyncCheckpointIO(Slow())])
+    own.callbacks.insert(own.callbacks.index(merging) + 1, Asks())
+    own.fit(ByStep(), rows(64), rows(4))
+    assert missing == []
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+    fit(tmp_path, ckpt_path=last)
+    assert not [name for name in files(tmp_path) if name.startswith("snapshot-00000006")]
 
 
 def test_a_damaged_list_of_needs_keeps_everything_and_says_so(tmp_path, caplog):

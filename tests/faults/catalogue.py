@@ -521,8 +521,8 @@ FAULTS = (
     ),
     Fault(
         "another name starts an empty window",
-        "callbacks/model_merging.py",
-        "if key not in claimed and is_state(value):",
+        "callbacks/durable.py",
+        "if wanted not in states and lost:",
         "if False:",
         _DURABLE,
     ),
