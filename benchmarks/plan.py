@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan [--json FILE] [--quick] [--snapshots 10] [--folder FOLDER] [--device cuda]
 
-In every round one `copy_` of the model is timed and gives the bandwidth, a merge of a small model that stays in the
-cache the additions, and a first touch of as many bytes what fresh memory takes; for the disk store, one thread also
-writes as many bytes into a new file, in pieces as large as the store's. The plan of a one-rank run with these rates
+In every round one `copy_` of the model is timed and gives the bandwidth, a merge of two slots that of merges, and a
+check of tensors that stay in the cache its comparisons; for the disk store, one thread also writes as many bytes into a
+new file, in pieces as large as the store's. The plan of a one-rank run with these rates
 predicts a snapshot, a sample of a block, and a merge of the whole window with raw put back; the same is then done by
 `RollingMerger`. For an evaluation, the measured
 step of a small transformer predicts a forward pass. `ratio` is measured / predicted, the median of rounds.
@@ -12,7 +12,6 @@ step of a small transformer predicts a forward pass. `ratio` is measured / predi
 
 import argparse
 import itertools
-import mmap
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
-from pretrain_merge import RollingMerger
+from pretrain_merge import RollingMerger, snapshot
 from pretrain_merge.accumulate import weighted_sum_
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.demo.corpus import VOCAB_SIZE
@@ -44,7 +43,7 @@ COLUMNS = {
     "highest": "ratio_highest",
 }
 _EVALUATED = 2048  # tokens of the small transformer's batch
-_CACHED, _REPEATS = 2**17, 8  # elements of a slot that stays in the cache, and merges of it in one timing
+_CACHED, _REPEATS = 2**16, 64  # elements of a tensor that stays in the cache, and its checks in one timing
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
         with merger.merged(module, "sma"):
             pass
 
-    rates: dict[str, Action] = {"add": _in_cache(case, num_snapshots), "touch": _first_touch(module)}
+    rates: dict[str, Action] = {"add": _merge_of_two(case, module), "check": _check_in_cache(case)}
     if case.store == "disk":
         write, clear = _file_of(module, folder / "written")
 
@@ -171,15 +170,15 @@ def _predictions(
     rounds = timed[what].yardstick
     wrote = timed["write"].seconds if "write" in timed else [1.0] * len(rounds)
     predictions = []
-    for copied, wrote_in, added_in, touched_in in zip(
-        rounds, wrote, timed["add"].seconds, timed["touch"].seconds, strict=True
+    for copied, wrote_in, added_in, checked_in in zip(
+        rounds, wrote, timed["add"].seconds, timed["check"].seconds, strict=True
     ):
         hardware = replace(
             HARDWARE["cpu"],
             memory_rate=2 * num_bytes / copied,
             file_rate=num_bytes / wrote_in,
-            sum_rate=_CACHED * _REPEATS * num_snapshots / added_in,
-            page_rate=num_bytes / touched_in,
+            merge_rate=2 * num_bytes / itemsize * merging.slot_itemsize / added_in,
+            check_rate=_CACHED * _REPEATS / checked_in,
         )
         question = Question(model, Layout(), hardware, merging, Training(1, 1, step_seconds=1.0))
         # of a capture to the disk only what the run waits for: here there is no training that it could go on beside
@@ -251,27 +250,18 @@ def _evaluation(device: torch.device, options: argparse.Namespace) -> dict[str, 
     return _row(Case("float32", "device"), "evaluation", timing, predictions, device, about)
 
 
-def _in_cache(case: Case, num_snapshots: int) -> Action:
-    """Merges, with the spread, of slots that stay in a core's cache."""
-    dtype = DTYPES[case.slot_dtype or case.dtype]
-    slots = [[torch.randn(_CACHED).to(dtype)] for _ in range(num_snapshots)]
-    out = [torch.empty(_CACHED, dtype=DTYPES[case.dtype])]
-    weights = [1 / num_snapshots] * num_snapshots
-
-    def add() -> None:
-        for _ in range(_REPEATS):
-            weighted_sum_(out, slots, weights, spread=True)
-
-    return add
+def _merge_of_two(case: Case, module: nn.Module) -> Action:
+    """The smallest merge that measures the spread, of the dtypes of the case."""
+    parameters = list(module.parameters())
+    slots = [[p.detach().to(DTYPES[case.slot_dtype or case.dtype], copy=True) for p in parameters] for _ in range(2)]
+    out = [torch.empty_like(parameter, requires_grad=False) for parameter in parameters]
+    return lambda: weighted_sum_(out, slots, [0.5, 0.5], spread=True)
 
 
-def _first_touch(module: nn.Module) -> Action:
-    num_bytes = _num_bytes(module)
-
-    def touch() -> None:
-        torch.empty(num_bytes, dtype=torch.uint8)[:: mmap.PAGESIZE].fill_(1)
-
-    return touch
+def _check_in_cache(case: Case) -> Action:
+    dtype = torch.float32 if case.average == "block" else DTYPES[case.dtype]
+    tensors = [torch.randn(_CACHED).to(dtype)] * _REPEATS
+    return lambda: snapshot.all_finite(tensors)
 
 
 def _num_bytes(module: nn.Module) -> int:

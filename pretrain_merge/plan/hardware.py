@@ -28,10 +28,8 @@ class Hardware:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together, written or read.
         ranks_per_host: Devices of one host.
-        sum_rate: Elements of snapshots that a merge adds up per second where memory is no bound, with the spread
-            measured; None where memory always is.
-        page_rate: Bytes per second at which the system hands out memory that a process did not have; None where an
-            allocator keeps what was freed.
+        merge_rate: Bytes per second at which a merge reads slots, with the spread measured; None: as memory has it.
+        check_rate: Elements per second of the finite check where memory is no bound; None: memory always is.
     """
 
     flops: float
@@ -43,8 +41,8 @@ class Hardware:
     disk_bytes: int
     disk_rate: float
     ranks_per_host: int
-    sum_rate: float | None = None
-    page_rate: float | None = None
+    merge_rate: float | None = None
+    check_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Measured:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together.
         ranks_per_host: Ranks that share a host.
-        sum_rate: Elements of snapshots that a merge adds up per second where memory is no bound.
-        page_rate: Bytes per second at which the system hands out memory that a process did not have.
+        merge_rate: Bytes per second at which a merge reads slots, with the spread measured.
+        check_rate: Elements per second of the finite check where memory is no bound.
     """
 
     flops: float | None = None
@@ -74,8 +72,8 @@ class Measured:
     disk_bytes: float | None = None
     disk_rate: float | None = None
     ranks_per_host: int | None = None
-    sum_rate: float | None = None
-    page_rate: float | None = None
+    merge_rate: float | None = None
+    check_rate: float | None = None
 
     def over(self, hardware: Hardware) -> Hardware:
         """The hardware with these figures.

@@ -18,10 +18,10 @@ class Move:
     """So much of something, at so much per second.
 
     Attributes:
-        amount: Bytes read and written, elements added up, or tokens evaluated.
+        amount: Bytes read and written, elements checked, or tokens evaluated.
         rate: The same per second.
-        through: "memory", "fresh memory", "link", "page cache" or "disk" for bytes; "arithmetic" for elements; "model"
-            for tokens.
+        through: "memory", "merges", "link", "page cache" or "disk" for bytes; "checks" for elements; "model" for
+            tokens.
     """
 
     amount: int
@@ -57,9 +57,9 @@ class Operations:
         merging = self.merging
         total = merging.accumulator_itemsize
         source = total if merging.in_blocks else merging.itemsize
-        moves = [self._in_memory(source)]
+        moves = [self._checked(source)]
         if merging.in_blocks:
-            moves.append(self._summed(1, read=total, written=total))
+            moves.append(self._summed(read=total, written=total))
         if self.store == "disk":
             moves.append(Move(self._slot_bytes, self.hardware.file_rate, "page cache"))
         elif not self._is_beside():
@@ -75,7 +75,7 @@ class Operations:
     def sample(self) -> tuple[Move, ...]:
         """A model added to the open block: the sum is read and written, the model read."""
         total = self.merging.accumulator_itemsize
-        return (self._summed(2, read=total + self.merging.itemsize, written=total),)
+        return (self._summed(read=total + self.merging.itemsize, written=total),)
 
     def merge(self) -> tuple[Move, ...]:
         """All views, before them the spread of the whole window where the first view sees less of it, and raw back."""
@@ -84,13 +84,14 @@ class Operations:
             views.insert(0, self.merging.window)
         merging = self.merging
         within = self._in_memory(merging.slot_itemsize + merging.itemsize)
-        raw = self._aside_and_back() if merging.has_scratch else [self._from_elsewhere(1) or within]
-        return _added_up([*map(self._merged, views), *raw])
+        aside_and_back = self._in_memory(4 * merging.itemsize)
+        raw = aside_and_back if merging.has_scratch else self._from_elsewhere(1) or within
+        return _added_up([*map(self._merged, views), raw])
 
     def _merged(self, number: int) -> Move:
         """So many slots are read, and the live parameters written."""
         read = number * self.merging.slot_itemsize
-        return self._from_elsewhere(number) or self._summed(number, read=read, written=self.merging.itemsize)
+        return self._from_elsewhere(number) or self._summed(read=read, written=self.merging.itemsize)
 
     def _from_elsewhere(self, number: int) -> Move | None:
         """What takes longest where slots are not in the memory that computes."""
@@ -100,26 +101,22 @@ class Operations:
             return self._over_link(number)  # what the device then reads and writes itself goes on meanwhile
         return None
 
-    def _summed(self, streams: int, *, read: int, written: int) -> Move:
-        """A pass of the merge kernel, of so many bytes per element: as long as memory takes, or the additions.
+    def _summed(self, *, read: int, written: int) -> Move:
+        """A pass of the merge kernel, of so many bytes per element.
 
         On a CPU its output goes past the cache, so a core waits for what it reads only. A copy's ordinary stores make
         it fetch what they overwrite, so a copy waits for two bytes per byte: its rate counts both.
         """
         hardware = self.hardware
-        memory = self._in_memory(read + (written if hardware.link_rate else 0))
-        if hardware.sum_rate is None:
-            return memory
-        return max(
-            memory, Move(streams * self.elements, hardware.sum_rate, "arithmetic"), key=lambda move: move.seconds
-        )
+        if hardware.merge_rate is not None:
+            return Move(self.elements * read, hardware.merge_rate, "merges")
+        return self._in_memory(read + (written if hardware.link_rate else 0))
 
-    def _aside_and_back(self) -> list[Move]:
-        """A copy of raw, in memory that is asked for each time, and back."""
-        twice = self._in_memory(4 * self.merging.itemsize)
-        if self.hardware.page_rate is None:
-            return [twice]
-        return [twice, Move(self.elements * self.merging.itemsize, self.hardware.page_rate, "fresh memory")]
+    def _checked(self, itemsize: int) -> Move:
+        """The finite check reads everything once, as fast as memory or as its comparisons, whichever is slower."""
+        memory, rate = self._in_memory(itemsize), self.hardware.check_rate
+        checks = Move(self.elements, rate, "checks") if rate is not None else memory
+        return max(memory, checks, key=lambda move: move.seconds)
 
     def _is_beside(self) -> bool:
         return self.store == "host" and self.hardware.link_rate is not None

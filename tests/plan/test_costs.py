@@ -288,17 +288,16 @@ def test_the_disk_takes_a_snapshot_from_the_page_cache():
     assert moved(small["merge"]) == [((3 + 1) * N * 4, "disk")]
 
 
-def test_a_merge_takes_as_long_as_its_additions_where_those_are_slower_than_memory():
-    fast, slow = (Measured(sum_rate=rate).over(CPU) for rate in (3e9, 1e8))
-    assert moved(asked(MODEL, hardware=fast).costs["merge"]) == [((3 + 2) * N * 4, "memory")]
-    assert moved(asked(MODEL, hardware=slow).costs["merge"]) == [(3 * N, "arithmetic"), (2 * N * 4, "memory")]
-    assert moved(asked(MODEL, hardware=slow, average="block").costs["sample"]) == [(2 * N, "arithmetic")]
+def test_merges_and_samples_go_at_the_rate_that_was_measured_of_them():
+    hardware = Measured(merge_rate=1e8).over(CPU)
+    assert moved(asked(MODEL, hardware=hardware).costs["merge"]) == [(3 * 4 * N, "merges"), (2 * 4 * N, "memory")]
+    assert moved(asked(MODEL, hardware=hardware, average="block").costs["sample"]) == [(2 * 4 * N, "merges")]
 
 
-def test_a_copy_of_raw_is_made_in_memory_that_is_asked_for_each_time():
-    hardware = Measured(page_rate=1e8).over(CPU)
-    merge = asked(MODEL, hardware=hardware, slot_itemsize=2).costs["merge"]
-    assert moved(merge) == [((3 * 2 + 4 * 4) * N, "memory"), (4 * N, "fresh memory")]
+def test_a_check_takes_as_long_as_its_comparisons_where_those_are_slower_than_memory():
+    fast, slow = (Measured(check_rate=rate).over(CPU) for rate in (3e9, 1e8))
+    assert moved(asked(MODEL, hardware=fast).costs["capture"]) == [((1 + 2) * N * 4, "memory")]
+    assert moved(asked(MODEL, hardware=slow).costs["capture"]) == [(N, "checks"), (2 * N * 4, "memory")]
 
 
 def test_an_evaluation_costs_a_third_of_a_step_per_token_and_pass():
