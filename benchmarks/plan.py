@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan [--json FILE] [--quick] [--snapshots 10] [--folder FOLDER] [--device cuda]
 
-In every round one `copy_` of the model is timed and gives the bandwidth, a merge of two slots that of merges, and a
-check of tensors that stay in the cache its comparisons; for the disk store, one thread also writes as many bytes into a
-new file, in pieces as large as the store's. The plan of a one-rank run with these rates
+In every round one `copy_` of the model is timed and gives the bandwidth, and a check of tensors that stay in the cache
+its comparisons; for the disk store, one thread also writes as many bytes into a new file, in pieces as large as the
+store's. The plan of a one-rank run with these rates
 predicts a snapshot, a sample of a block, and a merge of the whole window with raw put back; the same is then done by
 `RollingMerger`. For an evaluation, the measured
 step of a small transformer predicts a forward pass. `ratio` is measured / predicted, the median of rounds.
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
 from pretrain_merge import RollingMerger, snapshot
-from pretrain_merge.accumulate import weighted_sum_
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.demo.corpus import VOCAB_SIZE
 from pretrain_merge.plan import HARDWARE, Layout, Merging, Model, Question, Training, make_plan
@@ -129,7 +128,7 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
         with merger.merged(module, "sma"):
             pass
 
-    rates: dict[str, Action] = {"add": _merge_of_two(case, module), "check": _check_in_cache(case)}
+    rates: dict[str, Action] = {"check": _check_in_cache(case)}
     if case.store == "disk":
         write, clear = _file_of(module, folder / "written")
 
@@ -170,14 +169,11 @@ def _predictions(
     rounds = timed[what].yardstick
     wrote = timed["write"].seconds if "write" in timed else [1.0] * len(rounds)
     predictions = []
-    for copied, wrote_in, added_in, checked_in in zip(
-        rounds, wrote, timed["add"].seconds, timed["check"].seconds, strict=True
-    ):
+    for copied, wrote_in, checked_in in zip(rounds, wrote, timed["check"].seconds, strict=True):
         hardware = replace(
             HARDWARE["cpu"],
             memory_rate=2 * num_bytes / copied,
             file_rate=num_bytes / wrote_in,
-            merge_rate=2 * num_bytes / itemsize * merging.slot_itemsize / added_in,
             check_rate=_CACHED * _REPEATS / checked_in,
         )
         question = Question(model, Layout(), hardware, merging, Training(1, 1, step_seconds=1.0))
@@ -248,14 +244,6 @@ def _evaluation(device: torch.device, options: argparse.Namespace) -> dict[str, 
         predictions.append(make_plan(question).costs["evaluation"].seconds)
     about = {"elements": elements, "rounds": rounds}
     return _row(Case("float32", "device"), "evaluation", timing, predictions, device, about)
-
-
-def _merge_of_two(case: Case, module: nn.Module) -> Action:
-    """The smallest merge that measures the spread, of the dtypes of the case."""
-    parameters = list(module.parameters())
-    slots = [[p.detach().to(DTYPES[case.slot_dtype or case.dtype], copy=True) for p in parameters] for _ in range(2)]
-    out = [torch.empty_like(parameter, requires_grad=False) for parameter in parameters]
-    return lambda: weighted_sum_(out, slots, [0.5, 0.5], spread=True)
 
 
 def _check_in_cache(case: Case) -> Action:

@@ -28,7 +28,6 @@ class Hardware:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together, written or read.
         ranks_per_host: Devices of one host.
-        merge_rate: Bytes per second at which a merge reads slots, with the spread measured; None: as memory has it.
         check_rate: Elements per second of the finite check where memory is no bound; None: memory always is.
     """
 
@@ -41,7 +40,6 @@ class Hardware:
     disk_bytes: int
     disk_rate: float
     ranks_per_host: int
-    merge_rate: float | None = None
     check_rate: float | None = None
 
 
@@ -59,7 +57,6 @@ class Measured:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together.
         ranks_per_host: Ranks that share a host.
-        merge_rate: Bytes per second at which a merge reads slots, with the spread measured.
         check_rate: Elements per second of the finite check where memory is no bound.
     """
 
@@ -72,7 +69,6 @@ class Measured:
     disk_bytes: float | None = None
     disk_rate: float | None = None
     ranks_per_host: int | None = None
-    merge_rate: float | None = None
     check_rate: float | None = None
 
     def over(self, hardware: Hardware) -> Hardware:

@@ -20,8 +20,7 @@ class Move:
     Attributes:
         amount: Bytes read and written, elements checked, or tokens evaluated.
         rate: The same per second.
-        through: "memory", "merges", "link", "page cache" or "disk" for bytes; "checks" for elements; "model" for
-            tokens.
+        through: "memory", "link", "page cache" or "disk" for bytes; "checks" for elements; "model" for tokens.
     """
 
     amount: int
@@ -107,10 +106,7 @@ class Operations:
         On a CPU its output goes past the cache, so a core waits for what it reads only. A copy's ordinary stores make
         it fetch what they overwrite, so a copy waits for two bytes per byte: its rate counts both.
         """
-        hardware = self.hardware
-        if hardware.merge_rate is not None:
-            return Move(self.elements * read, hardware.merge_rate, "merges")
-        return self._in_memory(read + (written if hardware.link_rate else 0))
+        return self._in_memory(read + (written if self.hardware.link_rate else 0))
 
     def _checked(self, itemsize: int) -> Move:
         """The finite check reads everything once, as fast as memory or as its comparisons, whichever is slower."""

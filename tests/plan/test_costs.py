@@ -288,12 +288,6 @@ def test_the_disk_takes_a_snapshot_from_the_page_cache():
     assert moved(small["merge"]) == [((3 + 1) * N * 4, "disk")]
 
 
-def test_merges_and_samples_go_at_the_rate_that_was_measured_of_them():
-    hardware = Measured(merge_rate=1e8).over(CPU)
-    assert moved(asked(MODEL, hardware=hardware).costs["merge"]) == [(3 * 4 * N, "merges"), (2 * 4 * N, "memory")]
-    assert moved(asked(MODEL, hardware=hardware, average="block").costs["sample"]) == [(2 * 4 * N, "merges")]
-
-
 def test_a_check_takes_as_long_as_its_comparisons_where_those_are_slower_than_memory():
     fast, slow = (Measured(check_rate=rate).over(CPU) for rate in (3e9, 1e8))
     assert moved(asked(MODEL, hardware=fast).costs["capture"]) == [((1 + 2) * N * 4, "memory")]
