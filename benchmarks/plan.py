@@ -2,9 +2,11 @@
 
     python -m benchmarks.plan [--json FILE] [--quick] [--snapshots 10] [--folder FOLDER] [--device cuda]
 
-In every round one `copy_` of the model is timed and gives the bandwidth; for the disk store, one thread also writes as
-many bytes into a new file. The plan of a one-rank run with these rates predicts a snapshot, a sample of a block, and a
-merge of the whole window with raw put back; the same is then done by `RollingMerger`. For an evaluation, the measured
+In every round one `copy_` of the model is timed and gives the bandwidth, and a check of tensors that stay in the cache
+its comparisons; for the disk store, one thread also writes as many bytes into a new file, in pieces as large as the
+store's. The plan of a one-rank run with these rates
+predicts a snapshot, a sample of a block, and a merge of the whole window with raw put back; the same is then done by
+`RollingMerger`. For an evaluation, the measured
 step of a small transformer predicts a forward pass. `ratio` is measured / predicted, the median of rounds.
 """
 
@@ -12,7 +14,7 @@ import argparse
 import itertools
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
-from pretrain_merge import RollingMerger
+from pretrain_merge import RollingMerger, snapshot
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.demo.corpus import VOCAB_SIZE
 from pretrain_merge.plan import HARDWARE, Layout, Merging, Model, Question, Training, make_plan
+from pretrain_merge.stores.disk import STAGING_BYTES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = {
@@ -39,6 +42,7 @@ COLUMNS = {
     "highest": "ratio_highest",
 }
 _EVALUATED = 2048  # tokens of the small transformer's batch
+_CACHED, _REPEATS = 2**16, 64  # elements of a tensor that stays in the cache, and its checks in one timing
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,9 @@ def _rows_of(case: Case, device: torch.device, folder: Path, options: argparse.N
     rounds = 3 if options.quick else options.rounds
     timed = interleave(operations, _copy_all(tensors), rounds=rounds, device=device, label=label)
     close()
-    written = timed.get("write")
     about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds}
     return [
-        _row(case, what, timing, _predictions(case, what, tensors, timing, written, options.snapshots), device, about)
+        _row(case, what, timing, _predictions(case, what, tensors, timed, options.snapshots), device, about)
         for what, timing in timed.items()
         if what in ("capture", "sample", "merge")
     ]
@@ -125,15 +128,17 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
         with merger.merged(module, "sma"):
             pass
 
+    rates: dict[str, Action] = {"check": _check_in_cache(case)}
     if case.store == "disk":
         write, clear = _file_of(module, folder / "written")
 
         def settle() -> None:  # not part of what a run waits for
             merger._snapshots._store._finish()  # type: ignore[union-attr]
 
-        return {"write": write, "clear": clear, "capture": capture, "settle": settle, "merge": merge}, merger.close
+        disk = {"write": write, "clear": clear, "capture": capture, "settle": settle, "merge": merge}
+        return rates | disk, merger.close
     if case.average == "last":
-        return {"capture": capture, "merge": merge}, merger.close
+        return rates | {"capture": capture, "merge": merge}, merger.close
     # within an interval that does not end, every step is a sample
     sampler = RollingMerger(every=10**9, store_folder=str(folder / "samples"), **common)
     sampled = itertools.count(1)
@@ -142,11 +147,11 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
     def sample() -> None:
         sampler.observe(module, next(sampled))
 
-    return {"sample": sample, "merge": merge}, lambda: (merger.close(), sampler.close())
+    return rates | {"sample": sample, "merge": merge}, lambda: (merger.close(), sampler.close())
 
 
 def _predictions(
-    case: Case, what: str, tensors: Sequence[Tensor], timing: Timing, written: Timing | None, num_snapshots: int
+    case: Case, what: str, tensors: Sequence[Tensor], timed: Mapping[str, Timing], num_snapshots: int
 ) -> list[float]:
     """Seconds that the plan gives, round by round, with the rates of that round."""
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -161,10 +166,16 @@ def _predictions(
         slot_itemsize=DTYPES[case.slot_dtype].itemsize if case.slot_dtype else itemsize,
     )
     model = Model("measured", tuple(tuple(tensor.shape) for tensor in tensors), sum(t.numel() for t in tensors))
-    file_seconds = written.seconds if written is not None else [1.0] * len(timing.seconds)
+    rounds = timed[what].yardstick
+    wrote = timed["write"].seconds if "write" in timed else [1.0] * len(rounds)
     predictions = []
-    for copied, wrote in zip(timing.yardstick, file_seconds, strict=True):
-        hardware = replace(HARDWARE["cpu"], memory_rate=2 * num_bytes / copied, file_rate=num_bytes / wrote)
+    for copied, wrote_in, checked_in in zip(rounds, wrote, timed["check"].seconds, strict=True):
+        hardware = replace(
+            HARDWARE["cpu"],
+            memory_rate=2 * num_bytes / copied,
+            file_rate=num_bytes / wrote_in,
+            check_rate=_CACHED * _REPEATS / checked_in,
+        )
         question = Question(model, Layout(), hardware, merging, Training(1, 1, step_seconds=1.0))
         # of a capture to the disk only what the run waits for: here there is no training that it could go on beside
         predictions.append(sum(move.seconds for move in make_plan(question).costs[what].moves))
@@ -235,10 +246,20 @@ def _evaluation(device: torch.device, options: argparse.Namespace) -> dict[str, 
     return _row(Case("float32", "device"), "evaluation", timing, predictions, device, about)
 
 
+def _check_in_cache(case: Case) -> Action:
+    dtype = torch.float32 if case.average == "block" else DTYPES[case.dtype]
+    tensors = [torch.randn(_CACHED).to(dtype)] * _REPEATS
+    return lambda: snapshot.all_finite(tensors)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+
+
 def _file_of(module: nn.Module, path: Path) -> tuple[Action, Action]:
-    """One thread writes the model's bytes into a new file, from a buffer that stays in its core's cache; and away."""
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
-    buffer = memoryview(bytearray(2**18))
+    """One thread writes the model's bytes into a new file, in pieces as large as the disk store's; and away."""
+    num_bytes = _num_bytes(module)
+    buffer = memoryview(bytearray(STAGING_BYTES // 2))
 
     def write() -> None:
         with path.open("wb", buffering=0) as file:

@@ -40,7 +40,7 @@ def over_ranks(parts: Mapping[str, Part]) -> dict[str, float]:
 
 def _reduced(parts: list[Part]) -> float:
     values, how = [part.value for part in parts], parts[0].how
-    if len(parts) == 1 or (how == "mean" and min(values) == max(values)):
+    if len(parts) == 1 or (how == "mean" and all(value == values[0] for value in values)):
         return values[0]
     if how in ("max", "min"):
         chosen = max(values) if how == "max" else min(values)

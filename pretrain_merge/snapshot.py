@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from pretrain_merge.errors import UnsupportedModelError
 
-try:  # a torch built without distributed has no FSDP modules to reshard
-    from torch.distributed.fsdp import FSDPModule
+try:  # a torch built without distributed has no FSDP modules to reshard or to refuse
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 except ImportError:  # pragma: no cover
-    FSDPModule = None  # type: ignore[assignment,misc]
+    FSDPModule = FullyShardedDataParallel = None  # type: ignore[assignment,misc]
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (nn.Parameter, Tensor, DTensor, nn.Buffer)
@@ -40,6 +40,7 @@ def mergeable_tensors(
     Raises:
         UnsupportedModelError: A parameter cannot be merged exactly, or a pattern matches nothing; names the way out.
     """
+    _refuse_fsdp1(module)
     reshard(module)
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
@@ -144,10 +145,22 @@ def _norms_are_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).isfinite().all())
 
 
+def _refuse_fsdp1(module: nn.Module) -> None:
+    if FullyShardedDataParallel is not None:
+        for name, part in module.named_modules():
+            if isinstance(part, FullyShardedDataParallel):
+                raise UnsupportedModelError(
+                    f"module {name!r} is wrapped in FSDP1 (FullyShardedDataParallel), whose parameters are views of a "
+                    f"flat one and move, also with use_orig_params=True. Use FSDP2: fully_shard, and "
+                    f"ModelParallelStrategy in a Trainer."
+                )
+
+
 def _local(name: str, tensor: Tensor) -> Tensor:
-    if type(tensor) not in _PLAIN_TYPES or hasattr(tensor, "ds_id"):
+    inner = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if type(tensor) not in _PLAIN_TYPES or type(inner) not in _PLAIN_TYPES or hasattr(tensor, "ds_id"):
         raise UnsupportedModelError(
-            f"parameter {name!r} is a {type(tensor).__name__}, whose elements cannot be read and written in place. "
+            f"parameter {name!r} is a {type(inner).__name__}, whose elements cannot be read and written in place. "
             f"Allowed: plain parameters and DTensor shards. Use FSDP2 (ModelParallelStrategy) instead of FSDP1 or "
             f"DeepSpeed ZeRO-3, and keep quantised parameters frozen (requires_grad=False)."
         )

@@ -165,8 +165,14 @@ class Snapshots:
         if self._store is None:
             live = live or {}
             sizes = zip(live.values(), self._dtypes(live), strict=True)
-            num_bytes = self.window.size * sum(tensor.numel() * dtype.itemsize for tensor, dtype in sizes)
+            slot_bytes = sum(tensor.numel() * dtype.itemsize for tensor, dtype in sizes)
             folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
-            self._store, said = choose_store(self._settings.store, list(live.values()), num_bytes, folder or None)
+            self._store, said = choose_store(
+                self._settings.store,
+                list(live.values()),
+                self.window.size * slot_bytes,
+                folder or None,
+                slot_bytes=slot_bytes,
+            )
             logger.info(said)
         return self._store

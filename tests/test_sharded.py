@@ -297,6 +297,16 @@ def test_p10_p13_every_rank_goes_on_counting_from_the_state_of_rank_0_whenever_i
         assert {key: rank["resumed"][kind][key] for key in expected} == expected
 
 
+def test_a_window_is_written_once_under_ddp_and_by_every_rank_where_it_is_sharded(runs, folder):
+    written = {
+        kind: sorted((folder / f"{kind} resumed" / "window").glob("snapshot-*")) for kind in ("ddp", "resharding")
+    }
+    steps = {kind: [path.name.split("-")[1] for path in paths] for kind, paths in written.items()}
+    assert steps["ddp"] == steps["resharding"] == sorted(set(steps["ddp"]))
+    assert all(path.is_file() for path in written["ddp"])
+    assert all(len(list(path.glob("shard-*.safetensors"))) == 2 for path in written["resharding"])
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_spread_is_that_of_the_whole_model(runs, kind):
     run = runs[0]["on"][kind]

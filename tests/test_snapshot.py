@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pretrain_merge.errors import UnsupportedModelError
 from pretrain_merge.snapshot import all_finite, copy_, mergeable_tensors, plain_name
@@ -196,6 +197,14 @@ def test_parameters_that_cannot_be_merged_exactly_are_refused_by_name(parameter,
     message = refusal(nn.Sequential(nn.Linear(2, 2), with_weight(parameter)))
     assert message.startswith("parameter '1.weight' ")
     for piece in pieces:
+        assert piece in message
+
+
+def test_p19_a_module_wrapped_in_fsdp1_is_refused_whatever_its_parameters_look_like():
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # a real one asks for a process group
+    nn.Module.__init__(wrapped)
+    message = refusal(nn.Sequential(nn.Linear(2, 2), wrapped))
+    for piece in ("module '1' is wrapped in FSDP1", "use_orig_params=True", "fully_shard"):
         assert piece in message
 
 

@@ -45,8 +45,9 @@ if find_spec("pytorch_lightning"):
 _SPREAD = ("spread: squared distance", "spread: squared norm")
 
 _REFUSED_STRATEGIES = {
-    "FSDPStrategy": "FSDP1 flattens parameters; use FSDP2 (ModelParallelStrategy)",
-    "DeepSpeedStrategy": "DeepSpeed partitions parameters and optimizer state; use DDP or FSDP2",
+    "FSDPStrategy": "FSDP1 flattens parameters, also with use_orig_params=True; use FSDP2 (ModelParallelStrategy)",
+    "DeepSpeedStrategy": "DeepSpeed's engine owns parameters and optimizer at every ZeRO stage; use DDP, or FSDP2 "
+    "(ModelParallelStrategy) where the model outgrows a device",
 }
 
 
@@ -175,9 +176,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
-        reason = _REFUSED_STRATEGIES.get(type(trainer.strategy).__name__)
-        if stage == "fit" and reason:
-            raise UnsupportedModelError(f"{type(trainer.strategy).__name__} is not supported: {reason}.")
+        kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        refused = next((kind for kind in kinds if kind in _REFUSED_STRATEGIES), None)
+        if stage == "fit" and refused:
+            raise UnsupportedModelError(f"{refused} is not supported: {_REFUSED_STRATEGIES[refused]}.")
         if stage == "fit" and trainer.global_step == 0:
             self._state = {}  # of another Trainer's run (P24); that of a resumed run is loaded after this
 

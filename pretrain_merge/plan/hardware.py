@@ -28,6 +28,7 @@ class Hardware:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together, written or read.
         ranks_per_host: Devices of one host.
+        check_rate: Elements per second of the finite check where memory is no bound; None: memory always is.
     """
 
     flops: float
@@ -39,6 +40,7 @@ class Hardware:
     disk_bytes: int
     disk_rate: float
     ranks_per_host: int
+    check_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Measured:
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together.
         ranks_per_host: Ranks that share a host.
+        check_rate: Elements per second of the finite check where memory is no bound.
     """
 
     flops: float | None = None
@@ -66,6 +69,7 @@ class Measured:
     disk_bytes: float | None = None
     disk_rate: float | None = None
     ranks_per_host: int | None = None
+    check_rate: float | None = None
 
     def over(self, hardware: Hardware) -> Hardware:
         """The hardware with these figures.

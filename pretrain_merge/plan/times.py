@@ -18,9 +18,9 @@ class Move:
     """So much of something, at so much per second.
 
     Attributes:
-        amount: Bytes read and written, or tokens evaluated.
+        amount: Bytes read and written, elements checked, or tokens evaluated.
         rate: The same per second.
-        through: "memory", "link", "page cache" or "disk" for bytes; "model" for tokens.
+        through: "memory", "link", "page cache" or "disk" for bytes; "checks" for elements; "model" for tokens.
     """
 
     amount: int
@@ -56,12 +56,14 @@ class Operations:
         merging = self.merging
         total = merging.accumulator_itemsize
         source = total if merging.in_blocks else merging.itemsize
-        moved = source + (2 * total if merging.in_blocks else 0)
+        moves = [self._checked(source)]
+        if merging.in_blocks:
+            moves.append(self._summed(read=total, written=total))
         if self.store == "disk":
-            return self._in_memory(moved), Move(self._slot_bytes, self.hardware.file_rate, "page cache")
-        if self._is_beside():
-            return (self._in_memory(moved),)
-        return (self._in_memory(moved + source + merging.slot_itemsize),)
+            moves.append(Move(self._slot_bytes, self.hardware.file_rate, "page cache"))
+        elif not self._is_beside():
+            moves.append(self._in_memory(source + merging.slot_itemsize))
+        return _added_up(moves)
 
     def after_capture(self) -> tuple[Move, ...]:
         """What goes on beside the next steps: the copy on a side stream, or what the disk still writes."""
@@ -71,24 +73,46 @@ class Operations:
 
     def sample(self) -> tuple[Move, ...]:
         """A model added to the open block: the sum is read and written, the model read."""
-        return (self._in_memory(2 * self.merging.accumulator_itemsize + self.merging.itemsize),)
+        total = self.merging.accumulator_itemsize
+        return (self._summed(read=total + self.merging.itemsize, written=total),)
 
     def merge(self) -> tuple[Move, ...]:
         """All views, before them the spread of the whole window where the first view sees less of it, and raw back."""
         views = list(self.merging.views)
         if views[0] < self.merging.window:
             views.insert(0, self.merging.window)
-        aside_and_back = self._in_memory(4 * self.merging.itemsize)
-        back = aside_and_back if self.merging.has_scratch else self._from_slots(1)
-        return _added_up([*map(self._from_slots, views), back])
+        merging = self.merging
+        within = self._in_memory(merging.slot_itemsize + merging.itemsize)
+        aside_and_back = self._in_memory(4 * merging.itemsize)
+        raw = aside_and_back if merging.has_scratch else self._from_elsewhere(1) or within
+        return _added_up([*map(self._merged, views), raw])
 
-    def _from_slots(self, number: int) -> Move:
+    def _merged(self, number: int) -> Move:
         """So many slots are read, and the live parameters written."""
+        read = number * self.merging.slot_itemsize
+        return self._from_elsewhere(number) or self._summed(read=read, written=self.merging.itemsize)
+
+    def _from_elsewhere(self, number: int) -> Move | None:
+        """What takes longest where slots are not in the memory that computes."""
         if self.store == "disk" and not self._is_cached():
             return self._from_disk(number)
         if self.store != "device" and self.hardware.link_rate:
             return self._over_link(number)  # what the device then reads and writes itself goes on meanwhile
-        return self._in_memory(number * self.merging.slot_itemsize + self.merging.itemsize)
+        return None
+
+    def _summed(self, *, read: int, written: int) -> Move:
+        """A pass of the merge kernel, of so many bytes per element.
+
+        On a CPU its output goes past the cache, so a core waits for what it reads only. A copy's ordinary stores make
+        it fetch what they overwrite, so a copy waits for two bytes per byte: its rate counts both.
+        """
+        return self._in_memory(read + (written if self.hardware.link_rate else 0))
+
+    def _checked(self, itemsize: int) -> Move:
+        """The finite check reads everything once, as fast as memory or as its comparisons, whichever is slower."""
+        memory, rate = self._in_memory(itemsize), self.hardware.check_rate
+        checks = Move(self.elements, rate, "checks") if rate is not None else memory
+        return max(memory, checks, key=lambda move: move.seconds)
 
     def _is_beside(self) -> bool:
         return self.store == "host" and self.hardware.link_rate is not None

@@ -25,7 +25,9 @@ _DEVICE_SHARE = 0.25
 _HOST_SHARE = 0.5
 
 
-def choose_store(kind: str, live: Sequence[Tensor], num_bytes: int, folder: Path | None) -> tuple[Store, str]:
+def choose_store(
+    kind: str, live: Sequence[Tensor], num_bytes: int, folder: Path | None, *, slot_bytes: int
+) -> tuple[Store, str]:
     """The store for a window, and one line that says which and why. Every rank must call it at the same point.
 
     Args:
@@ -33,6 +35,7 @@ def choose_store(kind: str, live: Sequence[Tensor], num_bytes: int, folder: Path
         live: The live tensors; the device of the first decides what is free.
         num_bytes: Bytes of the whole window on this rank.
         folder: Where a disk store writes; None if there is none.
+        slot_bytes: Bytes of one slot; on a disk its old file stays until the new one is whole.
 
     Raises:
         ConfigError: "disk" without a folder, or without room in it.
@@ -46,7 +49,7 @@ def choose_store(kind: str, live: Sequence[Tensor], num_bytes: int, folder: Path
         why = f"set by `store`, although only {_gib(free[kind])} are free there"
     else:
         why = "set by `store`"
-    return _made(kind, folder, num_bytes, sharing), f"window store: {kind} ({needed}; {why})."
+    return _made(kind, folder, num_bytes, slot_bytes, sharing), f"window store: {kind} ({needed}; {why})."
 
 
 def _fastest_with_room(num_bytes: int, free_device: int, free_host: int, folder: Path | None) -> tuple[str, str]:
@@ -57,7 +60,7 @@ def _fastest_with_room(num_bytes: int, free_device: int, free_host: int, folder:
     return "disk", f"more than {_HOST_SHARE:.0%} of the {_gib(free_host)} free in host memory"
 
 
-def _made(kind: str, folder: Path | None, num_bytes: int, num_sharing: int) -> Store:
+def _made(kind: str, folder: Path | None, num_bytes: int, slot_bytes: int, num_sharing: int) -> Store:
     if kind == "device":
         return DeviceStore()
     if kind == "host":
@@ -67,10 +70,11 @@ def _made(kind: str, folder: Path | None, num_bytes: int, num_sharing: int) -> S
     there = next(path for path in (folder, *folder.parents) if path.exists())
     old_slots = sum(path.stat().st_size for path in folder.glob("slot-*.safetensors"))  # will be overwritten
     room = shutil.disk_usage(there).free // num_sharing + old_slots
-    if num_bytes > room:
+    if num_bytes + slot_bytes > room:
         raise ConfigError(
-            f"store_folder: {folder} has {_gib(room)} free per rank, and the window takes {_gib(num_bytes)}. Free "
-            f"space there, set store_folder to another local disk, or lower `window`."
+            f"store_folder: {folder} has {_gib(room)} free per rank, and the window takes {_gib(num_bytes)}, with "
+            f"{_gib(slot_bytes)} for the slot that is being written. Free space there, set store_folder to another "
+            f"local disk, or lower `window`."
         )
     return DiskStore(folder)
 

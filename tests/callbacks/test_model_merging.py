@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning_models import (
     LIGHTNING_REMARKS,
@@ -635,11 +635,16 @@ def test_p11_the_state_in_a_checkpoint_is_small_and_plain(tmp_path):
 # --- refusals ---
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy])
-def test_p19_a_strategy_that_flattens_parameters_is_refused_at_setup(strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "way_out"),
+    [(FSDPStrategy, r"also with use_orig_params=True; use FSDP2"), (DeepSpeedStrategy, r"every ZeRO stage; use DDP")],
+)
+@pytest.mark.parametrize("is_users_own", [False, True])
+def test_p19_a_strategy_whose_parameters_are_not_plain_is_refused_at_setup(strategy, way_out, is_users_own, tmp_path):
     own = trainer(tmp_path, ModelMerging())
-    own.strategy.__class__ = type(strategy.__name__, (type(own.strategy),), {})
-    with pytest.raises(UnsupportedModelError, match=r"FSDPStrategy is not supported.*use FSDP2"):
+    kind = type(strategy.__name__, (type(own.strategy),), {})
+    own.strategy.__class__ = type("Own", (kind,), {}) if is_users_own else kind
+    with pytest.raises(UnsupportedModelError, match=f"{strategy.__name__} is not supported.*{way_out}"):
         own.fit(Regression(), rows())
     assert own.global_step == 0
 

@@ -565,6 +565,49 @@ FAULTS = (
     Fault(
         "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
     ),
+    # ranks
+    Fault(
+        "what ranks hold alike counts in the spread once per rank",
+        "merger.py",
+        "return [whole / together if together else 1.0 for",
+        "return [1.0 for",
+        "tests/test_layouts.py",
+    ),
+    Fault(
+        "metrics are those of one rank's data",
+        "evaluate.py",
+        "return reduction.over_ranks(parts)",
+        "return {name: part.value for name, part in parts.items()}",
+        "tests/test_metrics_over_ranks.py",
+    ),
+    Fault(
+        "a mean over ranks ignores how many rows each had",
+        "reduction.py",
+        "total / sum(part.weight for part in parts)",
+        "sum(values) / len(values)",
+        "tests/test_reduction.py",
+    ),
+    Fault(
+        "a break on one rank is none on the others",
+        "merger.py",
+        "if num_broken and not has_broken:",
+        "if False:",
+        "tests/test_failures_on_ranks.py",
+    ),
+    Fault(
+        "memory takes empty shards for tied weights",
+        "checkpoints/merged.py",
+        "ties = ranks.gather(ties)[0]",
+        "pass",
+        "tests/test_saved_by_ranks.py",
+    ),
+    Fault(
+        "the slot that is being written needs no room",
+        "stores/choose.py",
+        "if num_bytes + slot_bytes > room:",
+        "if num_bytes > room:",
+        "tests/stores/test_choose.py",
+    ),
     # plan
     Fault(
         "the plan's shards round down",

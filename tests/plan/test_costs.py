@@ -253,7 +253,9 @@ def test_what_moves_on_the_device(merging, capture, merge):
 
 def test_a_sample_reads_the_model_and_reads_and_writes_the_sum():
     sample = asked(MODEL, average="block", sample_every=5, itemsize=2, slot_itemsize=2).costs["sample"]
-    assert moved(sample) == [(N * (2 + 4 + 4), "memory")]
+    assert moved(sample) == [(N * (2 + 4), "memory")]  # what is written goes past a CPU's cache
+    on_gpu = asked(MODEL, hardware=GPU, average="block", itemsize=2, slot_itemsize=2).costs["sample"]
+    assert moved(on_gpu) == [(N * (2 + 4 + 4), "memory")]
     assert sample.period == 5 * STEP
     assert "sample" not in asked(MODEL).costs
 
@@ -281,9 +283,15 @@ def test_the_disk_takes_a_snapshot_from_the_page_cache():
         assert moved(costs["capture"]) == [(share, "memory"), (share, "page cache")]
         assert [move.rate for move in costs["capture"].beside] == [GPU.disk_rate / 2]  # two ranks on the host
     assert moved(on_gpu["merge"]) == [((3 + 1) * share, "disk")]
-    assert moved(on_cpu["merge"]) == [((3 + 1 + 2) * share, "memory")]
+    assert moved(on_cpu["merge"]) == [((3 + 2) * share, "memory")]
     small = asked(MODEL, hardware=Measured(host_bytes=10**7).over(CPU), store="disk").costs
     assert moved(small["merge"]) == [((3 + 1) * N * 4, "disk")]
+
+
+def test_a_check_takes_as_long_as_its_comparisons_where_those_are_slower_than_memory():
+    fast, slow = (Measured(check_rate=rate).over(CPU) for rate in (3e9, 1e8))
+    assert moved(asked(MODEL, hardware=fast).costs["capture"]) == [((1 + 2) * N * 4, "memory")]
+    assert moved(asked(MODEL, hardware=slow).costs["capture"]) == [(N, "checks"), (2 * N * 4, "memory")]
 
 
 def test_an_evaluation_costs_a_third_of_a_step_per_token_and_pass():

@@ -41,7 +41,7 @@ def free(monkeypatch):
 )
 def test_auto_takes_the_fastest_store_with_room_and_says_why_in_one_line(free, tmp_path, window, expected, why):
     free()
-    store, said = choose_store("auto", LIVE, window * GIB, tmp_path / "window")
+    store, said = choose_store("auto", LIVE, window * GIB, tmp_path / "window", slot_bytes=0)
     assert type(store) is expected
     kind = {DeviceStore: "device", HostStore: "host", DiskStore: "disk"}[expected]
     assert said == f"window store: {kind} (the window takes {window}.00 GiB per rank; {why})."
@@ -49,51 +49,51 @@ def test_auto_takes_the_fastest_store_with_room_and_says_why_in_one_line(free, t
 
 def test_auto_without_a_folder_never_takes_the_disk(free):
     free(device=1, host=1)
-    assert type(choose_store("auto", LIVE, 10 * GIB, None)[0]) is HostStore
+    assert type(choose_store("auto", LIVE, 10 * GIB, None, slot_bytes=0)[0]) is HostStore
 
 
 def test_ranks_of_one_host_share_its_memory(free, tmp_path):
     free(num_ranks=8)
-    assert type(choose_store("auto", LIVE, 32 * GIB, tmp_path)[0]) is HostStore
-    assert type(choose_store("auto", LIVE, 33 * GIB, tmp_path)[0]) is DiskStore
+    assert type(choose_store("auto", LIVE, 32 * GIB, tmp_path, slot_bytes=0)[0]) is HostStore
+    assert type(choose_store("auto", LIVE, 33 * GIB, tmp_path, slot_bytes=0)[0]) is DiskStore
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("device", DeviceStore), ("host", HostStore), ("disk", DiskStore)])
 def test_a_store_that_was_named_is_taken(free, tmp_path, kind, expected):
     free()
-    store, said = choose_store(kind, LIVE, GIB, tmp_path)
+    store, said = choose_store(kind, LIVE, GIB, tmp_path, slot_bytes=0)
     assert type(store) is expected
     assert said == f"window store: {kind} (the window takes 1.00 GiB per rank; set by `store`)."
 
 
 def test_a_store_that_was_named_and_has_no_room_is_taken_with_a_word(free):
     free(device=1)
-    store, said = choose_store("device", LIVE, 2 * GIB, None)
+    store, said = choose_store("device", LIVE, 2 * GIB, None, slot_bytes=0)
     assert type(store) is DeviceStore
     assert "although only 1.00 GiB are free there" in said
 
 
 def test_the_disk_needs_a_folder():
     with pytest.raises(ConfigError, match=r"store: 'disk' needs a folder\. Set store_folder"):
-        choose_store("disk", LIVE, GIB, None)
+        choose_store("disk", LIVE, GIB, None, slot_bytes=0)
 
 
 def test_a_disk_without_room_for_all_ranks_is_refused_before_the_first_capture(free, tmp_path):
     free(disk=100, num_ranks=4)
-    choose_store("disk", LIVE, 25 * GIB, tmp_path / "new" / "folder")
+    choose_store("disk", LIVE, 24 * GIB, tmp_path / "new" / "folder", slot_bytes=GIB)
     with pytest.raises(ConfigError) as caught:
-        choose_store("disk", LIVE, 26 * GIB, tmp_path / "new" / "folder")
+        choose_store("disk", LIVE, 24 * GIB, tmp_path / "new" / "folder", slot_bytes=2 * GIB)
     message = str(caught.value)
-    for part in ("store_folder: ", "25.00 GiB free per rank", "takes 26.00 GiB", "lower `window`"):
+    for part in ("store_folder: ", "25.00 GiB free per rank", "takes 24.00 GiB, with 2.00 GiB", "lower `window`"):
         assert part in message
 
 
 def test_slots_that_will_be_overwritten_count_as_room(free, tmp_path):
     (tmp_path / "slot-000.safetensors").write_bytes(b"x" * 1000)
     free(disk=0)
-    choose_store("disk", LIVE, 1000, tmp_path)
+    choose_store("disk", LIVE, 1000, tmp_path, slot_bytes=0)
     with pytest.raises(ConfigError):
-        choose_store("disk", LIVE, 1001, tmp_path)
+        choose_store("disk", LIVE, 1001, tmp_path, slot_bytes=0)
 
 
 def test_ranks_are_counted_by_the_name_of_their_host(monkeypatch):
