@@ -39,7 +39,7 @@ COLUMNS = {
     "ratio": "ratio",
     "lowest": "ratio_lowest",
     "highest": "ratio_highest",
-    "window MiB per rank": "window_mib",
+    "window MiB": "window_mib",
     "planned MiB": "planned_mib",
     "collectives": "collectives",
 }
