@@ -44,10 +44,10 @@ def merges_table(
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
     shown = list(dict.fromkeys(view for record in measured for view in record.views)) if views is None else views
-    forecast_column = [f"forecast: {forecast}"] if forecast else []
+    forecast_column = [f"forecast:\n{forecast}"] if forecast else []
     table = Table(title=title, title_justify="left")
-    for column in ("step", "raw", *shown, "best vs raw", *forecast_column, *(["gap closed"] if gap_closed else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("step", "raw", *shown, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):
+        table.add_column(column, justify="right")
     for record in measured:
         closed = [percent(gap_closed[record.step]) if record.step in gap_closed else ""] if gap_closed else []
         expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
@@ -66,7 +66,7 @@ def percent(share: float | None) -> str:
 
 def expected_cell(value: Expected | None) -> str:
     """A forecast with its interval; a dash where there is none."""
-    return "–" if value is None else f"{value.mean:.4f} ({value.low:.3f} – {value.high:.3f})"
+    return "–" if value is None else f"{value.mean:.4f} ±{(value.high - value.low) / 2:.4f}"
 
 
 def _row(record: MergeRecord, metric: str, views: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 def cell(**options):
     answer = forecast_anneal(RUN, **options)
-    return f"{answer.mean:.4f} ({answer.low:.3f} – {answer.high:.3f})"
+    return f"{answer.mean:.4f} ±{answer.high - answer.mean:.4f}"
 
 
 def test_the_table_answers_both_questions_for_each_length(folder, capsys):

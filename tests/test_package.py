@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from faults.catalogue import FAULTS
 from packaging.requirements import Requirement
 
 import pretrain_merge
@@ -203,8 +202,3 @@ def test_every_requirement_has_an_exact_version_in_the_constraints():
         Requirement(text).name.lower() for group in (PYPROJECT["project"]["dependencies"], *extras) for text in group
     }
     assert wanted - {pin.name.lower() for pin in pins} == {"pretrain-merge"}
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_every_seeded_fault_has_exactly_one_place(fault):
-    fault.check(ROOT)

@@ -4,9 +4,8 @@ This module knows the order of Lightning's hooks and nothing of how a merge is c
 and never written, except while merged weights are in the model, between two batches.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +15,9 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge import evaluate, interrupts, ranks, snapshot
-from pretrain_merge.accumulate import Spread
+from pretrain_merge import evaluate, ranks, snapshot
 from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.callbacks import measuring
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.forecasting import RunForecasts
@@ -27,12 +26,10 @@ from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
 from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
-from pretrain_merge.evaluate import Evaluator, Measure
-from pretrain_merge.loaders import EvaluationInterrupted
+from pretrain_merge.evaluate import Evaluator
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
 from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
-from pretrain_merge.reduction import How, Part
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -42,7 +39,6 @@ if find_spec("pytorch_lightning"):
 
     _CALLBACKS += (_OtherCallback,)
 
-_SPREAD = ("spread: squared distance", "spread: squared norm")
 
 _REFUSED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens parameters, also with use_orig_params=True; use FSDP2 (ModelParallelStrategy)",
@@ -450,65 +446,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
-        ready = [view for view in merger.views if merger.why_not(view) is None]
-        skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
-        for view, reason in skipped.items():
-            self._notices.once(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
         models = self._merged_models
-        recipes: dict[str, Recipe] = {}
-        metrics: dict[str, dict[str, float]] = {}
-        spread = float("nan")
-        stopwatch = _Stopwatch()
-        try:
-            # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
-            with interrupts.held(), self._isolated(trainer, pl_module) as measure:
-                with merger.swapping(pl_module) as put:
-                    raw = measure("raw")
-                    stopwatch.lap("evaluate_raw")
-                    for view in ready:
-                        recipes[view] = put(view)
-                        stopwatch.lap(f"merge_{view}")
-                        metrics[view] = measure(view, _spread_parts(pl_module, merger))
-                        spread = _spread(metrics[view])
-                        stopwatch.lap(f"evaluate_{view}")
-                        if models is not None and view not in self._forecasts.views:
-                            models.keep(pl_module, view, merger.progress, recipes[view], metrics[view])
-                            stopwatch.lap(f"save_{view}")
-                stopwatch.lap("restore")
-        except EvaluationInterrupted:
-            return None
-        if not raw and not any(metrics.values()):
-            self._notices.once(
-                "nothing",
-                "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
-                "that logs nothing.",
-            )
-        return MergeRecord(
-            name=self.config.name,
-            **asdict(merger.progress),
-            window=len(merger.window.valid),
-            spread=spread,
-            raw=raw,
-            views=metrics,
-            recipes=recipes,
-            skipped=skipped,
-            lr=merger.lr,
-            phase=merger.phase,
-            refused=merger.num_refused,
-            since=merger.window.last_break.step if merger.window.last_break else 0,
-            average=self.config.average,
-            slot_dtype=self.config.slot_dtype or "",
-            timing=stopwatch.seconds,
-        )
 
-    def _isolated(self, trainer: Any, pl_module: Any) -> AbstractContextManager[Measure]:
-        return evaluate.isolated(
-            trainer,
-            pl_module,
-            evaluators=self._evaluators,
-            validate=self.config.validate,
-            stateful_data=self.config.stateful_data,
-            notices=self._notices,
+        def keep(view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+            if models is not None and view not in self._forecasts.views:
+                models.keep(pl_module, view, merger.progress, recipe, metrics)
+
+        return measuring.measured(
+            self.config, trainer, pl_module, merger, evaluators=self._evaluators, notices=self._notices, keep=keep
         )
 
     def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
@@ -544,30 +489,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._publish(trainer, record)
         finally:
             merger.close()
-
-
-def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
-    """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
-    sums = merger.spread_sums or Spread(0.0, 0.0)
-    how: How = "sum" if snapshot.is_sharded(module) else "mean"
-    return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
-
-
-def _spread(metrics: dict[str, float]) -> float:
-    return Spread(*(metrics.pop(name) for name in _SPREAD)).relative_rms
-
-
-class _Stopwatch:
-    """Wall-clock seconds between laps, summed by label."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, label: str) -> None:
-        now = time.perf_counter()
-        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._last
-        self._last = now
 
 
 def _plain(value: Any) -> Any:

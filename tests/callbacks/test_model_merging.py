@@ -34,6 +34,7 @@ from lightning_models import (
 from oracles import Array
 from torch import Tensor, nn
 
+import pretrain_merge.callbacks.measuring
 import pretrain_merge.callbacks.model_merging
 import pretrain_merge.evaluate
 import pretrain_merge.interrupts
@@ -357,6 +358,7 @@ def test_a_block_mean_gives_raw_back_too(tmp_path):
 _OURS = {
     str(Path(module.__file__))
     for module in (
+        pretrain_merge.callbacks.measuring,
         pretrain_merge.callbacks.model_merging,
         pretrain_merge.evaluate,
         pretrain_merge.isolation,

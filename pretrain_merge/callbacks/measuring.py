@@ -1,0 +1,129 @@
+"""One merge point measured: raw and every view on the same batches, with raw back at the end, as one record.
+
+This module knows the order of merge, evaluation and saving, and how long each took. When a merge point is due, and
+where its record goes, is the callback's business.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pretrain_merge import evaluate, interrupts, snapshot
+from pretrain_merge.accumulate import Spread
+from pretrain_merge.config import MergeConfig
+from pretrain_merge.evaluate import Evaluator
+from pretrain_merge.loaders import EvaluationInterrupted
+from pretrain_merge.merger import RollingMerger
+from pretrain_merge.notices import Notices
+from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.reduction import How, Part
+
+_SPREAD = ("spread: squared distance", "spread: squared norm")
+Keep = Callable[[str, Recipe, Mapping[str, float]], None]
+
+
+def measured(
+    config: MergeConfig,
+    trainer: Any,
+    module: Any,
+    merger: RollingMerger,
+    *,
+    evaluators: Mapping[str, Evaluator],
+    notices: Notices,
+    keep: Keep,
+) -> MergeRecord | None:
+    """Merge and measure every view that is ready.
+
+    Args:
+        config: How to evaluate, and what the record says of the run.
+        trainer: A Trainer between two batches of training.
+        module: Its module, with raw weights; it has them again when this returns, however it ends.
+        merger: Holds the window.
+        evaluators: Further evaluations by name.
+        notices: What the user was told already.
+        keep: Called with each view's name, recipe and metrics while its weights are in the module.
+
+    Returns:
+        The record; None where a signal ended the evaluation early.
+    """
+    ready = [view for view in merger.views if merger.why_not(view) is None]
+    skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
+    for view, reason in skipped.items():
+        notices.once(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
+    recipes: dict[str, Recipe] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    spread = float("nan")
+    stopwatch = _Stopwatch()
+    isolated = evaluate.isolated(
+        trainer,
+        module,
+        evaluators=evaluators,
+        validate=config.validate,
+        stateful_data=config.stateful_data,
+        notices=notices,
+    )
+    try:
+        # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
+        with interrupts.held(), isolated as measure:
+            with merger.swapping(module) as put:
+                raw = measure("raw")
+                stopwatch.lap("evaluate_raw")
+                for view in ready:
+                    recipes[view] = put(view)
+                    stopwatch.lap(f"merge_{view}")
+                    metrics[view] = measure(view, _spread_parts(module, merger))
+                    spread = _spread(metrics[view])
+                    stopwatch.lap(f"evaluate_{view}")
+                    keep(view, recipes[view], metrics[view])
+                    stopwatch.lap(f"save_{view}")
+            stopwatch.lap("restore")
+    except EvaluationInterrupted:
+        return None
+    if not raw and not any(metrics.values()):
+        notices.once(
+            "nothing",
+            "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
+            "that logs nothing.",
+        )
+    return MergeRecord(
+        name=config.name,
+        **asdict(merger.progress),
+        window=len(merger.window.valid),
+        spread=spread,
+        raw=raw,
+        views=metrics,
+        recipes=recipes,
+        skipped=skipped,
+        lr=merger.lr,
+        phase=merger.phase,
+        refused=merger.num_refused,
+        since=merger.window.last_break.step if merger.window.last_break else 0,
+        average=config.average,
+        slot_dtype=config.slot_dtype or "",
+        timing=stopwatch.seconds,
+    )
+
+
+def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
+    """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
+    sums = merger.spread_sums or Spread(0.0, 0.0)
+    how: How = "sum" if snapshot.is_sharded(module) else "mean"
+    return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
+
+
+def _spread(metrics: dict[str, float]) -> float:
+    return Spread(*(metrics.pop(name) for name in _SPREAD)).relative_rms
+
+
+class _Stopwatch:
+    """Wall-clock seconds between laps, summed by label."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, label: str) -> None:
+        now = time.perf_counter()
+        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._last
+        self._last = now
