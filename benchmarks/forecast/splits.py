@@ -1,0 +1,135 @@
+"""What is predicted from what: by calibrations that never saw the run, the optimizer, the text or the time.
+
+This module fits and predicts; how wrong a prediction is, is the business of `scores`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.annealing.records import METRIC
+from benchmarks.forecast import tissue
+from benchmarks.forecast.cases import Case
+from pretrain_merge.errors import ForecastError
+from pretrain_merge.forecast import Annealed, Calibration, calibrate
+from pretrain_merge.forecast.fitting import Example, fit
+from pretrain_merge.forecast.law import TERMS
+
+FORECASTER = "forecaster"
+COVERAGE = 0.9
+EARLY, _OWN = 2 / 3, 1 / 2  # of a run: what the split by time, and recalibration, are fitted to
+
+# What is left out, or put in for what is fitted; the shapes' coefficients are always fitted.
+_ABLATED = {
+    "law without J": ("cJ", "cJJ"),
+    "law without r^2": ("cJJ",),
+    "law without c1": ("c1",),
+    "law without kappa": ("kappa",),
+}
+_UNFITTED = {"c0": 0.0, "c1": -1.0, "cJ": 1.0, "cJJ": 0.0, "kappa": 1.0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction of a case; `half` is half of its interval, None where the method has none."""
+
+    case: Case
+    method: str
+    split: str
+    mean: float
+    half: float | None = None
+
+
+def calibrated(cases: Iterable[Case], source: str) -> Calibration:
+    """Fitted to those of the cases that calibrations are fitted to."""
+    return fit([case.example for case in cases if case.is_calibrated_on], source=source)
+
+
+def answers(calibration: Calibration, cases: Iterable[Case], split: str, method: str = FORECASTER) -> list[Answer]:
+    """What the forecaster says; cases too far from what it was calibrated on have no answer."""
+    found = []
+    for case in cases:
+        try:
+            half = calibration.half_width(case.reading, COVERAGE)
+        except ForecastError:
+            continue
+        found.append(Answer(case, method, split, calibration.expected(case.reading), half))
+    return found
+
+
+def baselines(cases: Sequence[Case], split: str) -> list[Answer]:
+    """Raw, the plain mean over the nearest measured span, the published law: nothing is fitted across runs."""
+    laws = {}
+    found = []
+    for case in cases:
+        key = case.run.name, case.watching, case.now
+        if key not in laws:
+            laws[key] = tissue.identify(case.known)
+        means = {"raw": case.raw, "merged": case.merged, "published law": laws[key].expected(case.anneal)}
+        found += [Answer(case, method, split, mean) for method, mean in means.items()]
+    return found
+
+
+def leave_out(cases: Sequence[Case], split: str, group: Callable[[Case], str]) -> list[Answer]:
+    """Each group predicted by a calibration of all others."""
+    found = []
+    for name in sorted({group(case) for case in cases}):
+        calibration = calibrated((case for case in cases if group(case) != name), f"all but {name}")
+        found += answers(calibration, (case for case in cases if group(case) == name), split)
+    return found
+
+
+def last_third(cases: Sequence[Case]) -> list[Answer]:
+    """Anneals that end in the last third of a run, by those that end before it; also without the run."""
+    early = [case for case in cases if case.progress <= EARLY]
+    late = [case for case in cases if case.progress > EARLY]
+    found = answers(calibrated(early, "the first two thirds"), late, "last third")
+    for name in sorted({case.run.name for case in late}):
+        calibration = calibrated((case for case in early if case.run.name != name), f"early, without {name}")
+        mine = [case for case in late if case.run.name == name]
+        found += answers(calibration, mine, "last third, run left out")
+    return found
+
+
+def recalibrated(cases: Sequence[Case]) -> list[Answer]:
+    """Later anneals of each run before and after `calibrate` on its own earlier ones, with the others as prior."""
+    found = []
+    for name in sorted({case.run.name for case in cases}):
+        prior = calibrated((case for case in cases if case.run.name != name), f"all but {name}")
+        for watching in sorted({case.watching for case in cases}):
+            mine = [case for case in cases if (case.run.name, case.watching) == (name, watching)]
+            own = {case.anneal: case for case in mine if case.progress <= _OWN and case.is_calibrated_on}
+            middle = _OWN * mine[0].run.setup["num_steps"]
+            later = [case for case in mine if case.now >= middle and case.anneal not in own]
+            anneals = [Annealed(anneal.start, anneal.steps, own[anneal].loss, anneal.shape) for anneal in own]
+            after = calibrate(mine[0].run.records[watching], anneals, metric=METRIC, prior=prior)
+            found += answers(prior, later, "recalibration", "forecaster before")
+            found += answers(after, later, "recalibration", "forecaster after")
+    return found
+
+
+def losers(cases: Sequence[Case], split: str, kept: Sequence[Answer]) -> list[Answer]:
+    """The law with parts of it missing, and mixed with the published one, each run predicted without it."""
+    found = []
+    for name in sorted({case.run.name for case in cases}):
+        others = [case for case in cases if case.run.name != name]
+        mine = [case for case in cases if case.run.name == name]
+        for method, missing in _ABLATED.items():
+            law = fit([_without(case, missing) for case in others if case.is_calibrated_on], source=method)
+            found += [Answer(case, method, split, law.expected(_without(case, missing).reading)) for case in mine]
+        fitted = calibrated(others, name)
+        numbers = tuple(_UNFITTED.get(term, own) for term, own in zip(TERMS, fitted.coefficients, strict=True))
+        plain = replace(fitted, coefficients=numbers)
+        found += [Answer(case, "only shapes fitted", split, plain.expected(case.reading)) for case in mine]
+    published = {id(answer.case): answer.mean for answer in kept if answer.method == "published law"}
+    ours = [answer for answer in kept if answer.method == FORECASTER]
+    return found + [
+        Answer(answer.case, "mean with published law", split, (answer.mean + published[id(answer.case)]) / 2)
+        for answer in ours
+    ]
+
+
+def _without(case: Case, missing: Sequence[str]) -> Example:
+    kept = np.array([term not in missing for term in TERMS])
+    return replace(case.example, reading=replace(case.reading, terms=case.reading.terms * kept))
