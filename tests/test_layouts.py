@@ -38,17 +38,18 @@ CASES = [
 
 
 class Net(nn.Module):
-    """Rows that no number of ranks divides, where the layout allows; the last layer has one row, for four ranks."""
+    """Rows that no number of ranks divides, where the layout allows; two layers alike have one row, for four ranks."""
 
     def __init__(self, hidden):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(5, hidden), nn.Linear(hidden, 5)
-        self.head = nn.Linear(5, 1)
+        self.head, self.gate = nn.Linear(5, 1), nn.Linear(5, 1)
         self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return self.head(self.down(self.up(x).relu())) * self.scale.sum()
+        hidden = self.down(self.up(x).relu())
+        return self.head(hidden) * self.gate(hidden) * self.scale.sum()
 
 
 def divided(layout, reshard):

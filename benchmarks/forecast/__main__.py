@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.annealing.records import FRESH_FOLDER, Run, read_suite
+from benchmarks.annealing.records import FOLDER, FRESH_FOLDER, Run, read_suite
 from benchmarks.forecast import picture, scores, splits
 from benchmarks.forecast.cases import Case, read_cases
 from benchmarks.measure import show, write_json
@@ -33,22 +33,19 @@ _PERCENT = ("median", "p90", "worst", "bias", "coverage", "width")
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Predict, print tables in percent, write rows in fractions; returns the rows."""
     options = _parser().parse_args(arguments)
-    suite = _chosen(read_suite(), options.only)
+    runs = _chosen(read_suite(FRESH_FOLDER if options.fresh else FOLDER), options.only)
+    cases = read_cases(runs)
     if options.calibrate:
-        cases = read_cases(suite)
-        splits.calibrated(cases, source_of(suite)).save(SHIPPED)
-        print(
-            f"wrote {SHIPPED.name}, from {sum(case.is_calibrated_on for case in cases)} readings of {len(suite)} runs"
-        )
+        splits.calibrated(cases, source_of(runs)).save(SHIPPED)
+        num_readings = sum(case.is_calibrated_on for case in cases)
+        print(f"wrote {SHIPPED.name}, from {num_readings} readings of {len(runs)} runs")
         return []
     if options.fresh:
-        fresh = read_cases(_chosen(read_suite(FRESH_FOLDER), options.only))
-        found = splits.answers(shipped(), fresh, "fresh runs") + splits.baselines(fresh, "fresh runs")
+        found = splits.answers(shipped(), cases, "fresh runs") + splits.baselines(cases, "fresh runs")
         rows = scores.rows_of(found) + _by_run(found)
     else:
-        cases = read_cases(suite)
         left_out = splits.leave_out(cases, _LEFT_OUT, lambda case: case.run.name)
-        rows = scores.rows_of(_backtest(cases, left_out)) + scores.floor(suite)
+        rows = scores.rows_of(_backtest(cases, left_out)) + scores.floor(runs)
         if options.figure:
             picture.predictions(left_out + splits.baselines(cases, _LEFT_OUT)).savefig(options.figure)
             print(f"picture: {options.figure}")
@@ -115,10 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forecast", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as one JSON list, in fractions")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw every anneal, predicted without its run")
-    parser.add_argument(
-        "--fresh", action="store_true", help="the shipped calibration on runs that nothing was fitted to"
-    )
-    parser.add_argument("--calibrate", action="store_true", help="refit the calibration that ships, and write it")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--fresh", action="store_true", help="the shipped calibration on runs that nothing was fitted to")
+    what.add_argument("--calibrate", action="store_true", help="refit the calibration that ships, and write it")
     parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help="these runs alone")
     return parser
 

@@ -9,7 +9,7 @@ from rich.progress import track
 from benchmarks.annealing.records import METRIC, Run
 from benchmarks.annealing.setups import Anneal
 from pretrain_merge.errors import ForecastError
-from pretrain_merge.forecast.anneal import _read
+from pretrain_merge.forecast.anneal import reading_of
 from pretrain_merge.forecast.fitting import Example
 from pretrain_merge.forecast.history import read_history
 from pretrain_merge.forecast.law import Reading
@@ -101,7 +101,7 @@ def _cases(run: Run) -> list[Case]:
                 if not known or known[-1].step != now or (kind == "nowcast" and anneal.order):
                     continue
                 try:
-                    reading = _read(read_history(known, METRIC), anneal.steps, anneal.shape, kind)
+                    reading = reading_of(read_history(known, METRIC), anneal.steps, anneal.shape, kind)
                 except ForecastError:
                     continue
                 cases.append(Case(run, watching, kind, anneal, now, known, reading, branch["loss"]))

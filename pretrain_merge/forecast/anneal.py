@@ -96,7 +96,7 @@ def forecast_anneal(
     """
     calibration = calibration or shipped()
     history = read_history(records, metric)
-    reading = _read(history, steps, shape, kind)
+    reading = reading_of(history, steps, shape, kind)
     half = calibration.half_width(reading, coverage)
     mean = calibration.expected(reading)
     return Forecast(
@@ -139,7 +139,7 @@ def calibrate(
         for kind, step in (("nowcast", item.start + item.steps), ("forecast", item.start)):
             known = [record for record in records if record.step <= step]
             if known and known[-1].step == step:
-                reading = _read(read_history(known, metric), item.steps, item.shape, kind)
+                reading = reading_of(read_history(known, metric), item.steps, item.shape, kind)
                 examples.append(Example(reading, item.loss, run=""))
                 break
         else:
@@ -164,7 +164,18 @@ def spans(intervals: float, *, window: int, average: str) -> list[int]:
     return sorted(number for number in numbers if 2 <= number <= window)
 
 
-def _read(history: History, steps: int, shape: str, kind: str) -> Reading:
+def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
+    """What the law reads of one anneal, or why it does not.
+
+    Args:
+        history: The run up to now.
+        steps: Length of the anneal.
+        shape: As in `forecast_anneal`.
+        kind: As in `forecast_anneal`.
+
+    Raises:
+        ForecastError: The history does not allow it.
+    """
     if shape not in PROGRESS:
         meant = nearest(shape, PROGRESS)
         raise ForecastError(

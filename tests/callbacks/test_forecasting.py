@@ -65,7 +65,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     logger = MemoryLogger(folder)
     kept = ModelCheckpoint(folder / "kept", every_n_train_steps=24, save_top_k=-1, filename="{step}")
-    ended = fit(folder, kept, logger=logger, save={"at_end": True})
+    ended = fit(folder, kept, logger=logger, save={"every": 24, "keep": 9, "at_end": True})
     return folder, logger.lines, dict(ended.callback_metrics)
 
 
@@ -99,12 +99,14 @@ def test_spans_that_a_forecast_needs_are_measured_and_not_saved(run):
     assert {"sma9"} < set(forecast_records(folder)[-1].views) | {"sma9"}
     measured = forecast_records(folder)[-1].views
     assert any(view not in ("sma",) for view in measured)
-    assert [path.name.partition("-")[2].partition("-")[2] for path in (folder / "merged").iterdir()] == ["sma"]
+    saved = [path.name.split("-")[2] for path in (folder / "merged").iterdir()]
+    assert len(saved) > 2
+    assert set(saved) == {"sma"}
 
 
 def test_a_resumed_run_forecasts_what_the_uninterrupted_one_did(run, tmp_path):
     folder, _, _ = run
-    fit(tmp_path, ckpt_path=folder / "kept" / "step=48.ckpt", save={"at_end": True})
+    fit(tmp_path, ckpt_path=folder / "kept" / "step=48.ckpt", save={"every": 24, "keep": 9, "at_end": True})
     whole, resumed = (read_records(path / "merges.jsonl") for path in (folder, tmp_path))
     assert [record.forecasts for record in resumed] == [record.forecasts for record in whole]
 
