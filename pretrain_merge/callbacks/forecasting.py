@@ -6,6 +6,7 @@ records is `pretrain_merge.forecast`'s business.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
@@ -38,7 +39,7 @@ class RunForecasts:
         """Whether there is anything to forecast."""
         return bool(self._forecasts)
 
-    @property
+    @cached_property
     def views(self) -> list[str]:
         """Views that only the forecasts need: nested spans of the window, measured and not saved."""
         config = self._config
