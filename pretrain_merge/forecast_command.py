@@ -78,7 +78,7 @@ def forecast(
     console.print(
         _table(rows, title=f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals")
     )
-    for line in dict.fromkeys(answer.basis if isinstance(answer, Forecast) else str(answer) for answer in answers):
+    for line in _remarks(answers):
         say(line)
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
@@ -88,6 +88,14 @@ def forecast(
     say(f"Picture: {out}")
     if json is not None:
         json.write_text(json_format.dumps([asdict(item) for item in found], indent=1) + "\n", encoding="utf-8")
+
+
+def _remarks(answers: Sequence[Answer]) -> list[str]:
+    """What the answers rest on, which intervals were widened, and why there is a dash (the first reason for all)."""
+    found = [answer for answer in answers if isinstance(answer, Forecast)]
+    widened = [f"{item.kind} over {item.steps} steps: {item.basis}" for item in found if "widened" in item.basis]
+    refused = [f"–: {answer}" for answer in answers if isinstance(answer, ForecastError)]
+    return [found[-1].basis, *widened, *refused[:1]]
 
 
 def _asking(ask: Callable[..., Forecast]) -> Ask:

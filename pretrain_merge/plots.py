@@ -76,7 +76,8 @@ def curves(
     lower.axhline(0.0, color=_RAW, linewidth=1.5, zorder=1)
     upper.legend(
         loc="upper right",
-        frameon=False,
+        edgecolor="none",
+        framealpha=0.9,
         labelcolor=_TEXT,
         title="at the last step",
         title_fontproperties={"size": 9},

@@ -213,7 +213,7 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
 
 def _basis(history: History, reading: Reading, calibration: Calibration) -> str:
     widened = calibration.widening(reading)
-    wider = f"; interval {widened:.1f} times as wide, being outside of the lengths calibrated on" if widened > 1 else ""
+    wider = f"; interval widened {widened:.1f} times, being outside of the lengths calibrated on" if widened > 1 else ""
     longer = (
         f"; interval widened, since no anneal of more than {calibration.longest:g} steps was calibrated on"
         if reading.steps > calibration.longest
