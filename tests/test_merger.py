@@ -375,6 +375,16 @@ def test_what_the_block_does_to_the_weights_is_undone():
     assert state(module) == raw
 
 
+@pytest.mark.parametrize("last_step", [4, 5], ids=["raw is a slot", "raw is a copy"])
+def test_what_is_written_into_raw_is_undone_also_where_no_view_was_merged(last_step):
+    module, merging = Mixed(), RollingMerger(window=2, every=2)
+    train(module, merging, range(1, last_step + 1))
+    raw = state(module)
+    with merging.swapping(module), torch.no_grad():
+        module.layers[0].weight.fill_(7.0)  # as an evaluator may on the raw weights, before any view is in
+    assert state(module) == raw
+
+
 def test_a_snapshot_taken_inside_the_block_does_not_replace_raw():
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, 21))
