@@ -387,8 +387,8 @@ def spoil(path: Path, how: str) -> None:
     path.unlink()
     if how == "truncated":
         path.write_bytes(data[:-5])
-    elif how == "a flipped bit":
-        data[len(data) // 2] ^= 4
+    elif how in ("a flipped bit of the header", "a flipped bit of a tensor"):
+        data[20 if "header" in how else -3] ^= 4
         path.write_bytes(data)
     elif how == "empty":
         path.write_bytes(b"")
@@ -419,8 +419,8 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        "truncated", "a flipped bit", "empty", "a pickle", "a header of 2^63 bytes",
-        "a link out of the folder", "another dtype", "another shape", "a missing tensor",
+        "truncated", "a flipped bit of the header", "a flipped bit of a tensor", "empty", "a pickle",
+        "a header of 2^63 bytes", "a link out of the folder", "another dtype", "another shape", "a missing tensor",
         "an extra tensor", "foreign safetensors",
     ],
 )  # fmt: skip
