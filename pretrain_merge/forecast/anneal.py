@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from pretrain_merge.errors import ForecastError, nearest
 from pretrain_merge.forecast.calibration import Calibration, shipped
-from pretrain_merge.forecast.curves import Curves
+from pretrain_merge.forecast.curves import SPANS_UP_TO, Curves
 from pretrain_merge.forecast.fitting import Example, updated
 from pretrain_merge.forecast.history import History, read_history
 from pretrain_merge.forecast.law import KINDS, PROGRESS, Reading, read
 from pretrain_merge.records import Expected, MergeRecord
 
 _LEAST_MERGES = 3
-_REACH = 1.05  # times the longest mean: an anneal so much longer is still read from it
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
         )
     curves = Curves(history)
     shortest, longest = curves.spans[0], curves.spans[-1]
-    if not shortest <= steps <= _REACH * longest and not (kind == "forecast" and steps > longest):
+    if not shortest <= steps <= SPANS_UP_TO * longest and not (kind == "forecast" and steps > longest):
         raise ForecastError(
             f"an anneal of {steps} steps is not spanned by the means measured at step {curves.step}, which reach over "
             f"{shortest:g} to {longest:g} steps. Ask for a length within, measure a mean over it (a view such as "

@@ -18,7 +18,7 @@ from pretrain_merge.errors import CheckpointError, ForecastError
 from pretrain_merge.forecast.law import DOUBTS, TERMS, Reading
 
 SHIPPED = Path(__file__).with_name("calibration.json")
-_LEAST_ERROR = 1e-4  # of the loss: no forecast is surer
+LEAST_ERROR = 1e-4  # of the loss: no forecast is surer
 _WIDEST = 4.0  # times the interval: farther outside of what was calibrated nothing is said
 
 
@@ -54,7 +54,7 @@ class Calibration:
 
     def expected_error(self, reading: Reading) -> float:
         """The typical error of `expected`, relative to the loss."""
-        return max(_LEAST_ERROR, float(reading.doubts @ np.array(self.errors)))
+        return max(LEAST_ERROR, float(reading.doubts @ np.array(self.errors)))
 
     def half_width(self, reading: Reading, coverage: float) -> float:
         """Half of the interval that holds a share of true losses, in the loss's own unit.

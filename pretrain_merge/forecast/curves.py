@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 MEMORY = 8.0  # steps after which an iterate's noise is forgotten; matters only where snapshots are closer than a few
 _TREND_FROM = 0.5  # of the steps so far: what lies before says little of the trend of the raw loss now
 _SLOPE_FROM = 0.75
-_SPANS_UP_TO = 1.05  # times the longest that was measured
+SPANS_UP_TO = 1.05  # times the longest that was measured
 _SPANS_FROM = 0.45  # times the shortest
 
 
@@ -124,7 +124,7 @@ class Curves:
 
     def _at(self, point: Point, span: float) -> float:
         spans = list(point.means)
-        if not spans or not _SPANS_FROM * spans[0] <= span <= _SPANS_UP_TO * spans[-1]:
+        if not spans or not _SPANS_FROM * spans[0] <= span <= SPANS_UP_TO * spans[-1]:
             return float("nan")
         # without noise the loss is nearly linear in the span: the mean lies half a span back on the way
         noise_left = [

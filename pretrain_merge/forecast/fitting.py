@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pretrain_merge.forecast.calibration import Calibration
+from pretrain_merge.forecast.calibration import LEAST_ERROR, Calibration
 from pretrain_merge.forecast.curves import Floats
 from pretrain_merge.forecast.law import Reading
 
@@ -18,7 +18,6 @@ _LEVELS = tuple(round(0.5 + 0.05 * index, 2) for index in range(10))  # 0.5 to 0
 _FOLDS = 8
 _COMMON = 1 / 3  # of the variance of a run's errors is the same for all its anneals (measured on the suite)
 _LEAST_RESIDUAL = 5e-4  # of the loss: below, an error is as good as none
-_LEAST_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def fit(examples: Sequence[Example], *, source: str) -> Calibration:
         coefficients = _least_absolute(terms, target, weights)
         held_out = _held_out_errors(terms, target, weights, runs, names)
         errors = _expected_errors(doubts, np.abs(held_out))
-        expected = np.maximum(doubts @ errors, _LEAST_ERROR)
+        expected = np.maximum(doubts @ errors, LEAST_ERROR)
         weights = expected.mean() / expected
     without = np.stack(
         [_least_absolute(terms[runs != name], target[runs != name], weights[runs != name]) for name in names]
@@ -141,7 +140,7 @@ def _expected_errors(doubts: Floats, errors: Floats) -> Floats:
     """Maximum likelihood of errors that are Laplace with scale `doubts @ result`, none of it negative."""
     result: Floats = 0.5 * errors.mean() / np.maximum(doubts.mean(axis=0), 1e-12) / doubts.shape[1]
     for _ in range(200):  # multiplicative updates keep each at least 0
-        scale = np.maximum(doubts @ result, _LEAST_ERROR)
+        scale = np.maximum(doubts @ result, LEAST_ERROR)
         result *= (doubts.T @ (errors / scale**2)) / np.maximum(doubts.T @ (1 / scale), 1e-12)
     return result
 
