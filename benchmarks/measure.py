@@ -109,7 +109,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, st
     for row in rows:
         table.add_row(*(_format(row[key]) for key in columns.values()))
     console = Console()
-    console.width = max(console.width, 110)  # a pipe counts as 80 wide, which would cut the numbers
+    # a pipe counts as 80 wide, which would cut the numbers
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
     console.print(table)
 
 
