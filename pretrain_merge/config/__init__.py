@@ -1,0 +1,119 @@
+"""The configuration: every key, its default, and what is refused.
+
+One schema stands behind four doors: Python arguments, an OmegaConf YAML file, LightningCLI and Hydra. This package
+knows keys and values; it knows no tensors, no trainer and no files but the YAML it is asked to read.
+"""
+
+from typing import TypeVar
+
+from pretrain_merge.cadence import Cadence, Quantity
+from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
+from pretrain_merge.config.reading import did_you_mean, read, require, typed
+from pretrain_merge.config.schema import (
+    AVERAGES,
+    BATCH_NORMS,
+    FORECAST_KINDS,
+    FORECAST_SHAPES,
+    MODES,
+    ON_MISSING,
+    SLOT_DTYPES,
+    STORES,
+    BreakConfig,
+    ForecastConfig,
+    MergeConfig,
+    SaveConfig,
+    WindowConfig,
+)
+from pretrain_merge.config.views import NAME, View, parse_views
+from pretrain_merge.errors import ConfigError
+
+__all__ = [
+    "FORECAST_KINDS",
+    "FORECAST_SHAPES",
+    "BreakConfig",
+    "ForecastConfig",
+    "MergeConfig",
+    "SaveConfig",
+    "View",
+    "WindowConfig",
+    "build",
+    "did_you_mean",
+    "merge_cadence",
+    "num_intervals",
+    "parse_forecasts",
+    "parse_views",
+    "save_cadence",
+    "snapshot_cadence",
+]
+
+_LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
+_ConfigT = TypeVar("_ConfigT", bound=WindowConfig)
+
+
+def build(schema: type[_ConfigT], values: object) -> _ConfigT:
+    """Check values against a schema and fill in its defaults.
+
+    Args:
+        schema: `WindowConfig` or `MergeConfig`.
+        values: A mapping, an OmegaConf config, or the path of a YAML file.
+
+    Raises:
+        ConfigError: Unknown key, wrong type or impossible value; the message names the key's path.
+    """
+    checked = typed(schema, read(values), at="")
+    _refuse_impossible_values(checked)
+    return checked
+
+
+def snapshot_cadence(config: WindowConfig) -> Cadence:
+    """When snapshots are due."""
+    return Cadence(
+        Quantity.parse(config.every, key="every"), start=Quantity.parse(config.start, key="start", minimum=0)
+    )
+
+
+def merge_cadence(config: WindowConfig) -> Cadence | None:
+    """When merges are due; None: at every snapshot once two are held."""
+    return None if config.merge_every is None else Cadence(Quantity.parse(config.merge_every, key="merge_every"))
+
+
+def save_cadence(config: SaveConfig) -> Cadence | None:
+    """When merged models are saved periodically; None: never."""
+    return None if config.every is None else Cadence(Quantity.parse(config.every, key="save.every"))
+
+
+def _refuse_impossible_values(config: WindowConfig) -> None:
+    require(config, "window", lambda value: 2 <= value <= _LARGEST_WINDOW, f"an integer from 2 to {_LARGEST_WINDOW}")
+    require(config, "sample_every", lambda value: value >= 1, "an integer of at least 1")
+    require(config, "lr_tolerance", lambda value: 0.0 <= value < 1.0, "a number from 0 to 1")
+    require(config, "average", lambda value: value in AVERAGES, " or ".join(AVERAGES))
+    require(config, "batch_norm", lambda value: value in BATCH_NORMS, " or ".join(BATCH_NORMS))
+    require(config, "store", lambda value: value in STORES, " or ".join(STORES))
+    require(config, "slot_dtype", lambda value: value in (None, *SLOT_DTYPES), f"null or {' or '.join(SLOT_DTYPES)}")
+    if config.store == "disk" and not config.store_folder and not isinstance(config, MergeConfig):
+        raise ConfigError("store_folder: null, and store 'disk' needs a folder. Name one on local storage.")
+    snapshot_cadence(config), merge_cadence(config), parse_views(config)
+    every = Quantity.parse(config.every)
+    if config.average == "block" and every.unit == "steps" and config.sample_every > every.amount:
+        raise ConfigError(
+            f"sample_every: {config.sample_every} steps, and a block has {every.amount} (`every`), so most would "
+            f"be empty. Allowed: 1 to {every.amount}."
+        )
+    if isinstance(config, MergeConfig):
+        _refuse_impossible_trainer_values(config)
+
+
+def _refuse_impossible_trainer_values(config: MergeConfig) -> None:
+    tokens = config.tokens_per_batch
+    if isinstance(tokens, bool) or not (isinstance(tokens, str) or (isinstance(tokens, int) and tokens >= 1)):
+        raise ConfigError(
+            f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
+            f"callable from a batch to its number of tokens works too."
+        )
+    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first")
+    require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
+    require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
+    save_cadence(config.save)
+    parse_forecasts(config)
+    require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
+    require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")

@@ -1,0 +1,52 @@
+"""Forecasts of the configuration: which anneal each of them asks about."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from pretrain_merge.cadence import Quantity
+from pretrain_merge.config.reading import require, typed
+from pretrain_merge.config.schema import FORECAST_KINDS, FORECAST_SHAPES, ForecastConfig, MergeConfig
+from pretrain_merge.config.views import NAME
+from pretrain_merge.errors import ConfigError
+
+
+def parse_forecasts(config: MergeConfig) -> dict[str, ForecastConfig]:
+    """The forecasts of a configuration by name, with defaults filled in.
+
+    Raises:
+        ConfigError: A name, key or value that is not allowed, or a nowcast longer than the window.
+    """
+    return {name: _parse_forecast(config, name, value) for name, value in config.forecast.items()}
+
+
+def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
+    """Length of a forecast's anneal as a number of intervals between snapshots."""
+    if forecast.steps is None:
+        return float(config.window - (config.average == "last"))
+    return Quantity.parse(forecast.steps).amount / Quantity.parse(config.every).amount
+
+
+def _parse_forecast(config: MergeConfig, name: object, value: object) -> ForecastConfig:
+    key = f"forecast.{name}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(f"{key}: {name!r} is no name. Allowed: letters, digits, '_', '.', '-', a letter first.")
+    if not isinstance(value, Mapping):
+        allowed = ", ".join(item.name for item in fields(ForecastConfig))
+        raise ConfigError(f"{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")
+    forecast = typed(ForecastConfig, value, at=f"{key}.")
+    require(forecast, "kind", lambda kind: kind in FORECAST_KINDS, " or ".join(FORECAST_KINDS), at=f"{key}.")
+    require(forecast, "coverage", lambda share: 0.5 <= share <= 0.95, "0.5 to 0.95", at=f"{key}.")
+    shapes = " or ".join(FORECAST_SHAPES)
+    require(forecast, "shape", lambda shape: shape in FORECAST_SHAPES, shapes, at=f"{key}.")
+    every = Quantity.parse(config.every, key="every")
+    steps = every if forecast.steps is None else Quantity.parse(forecast.steps, key=f"{key}.steps")
+    if steps.unit != every.unit:
+        raise ConfigError(f"{key}.steps: {steps}, and snapshots are counted in {every.unit}. Give the length in these.")
+    most = num_intervals(config, ForecastConfig())
+    if forecast.kind == "nowcast" and not 1 <= num_intervals(config, forecast) <= most:
+        raise ConfigError(
+            f"{key}.steps: {steps}, and a window of {config.window} snapshots every {every} spans from {every} to "
+            f"{Quantity(round(most) * every.amount, every.unit)}. Allowed for a nowcast: what the window spans; change "
+            f"`window` or `every`."
+        )
+    return forecast

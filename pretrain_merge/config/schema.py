@@ -1,0 +1,128 @@
+"""Every key and its default: the one schema of Python arguments, YAML, LightningCLI and Hydra. It checks nothing."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+AVERAGES = ("last", "block")
+BATCH_NORMS = ("refuse", "live", "merge")
+ON_MISSING = ("error", "refill")
+STORES = ("auto", "device", "host", "disk")
+SLOT_DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("min", "max")
+FORECAST_KINDS = ("forecast", "nowcast")
+FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
+
+
+@dataclass
+class BreakConfig:
+    """What ends the stretch of snapshots that may be merged with each other.
+
+    Attributes:
+        lr: A change of any parameter group's learning rate beyond `lr_tolerance`. Off for decay runs.
+    """
+
+    lr: bool = True
+
+
+@dataclass
+class SaveConfig:
+    """Which merged models are written to disk.
+
+    Attributes:
+        every: Save every view at the first merge point after each multiple; null: no periodic saves.
+        keep: How many periodic saves of each view stay on disk.
+        best: Metric whose best merged model, over all views, is kept; null: none.
+        mode: Whether `best` means the smallest ("min") or the largest ("max") value.
+        at_end: When training ends, save every view that the newest snapshots allow.
+    """
+
+    every: Any = None
+    keep: int = 1
+    best: str | None = None
+    mode: str = "min"
+    at_end: bool = False
+
+
+@dataclass
+class ForecastConfig:
+    """One forecast of an annealed metric.
+
+    Attributes:
+        steps: Length D of the anneal, in the unit of `every`; null: what the full window spans.
+        shape: Of the anneal: "linear", "cosine" or "1-sqrt".
+        kind: "forecast": the anneal starts now. "nowcast": it started D ago and ends now; the window must span it.
+        metric: A loss that is measured at the merge points.
+        coverage: Share of truths that the interval is to hold, 0.5 to 0.95.
+        calibration: A file that `Calibration.save` wrote; null: the calibration that ships.
+    """
+
+    steps: Any = None
+    shape: str = "linear"
+    kind: str = "forecast"
+    metric: str = "val_loss"
+    coverage: float = 0.9
+    calibration: str | None = None
+
+
+@dataclass
+class WindowConfig:
+    """Which snapshots are taken, kept and merged. All that `RollingMerger` needs.
+
+    Attributes:
+        window: How many snapshots are kept, oldest dropped first; 2 to 10000.
+        every: Interval V between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        start: No snapshot before this point.
+        merge_every: Merge at the first snapshot at or after each multiple; null: at every snapshot.
+        views: Named merges: a kind ("sma"), a kind with a number of newest snapshots ("sma4"), or a mapping with
+            `name`, `kind`, optionally `last`, and the parameters of the kind.
+        average: "last": a snapshot is the model after the step that filled the interval; "block": the mean of the
+            models in the interval.
+        sample_every: With "block": steps between the models that enter the mean.
+        lr_tolerance: Relative change of a learning rate that counts as a break.
+        breaks: What counts as a break.
+        merge_buffers: Patterns (as in fnmatch) of float buffers that are merged like parameters.
+        batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
+        store: Where snapshots lie: "device", "host", "disk", or "auto", which chooses by free memory.
+        store_folder: Where a disk store writes; null: none (`ModelMerging`: `window/` in the run's folder).
+        slot_dtype: Dtype of snapshots where smaller than the parameter's: "bfloat16", "float16"; null: the parameter's.
+    """
+
+    window: int = 10
+    every: Any = "1000 steps"
+    start: Any = 0
+    merge_every: Any = None
+    views: list[Any] = field(default_factory=lambda: ["sma"])
+    average: str = "last"
+    sample_every: int = 1
+    lr_tolerance: float = 1e-3
+    breaks: BreakConfig = field(default_factory=BreakConfig)
+    merge_buffers: list[str] = field(default_factory=list)
+    batch_norm: str = "refuse"
+    store: str = "auto"
+    store_folder: str | None = None
+    slot_dtype: str | None = None
+
+
+@dataclass
+class MergeConfig(WindowConfig):
+    """The whole configuration of `ModelMerging`.
+
+    Attributes:
+        tokens_per_batch: Tokens of one batch on one rank: a number, or the key of the batch whose elements are counted.
+        save: Which merged models are written to disk.
+        forecast: Forecasts by name, each with the keys of `ForecastConfig`.
+        validate: Evaluate on the Trainer's validation loaders at merge points.
+        stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
+        window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
+        on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        name: Prefix of metrics and folders; two instances in one Trainer need two names.
+    """
+
+    tokens_per_batch: Any = "input_ids"
+    save: SaveConfig = field(default_factory=SaveConfig)
+    forecast: dict[str, Any] = field(default_factory=dict)
+    validate: bool = True
+    stateful_data: str = "refuse"
+    window_folder: str | None = None
+    on_missing: str = "error"
+    name: str = "merge"
