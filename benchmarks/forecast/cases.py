@@ -11,7 +11,7 @@ from benchmarks.annealing.setups import Anneal
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast.anneal import reading_of
 from pretrain_merge.forecast.fitting import Example
-from pretrain_merge.forecast.history import read_history
+from pretrain_merge.forecast.history import read_history, span_of
 from pretrain_merge.forecast.law import Reading
 from pretrain_merge.records import MergeRecord
 
@@ -68,20 +68,15 @@ class Case:
     @property
     def merged(self) -> float:
         """Loss now of the plain mean over the measured span that is nearest to the anneal's length."""
-        views = self.known[-1].views
-        nearest = min(views, key=lambda view: abs(span_of(self.known[-1], view) - self.anneal.steps))
-        return views[nearest][METRIC]
+        newest = self.known[-1]
+        nearest = min(
+            newest.views, key=lambda view: abs(span_of(newest.recipes[view], newest.average) - self.anneal.steps)
+        )
+        return newest.views[nearest][METRIC]
 
     @property
     def example(self) -> Example:
         return Example(self.reading, self.loss, self.run.name)
-
-
-def span_of(record: MergeRecord, view: str) -> float:
-    """Steps that a view's mean reaches over."""
-    steps = record.recipes[view].steps
-    between = steps[-1] - steps[0]
-    return between * len(steps) / (len(steps) - 1) if record.average == "block" else between
 
 
 def read_cases(runs: Sequence[Run]) -> list[Case]:

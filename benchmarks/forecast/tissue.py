@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.annealing.records import METRIC
 from benchmarks.annealing.setups import Anneal
-from benchmarks.forecast.cases import span_of
+from pretrain_merge.forecast.history import span_of
 from pretrain_merge.lr_schedules import shape as lr_shape
 from pretrain_merge.records import MergeRecord
 
@@ -50,7 +50,7 @@ def identify(known: Sequence[MergeRecord]) -> Tissue:
     points = [(record.step, 0, record.raw[METRIC]) for record in late]
     for record in late:
         for view, metrics in record.views.items():
-            span = round(span_of(record, view))
+            span = round(span_of(record.recipes[view], record.average))
             if span <= _LONGEST * record.step:
                 points.append((record.step, span, metrics[METRIC]))
     steps, spans, losses = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))

@@ -92,6 +92,12 @@ def read_history(records: Sequence[MergeRecord], metric: str) -> History:
     return History(points, records[-1].average, _why_short(older, records[-1]) if older else "")
 
 
+def span_of(recipe: Recipe, average: str) -> float:
+    """Steps between the oldest and the newest snapshot; block means reach one interval further back."""
+    between = recipe.steps[-1] - recipe.steps[0]
+    return between * len(recipe.steps) / (len(recipe.steps) - 1) if average == "block" else float(between)
+
+
 def _newest_stretch(records: Sequence[MergeRecord]) -> tuple[Sequence[MergeRecord], int]:
     """The records of the newest one's rate, phase and segment, and a step from which on the rate was surely theirs."""
     newest = records[-1]
@@ -123,7 +129,7 @@ def _listed(rates: Sequence[float]) -> str:
 
 def _means(record: MergeRecord, metric: str, constant_from: int) -> dict[float, Mean]:
     found = {
-        _span(recipe, record.average): Mean(record.views[view][metric], len(recipe.steps))
+        span_of(recipe, record.average): Mean(record.views[view][metric], len(recipe.steps))
         for view, recipe in record.recipes.items()
         if metric in record.views.get(view, {})
         and _is_plain(recipe)
@@ -137,14 +143,8 @@ def _is_plain(recipe: Recipe) -> bool:
     return len(recipe.steps) >= 2 and all(abs(value - even) < 1e-9 for value in recipe.coefficients)
 
 
-def _span(recipe: Recipe, average: str) -> float:
-    """Steps between the oldest and the newest snapshot; block means reach one interval further back."""
-    between = recipe.steps[-1] - recipe.steps[0]
-    return between * len(recipe.steps) / (len(recipe.steps) - 1) if average == "block" else float(between)
-
-
 def _start(recipe: Recipe, average: str) -> float:
-    return recipe.steps[-1] - _span(recipe, average)
+    return recipe.steps[-1] - span_of(recipe, average)
 
 
 def _refuse_what_is_no_loss(points: Sequence[Point], metric: str) -> None:
