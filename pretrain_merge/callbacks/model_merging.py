@@ -16,20 +16,20 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge import evaluate, ranks, snapshot
-from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.cadence import Cadence
 from pretrain_merge.callbacks import measuring
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
 from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.forecasting import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
-from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
+from pretrain_merge.callbacks.starting import Start, refill_or_raise, run_folder
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pretrain_merge.evaluate import Evaluator
 from pretrain_merge.merger import RollingMerger
 from pretrain_merge.notices import Notices
-from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
+from pretrain_merge.records import MergeRecord, Recipe, append_record
 from pretrain_merge.tracking import Tracker
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
@@ -191,8 +191,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if self._durable is not None:
             self._durable.release()  # of a run before
             self._durable = None
-        state = self._resumed_state(trainer)
-        folder = self._run_folder(trainer)
+        start = Start(self.config, self._notices, trainer, self._state)
+        state, folder = start.state, start.folder
         self._clock = Clock(self._cadences(), self._tokens_per_batch, state.progress, state.pending, state.lr)
         self._merger = RollingMerger(**self._window_options(folder))
         self._merger.go_on_from(state.progress)
@@ -201,17 +201,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         self._forecasts = RunForecasts(self.config, self._notices)
         self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
         if not trainer.fast_dev_run:
-            self._open_window(trainer, pl_module, self._merger, folder, state)
-            self._last_merge = state.last_merge
-            is_owed = state.last_merge < state.progress.step and self._merger.merge_is_due()
-            with ranks.together("open the run's folder"):
-                before = self._open_folder(trainer, folder, state, records_until=state.progress.step - is_owed)
-            if self._forecasts:
-                self._forecasts.go_on_from(ranks.gather(before)[0])
-            if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
-                self._merge_if_due(trainer, pl_module, self._merger)
-                if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
-                    raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+            self._open(trainer, pl_module, self._merger, start)
         if self._phase_to_come not in (None, self._merger.phase):
             self._merger.mark_phase(self._phase_to_come)
         self._phase_to_come = None
@@ -281,7 +271,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         try:
             refuse_state_of_nobody(checkpoint.get("callbacks", {}), self.state_key, trainer.callbacks)
         except CheckpointError as error:
-            self._refill_or_raise(error, checkpoint["global_step"])
+            refill_or_raise(self.config, self._notices, error, checkpoint["global_step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
@@ -337,56 +327,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         optional = (merge_cadence(self.config), save_cadence(self.config.save))
         return [snapshot_cadence(self.config), *(cadence for cadence in optional if cadence is not None)]
 
-    def _resumed_state(self, trainer: Any) -> RunState:
-        if trainer.global_step == 0:
-            return RunState(Progress())
-        # with optimizers stepped by hand, `global_step` counts each of them
-        by_hand = not trainer.lightning_module.automatic_optimization
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped if by_hand else trainer.global_step
-        if self._state:
-            try:
-                return RunState.from_plain(self._state)
-            except CheckpointError as error:
-                self._refill_or_raise(error, step)
-        else:
-            self._notices.once(
-                "no state",
-                f"resumed at step {step} from a checkpoint without counters of {self.config.name!r}: the window starts "
-                f"empty, samples and tokens count from here.",
-            )
-        return RunState(Progress(step=step))
-
-    def _open_window(self, trainer: Any, pl_module: Any, merger: RollingMerger, folder: Path, state: RunState) -> None:
-        """Where snapshots outlive this process; what a resumed run left there comes back."""
-        self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
-        if state.lost and trainer.ckpt_path is None:  # `fit` once more, not a checkpoint that was promised to go on
-            self._notices.once("lost", f"the window starts empty at step {state.progress.step}: {state.lost}")
-        elif state.progress.step:
-            try:
-                if self._state:
-                    self._durable.restore(merger, pl_module, state)
-                else:
-                    self._durable.refuse_lost_state()
-            except (CheckpointError, ConfigError) as error:
-                self._refill_or_raise(error, state.progress.step)
-                merger.go_on_from(state.progress)
-        self._durable.prune()
-
-    def _refill_or_raise(self, error: Exception, step: int) -> None:
-        if self.config.on_missing == "refill":
-            self._notices.once(
-                "refill", f"resumed at step {step}: the window starts empty (on_missing: refill). {error}"
-            )
-            return
-        raise type(error)(
-            f"the window of {self.config.name!r} at step {step} cannot be restored: {error} Point window_folder to the "
-            f"folder that holds its files, or start with an empty window by on_missing='refill'."
-        ) from error
-
-    def _run_folder(self, trainer: Any) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
-        return folder if self.config.name == MergeConfig.name else folder / self.config.name
-
     def _window_options(self, folder: Path) -> dict[str, Any]:
         values = asdict(self.config)
         options = {item.name: values[item.name] for item in fields(WindowConfig)}
@@ -395,36 +335,33 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "views": [*options["views"], *self._forecasts.views],
         }
 
-    def _open_folder(self, trainer: Any, folder: Path, state: RunState, *, records_until: int) -> list[MergeRecord]:
-        """Make the folder this run's own; returns the records before this point, on rank 0."""
-        self._records_path = folder / "merges.jsonl"
+    def _open(self, trainer: Any, pl_module: Any, merger: RollingMerger, start: Start) -> None:
+        """Window, records and merged models of the run; makes the merge that its checkpoint owes."""
+        state, folder = start.state, start.folder
+        self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
+        start.fill(merger, pl_module, self._durable)
+        self._last_merge = state.last_merge
+        is_owed = state.last_merge < state.progress.step and merger.merge_is_due()
+        with ranks.together("open the run's folder"):
+            self._say_what_monitors_keep(folder)
+            self._records_path = folder / "merges.jsonl"
+            self._merged_models = start.merged_models()
+            until = state.progress.step - is_owed
+            before = start.clear(self._records_path, until=until) if trainer.is_global_zero else []
+        if self._forecasts:
+            self._forecasts.go_on_from(ranks.gather(before)[0])
+        if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
+            self._merge_if_due(trainer, pl_module, merger)
+            if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
+                raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+
+    def _say_what_monitors_keep(self, folder: Path) -> None:
         if self._monitors is not None and self._monitors.checkpoints:
             self._notices.once(
                 "monitor",
                 f"a ModelCheckpoint monitors a metric of {self.config.name!r}. Its checkpoints hold RAW weights; the "
                 f"best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
             )
-        start = state.progress
-        self._merged_models = MergedModels(folder / "merged", self.config.save, asdict(self.config), start)
-        if state.saved is not None:
-            self._merged_models.go_on_from(state.saved, Path(state.run_folder) / "merged")
-        if not trainer.is_global_zero:
-            return []
-        remove_unpublished(folder / "merged")
-        if start.step == 0:
-            for path in (self._records_path, folder / "merged"):
-                if aside := move_aside(path):
-                    self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
-            return []
-        before = Path(state.run_folder) / self._records_path.name
-        kept = keep_records_until(self._records_path, records_until, before=before)
-        if min(state.last_merge, records_until) > (kept[-1].step if kept else 0):
-            self._notices.once(
-                "records",
-                f"{self._records_path} lacks merges up to step {state.last_merge}, which were made: it was moved, "
-                f"or cut when the run was resumed from an earlier checkpoint.",
-            )
-        return kept
 
     def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
         if not merger.merge_is_due():
@@ -473,7 +410,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """`fast_dev_run`: a full window of this one model, once, so that all views, memory and evaluation are tried."""
         if self.last_record is not None:
             return
-        options = self._window_options(self._run_folder(trainer)) | {
+        options = self._window_options(run_folder(self.config, trainer)) | {
             "every": 1,
             "start": 0,
             "merge_every": None,

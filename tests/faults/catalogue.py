@@ -550,7 +550,7 @@ FAULTS = (
     Fault(
         "a checkpoint owes no merge",
         "callbacks/model_merging.py",
-        "is_owed = state.last_merge < state.progress.step and self._merger.merge_is_due()",
+        "is_owed = state.last_merge < state.progress.step and merger.merge_is_due()",
         "is_owed = False",
         _DURABLE,
     ),
