@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _row(processes: int, elements: int, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job = (processes, elements, options.snapshots, rounds, folder)
-        torch.multiprocessing.spawn(_measure, args=job, nprocs=processes)  # type: ignore[no-untyped-call]
+        # forked, since importing torch takes longer than a small measurement; nothing here has computed yet
+        torch.multiprocessing.start_processes(_measure, args=job, nprocs=processes, start_method="fork")  # type: ignore[no-untyped-call]
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     ratios = [statistics.median(own["ratios"]) for own in ranks]
     shape = (elements // _WIDTH // _TENSORS * processes, _WIDTH)

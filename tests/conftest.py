@@ -21,3 +21,30 @@ def ctrl_c():
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, kept)
+
+
+# Modules that make runs once for many of their tests. All of such a module goes to one test process, and first; of
+# others, each test goes to whichever process is free. (The marks of `--dist loadgroup` have no effect in pytest 9.2.)
+_WHOLE_MODULES = {
+    "demo/test_run.py",
+    "test_failures_on_ranks.py",
+    "test_interrupts.py",
+    "test_layouts.py",
+    "test_memory.py",
+    "test_metrics_over_ranks.py",
+    "test_saved_by_ranks.py",
+    "test_sharded.py",
+    "test_sharded_window.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = nodeid.partition("::")[0]
+            return module if module.removeprefix("tests/") in _WHOLE_MODULES else nodeid
+
+    return Scheduling(config, log) if config.getoption("dist") == "load" else None

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def _run(output: str, environment: dict[str, str], function: Callable[..., objec
     code = function(*arguments)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def run_code(code: str) -> None:
+    """What `python -W error -c CODE` does; a function for `run_forked`."""
+    warnings.simplefilter("error")
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

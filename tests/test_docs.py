@@ -25,6 +25,7 @@ from pretrain_merge import ModelMerging, cli, config, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INDEX = ROOT / "docs/index.md"
 FENCE = re.compile(r"^ *```(\w+)", re.M)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]+)?\)")
 
@@ -127,7 +128,13 @@ def first_screen(page: str) -> str:
     return page.partition("\n## ")[0].replace("](docs/", "](")
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_code_blocks_of_the_first_page_are_those_of_the_readme_in_its_order():
+    first, readme = ([example.parsed for example in parse(path)] for path in (INDEX, PAGES[0]))
+    assert first
+    assert first == readme[: len(first)]
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path != INDEX], ids=lambda path: path.name)
 def test_every_code_block_runs(path, tmp_path, monkeypatch, merges_jsonl):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])
@@ -194,7 +201,7 @@ def test_a_broken_block_would_be_seen(block, error, tmp_path, monkeypatch):
 
 
 def test_readme_and_docs_open_with_the_same_screen():
-    assert first_screen(PAGES[0].read_text()) == first_screen((ROOT / "docs/index.md").read_text())
+    assert first_screen(PAGES[0].read_text()) == first_screen(INDEX.read_text())
 
 
 def test_every_key_is_documented_with_its_default():

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
+from forks import run_forked
 
 from pretrain_merge.config import MergeConfig, build
 
@@ -122,27 +123,38 @@ def test_several_devices_on_one(monkeypatch, run_folder):
     assert [record["window"] for record in records(run_folder)] == [2, 3]
 
 
-def run_on_two_ranks(folder, strategy, *launcher):
+def run_on_two_ranks(folder, launcher, strategy):
     """Records of a run and what it printed."""
-    script = [str(EXAMPLES / "several_devices.py"), "--strategy", strategy, "--devices", "2", "--steps", "120"]
-    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, *launcher, *script],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=140,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return records(folder), shown(done.stdout)
+    script = [str(EXAMPLES / "several_devices.py"), "--strategy", strategy, "--devices", "2", "--steps", "120"]
+    code, printed = run_forked(launcher, str(folder), *script, timeout=140)
+    assert code == 0, printed[-3000:]
+    return records(folder), shown(printed)
+
+
+def started_by_lightning(folder, script, *arguments):
+    """`python SCRIPT`, which starts the second rank itself."""
+    in_reach_of_the_examples(folder)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def started_by_torchrun(folder, *script):
+    """`torchrun SCRIPT`, whose ranks are forked here: they do without imports of their own."""
+    in_reach_of_the_examples(folder)
+    torchrun.main(["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path", *script])
+
+
+def in_reach_of_the_examples(folder):
+    os.chdir(folder)
+    path = [str(EXAMPLES), str(EXAMPLES.parent)]
+    sys.path[:0] = path
+    os.environ["PYTHONPATH"] = os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])
 
 
 def test_several_devices_on_two_ranks_started_by_lightning_and_by_torchrun(run_folder):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ddp, shown_by_ddp = run_on_two_ranks(run_folder / "ddp", "ddp")
-    fsdp2, shown_by_fsdp2 = run_on_two_ranks(run_folder / "fsdp2", "fsdp2", *torchrun)
+    ddp, shown_by_ddp = run_on_two_ranks(run_folder / "ddp", started_by_lightning, "ddp")
+    fsdp2, shown_by_fsdp2 = run_on_two_ranks(run_folder / "fsdp2", started_by_torchrun, "fsdp2")
     for lines in (ddp, fsdp2):  # one file, of one rank
         assert [line["window"] for line in lines] == [2, 3]
     assert shown_by_ddp["merge/tokens"] == shown_by_fsdp2["merge/tokens"] > 1.9 * 120 * 8 * 33

@@ -4,19 +4,20 @@ At chosen moments, the same every time. `python -m benchmarks.faults` does it hu
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+from forks import run_forked
+
+from benchmarks.faults.__main__ import main
 from benchmarks.faults.signals import CHOSEN
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_run_that_was_killed_many_times_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.faults", "--chosen", "--json", str(tmp_path / "rows.json")]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    code, printed = run_forked(break_run, str(tmp_path / "rows.json"), timeout=200)
+    assert code == 0, printed
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["times"], row["runs"]) == (len(CHOSEN), 1)  # every kill came
     assert (row["differences"], row["unexplained"]) == (0, 0)
+
+
+def break_run(path):
+    main(["--chosen", "--json", path])

@@ -2,38 +2,50 @@
 
 import json
 import mmap
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_forked
 
+from benchmarks import memory
 from benchmarks.memory import MIB, RssMeter
 
-ROOT = Path(__file__).parents[1]
 PROMISE = 64  # MiB beyond window, scratch slot and block accumulator
 
+pytestmark = pytest.mark.xdist_group("memory")
 linux = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="only Linux tells a process's anonymous memory"
 )
 
 
-def measured(tmp_path, *arguments):
-    path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.memory", "--threads", "1", "--device", "cpu", "--json", str(path)]
-    finished = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "beyond" in finished.stdout
-    return {(row["store"], row["average"], row["slot_dtype"]): row for row in json.loads(path.read_text())}
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Rows of the 110M model and of all cases of a smaller one, by store, average and dtype of the slots."""
+    large, small = (tmp_path_factory.mktemp("memory") / name for name in ("large.json", "small.json"))
+    code, printed = run_forked(measure, str(large), str(small))
+    assert code == 0, printed
+    assert "beyond" in printed
+    return [
+        {(row["store"], row["average"], row["slot_dtype"]): row for row in json.loads(path.read_text())}
+        for path in (large, small)
+    ]
+
+
+def measure(large, small):
+    """Both in one process, whose rows are processes of one server: its imports take longer than they do."""
+    everywhere = ["--threads", "1", "--device", "cpu"]
+    selected = ["--stores", "device", "disk", "--averages", "last", "--slot-dtypes", "same"]
+    memory.main([*everywhere, "--json", large, *selected])
+    memory.main([*everywhere, "--json", small, "--quick"])
 
 
 @linux
 @pytest.mark.timeout(400)
-def test_merging_and_evaluating_a_110m_model_takes_no_second_one(tmp_path):
-    rows = measured(tmp_path, "--stores", "device", "disk", "--averages", "last", "--slot-dtypes", "same")
+def test_merging_and_evaluating_a_110m_model_takes_no_second_one(measured):
+    rows, _ = measured
     for row in rows.values():
         assert row["elements"] > 109e6
         assert (row["model_mib"], row["scratch_mib"], row["views"]) == (418, 0, 3)
@@ -44,8 +56,8 @@ def test_merging_and_evaluating_a_110m_model_takes_no_second_one(tmp_path):
 
 @linux
 @pytest.mark.timeout(400)
-def test_no_store_and_no_kind_of_snapshot_takes_more_than_promised(tmp_path):
-    rows = measured(tmp_path, "--quick")
+def test_no_store_and_no_kind_of_snapshot_takes_more_than_promised(measured):
+    _, rows = measured
     assert len(rows) == 3 * 2 * 2
     for (store, average, slot_dtype), row in rows.items():
         assert row["model_mib"] > 1.5 * PROMISE  # one more copy would show

@@ -97,10 +97,6 @@ def test_importing_the_package_loads_nothing_heavy():
     assert not loaded_by("import pretrain_merge") & HEAVY
 
 
-def test_the_probe_would_see_a_heavy_import():
-    assert {"torch", "lightning"} <= loaded_by("import pretrain_merge; pretrain_merge.ModelMerging")
-
-
 @pytest.mark.parametrize("name", LAYER_0)
 def test_layer_0_loads_no_torch(name):
     assert not loaded_by(f"import pretrain_merge.{name}") & HEAVY
@@ -108,7 +104,7 @@ def test_layer_0_loads_no_torch(name):
 
 def test_the_merger_loads_torch_and_no_trainer_nor_logger():
     loaded = loaded_by("import pretrain_merge; pretrain_merge.RollingMerger")
-    assert "torch" in loaded
+    assert "torch" in loaded  # so the probe would see a heavy import
     assert not loaded & (HEAVY - {"torch", "triton"})  # torch itself looks for triton
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accumulate import oracle
+from forks import run_code, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +22,6 @@ from pretrain_merge.accumulate.cpu_kernel import compile_kernel
 from pretrain_merge.accumulate.llvm import converts_float16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def run_python(code, *, warnings="error", **environment):
-    command = [sys.executable, "-W", warnings, "-c", code]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100)
 
 
 def normal(*shape, seed=0):
@@ -136,8 +132,9 @@ def test_merges_in_several_python_threads_do_not_disturb_each_other():
 
 def test_a_forked_process_can_merge_after_its_parent_did():
     code = """
-import os, torch
+import os, torch, warnings
 from pretrain_merge.accumulate import weighted_sum_
+warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside threads, torch's own included
 torch.set_num_threads(2)
 source, out = torch.ones(1 << 21), torch.zeros(1 << 21)
 weighted_sum_([out], [[source]] * 3, [1.0] * 3, backend="cpu")
@@ -148,10 +145,8 @@ if child == 0:  # NumPy looks at the result: torch's own threads do not survive 
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert (out == 3).all()
 """
-    finished = run_python(
-        code, warnings="ignore"
-    )  # newer Pythons warn of any fork beside threads, torch's own included
-    assert finished.returncode == 0, finished.stderr
+    status, printed = run_forked(run_code, code)
+    assert status == 0, printed
 
 
 def peak_growth(action):
@@ -196,7 +191,8 @@ accumulate.weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0])
 assert "llvmlite" in sys.modules
 assert "numba" not in sys.modules
 """
-    finished = run_python(code)
+    command = [sys.executable, "-W", "error", "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -217,8 +213,8 @@ message = str(caught[0].message)
 assert "llvmlite" in message and "pretrain-merge[fast]" in message and "plain torch" in message, message
 assert caught[0].filename == "<string>", caught[0].filename
 """
-    finished = run_python(code)
-    assert finished.returncode == 0, finished.stderr
+    status, printed = run_forked(run_code, code)
+    assert status == 0, printed
 
 
 def test_the_first_merge_of_a_process_is_not_held_up_by_compilation():
@@ -229,8 +225,9 @@ start = time.perf_counter()
 weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0], spread=True)
 print(time.perf_counter() - start)
 """
-    finished = run_python(code)
-    assert float(finished.stdout) < 10.0  # about 0.5 s on an idle machine
+    status, printed = run_forked(run_code, code)
+    assert status == 0, printed
+    assert float(printed) < 10.0  # about 0.5 s on an idle machine
 
 
 X86_TARGETS = ["haswell", "ivybridge", "skylake-avx512"]

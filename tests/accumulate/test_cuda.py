@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import run_code, run_forked
 
 pytest.importorskip("triton")
 
@@ -43,42 +44,33 @@ for dtype, loads_per_snapshot in ((tl.float32, 2), (tl.bfloat16, 1), (tl.float16
 """
 
 
-def run(command, **environment):
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, cwd=root, capture_output=True, text=True, timeout=500
-    )
-
-
 @pytest.mark.timeout(600)
 def test_the_kernel_keeps_the_contract_in_tritons_interpreter():
     contract = Path(__file__).with_name("test_contract.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(contract),
-        "-k",
-        "cuda",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    options = ["-n", "0", "-k", "cuda", "-q", "-p", "no:cacheprovider"]
     # The interpreter computes with NumPy, which warns where a GPU makes an infinity or a NaN.
-    finished = run([*command, "-W", "ignore::RuntimeWarning"], TRITON_INTERPRET="1")
+    options += ["-W", "ignore::RuntimeWarning"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", str(contract), *options],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert finished.returncode == 0, finished.stdout
     assert int(re.search(r"(\d+) passed", finished.stdout)[1]) > 100
     assert "skipped" not in finished.stdout
 
 
-def test_whole_blocks_move_sixteen_bytes_at_a_time_on_an_h100(tmp_path):
-    finished = run([sys.executable, "-c", WIDE_LOADS], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert finished.returncode == 0, finished.stderr
+def test_whole_blocks_move_sixteen_bytes_at_a_time_on_an_h100(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code, printed = run_forked(run_code, WIDE_LOADS)
+    assert code == 0, printed
 
 
-def test_without_a_gpu_the_cuda_backend_refuses_cpu_tensors():
+def test_without_a_gpu_the_cuda_backend_refuses_cpu_tensors(monkeypatch):
     code = """
 import torch
 from pretrain_merge.accumulate import weighted_sum_
@@ -90,5 +82,6 @@ except MergeInputError as error:
 else:
     raise SystemExit("not refused")
 """
-    finished = run([sys.executable, "-c", code], TRITON_INTERPRET="0")
-    assert finished.returncode == 0, finished.stderr
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    status, printed = run_forked(run_code, code)
+    assert status == 0, printed

@@ -10,7 +10,7 @@ from pretrain_merge.errors import MergeInputError
 from pretrain_merge.stores.streaming import merge_from_host_, merge_streamed_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(200,), (), (0, 4), (13, 11), (1,), (16, 3, 3), (1025,)]
+SHAPES = [(200,), (), (0, 4), (13, 11), (1,), (16, 3, 3), (257,)]
 
 
 def tensors(seed, dtypes):
