@@ -15,7 +15,6 @@ from benchmarks.memory import MIB, RssMeter
 
 PROMISE = 64  # MiB beyond window, scratch slot and block accumulator
 
-pytestmark = pytest.mark.xdist_group("memory")
 linux = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="only Linux tells a process's anonymous memory"
 )
