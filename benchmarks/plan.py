@@ -1,13 +1,14 @@
-"""How far the times that `pretrain-merge plan` predicts are from those measured, with the bandwidth measured here.
+"""How far the times that `pretrain-merge plan` predicts are from those measured, with the rates measured here.
 
     python -m benchmarks.plan [--json FILE] [--quick] [--snapshots 10] [--folder FOLDER] [--device cuda]
 
-In every round one `copy_` of the model is timed and gives the bandwidth, and a check of tensors that stay in the cache
-its comparisons; for the disk store, one thread also writes as many bytes into a new file, in pieces as large as the
-store's. The plan of a one-rank run with these rates
-predicts a snapshot, a sample of a block, and a merge of the whole window with raw put back; the same is then done by
-`RollingMerger`. For an evaluation, the measured
-step of a small transformer predicts a forward pass. `ratio` is measured / predicted, the median of rounds.
+In every round one `copy_` of the model is timed and gives the bandwidth. On a CPU a finite check and a rounding copy of
+tensors that stay in the cache give the rates of their arithmetic: what they take beyond a plain copy of as many bytes
+there. For the disk store one thread also copies as many bytes, which another writes into a new file; the system holds
+some writes up, so the rate is that of the lower quartile. The plan of a one-rank run with these rates predicts a
+snapshot, a sample of a block, and a merge of the whole window with raw put back; the same is then done by
+`RollingMerger`. For an evaluation, the measured step of a small transformer predicts a forward pass. `ratio` is
+measured / predicted, the median of rounds. The last line gives the rates to `pretrain-merge plan`.
 """
 
 import argparse
@@ -15,20 +16,20 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import rates
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
-from pretrain_merge import RollingMerger, snapshot
+from pretrain_merge import RollingMerger
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.demo.corpus import VOCAB_SIZE
-from pretrain_merge.plan import HARDWARE, Layout, Merging, Model, Question, Training, make_plan
-from pretrain_merge.stores.disk import STAGING_BYTES
+from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Question, Training, make_plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = {
@@ -42,7 +43,7 @@ COLUMNS = {
     "highest": "ratio_highest",
 }
 _EVALUATED = 2048  # tokens of the small transformer's batch
-_CACHED, _REPEATS = 2**16, 64  # elements of a tensor that stays in the cache, and its checks in one timing
+_RATES = ("memory_rate", "file_rate", "check_rate", "rounding_rate")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class Case:
     store: str
     average: str = "last"
     slot_dtype: str | None = None
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of what a snapshot is taken from, and of a slot."""
+        live = DTYPES[self.dtype]
+        slot = DTYPES[self.slot_dtype] if self.slot_dtype else live
+        return torch.float32 if self.average == "block" else live, slot
 
     def __str__(self) -> str:
         return ", ".join([self.store, self.average, *([self.slot_dtype] if self.slot_dtype else [])])
@@ -76,10 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     print(f"{machine(device)}; torch {torch.__version__}")
     rows = []
     for case in CASES:
+        if case.store == "disk" and device.type != "cpu":
+            continue  # that takes a link, and a disk past the page cache, whose rates are not measured here
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             rows += _rows_of(case, device, Path(folder), options)
     rows.append(_evaluation(device, options))
     show(f"window of {options.snapshots}, {rows[0]['elements'] / 2**20:.1f} Mi elements", rows, COLUMNS)
+    print("pretrain-merge plan", *(f"--measured.{name} {rate:.3g}" for name, rate in _median_rates(rows).items()))
     write_json(options.json, rows)
     return rows
 
@@ -98,11 +109,15 @@ def _rows_of(case: Case, device: torch.device, folder: Path, options: argparse.N
     operations, close = _operations(case, module, folder, options.snapshots)
     label = f"{case.dtype}, {case}"
     rounds = 3 if options.quick else options.rounds
-    timed = interleave(operations, _copy_all(tensors), rounds=rounds, device=device, label=label)
+    if device.type == "cpu":
+        operations |= rates.in_cache(*case.dtypes)
+    timed = interleave(operations, rates.copy_all(tensors), rounds=rounds, device=device, label=label)
     close()
-    about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds}
+    copied = next(iter(timed.values())).yardstick
+    measured = rates.rates_of_rounds(timed, copied, _num_bytes(module), *(dtype.itemsize for dtype in case.dtypes))
+    about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds} | _medians(measured)
     return [
-        _row(case, what, timing, _predictions(case, what, tensors, timed, options.snapshots), device, about)
+        _row(case, what, timing, _predictions(case, what, tensors, measured, options.snapshots), device, about)
         for what, timing in timed.items()
         if what in ("capture", "sample", "merge")
     ]
@@ -128,17 +143,15 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
         with merger.merged(module, "sma"):
             pass
 
-    rates: dict[str, Action] = {"check": _check_in_cache(case)}
     if case.store == "disk":
-        write, clear = _file_of(module, folder / "written")
 
         def settle() -> None:  # not part of what a run waits for
             merger._snapshots._store._finish()  # type: ignore[union-attr]
 
-        disk = {"write": write, "clear": clear, "capture": capture, "settle": settle, "merge": merge}
-        return rates | disk, merger.close
+        written = rates.into_file(_num_bytes(module), folder / "written")
+        return written | {"capture": capture, "settle": settle, "merge": merge}, merger.close
     if case.average == "last":
-        return rates | {"capture": capture, "merge": merge}, merger.close
+        return {"capture": capture, "merge": merge}, merger.close
     # within an interval that does not end, every step is a sample
     sampler = RollingMerger(every=10**9, store_folder=str(folder / "samples"), **common)
     sampled = itertools.count(1)
@@ -147,39 +160,44 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
     def sample() -> None:
         sampler.observe(module, next(sampled))
 
-    return rates | {"sample": sample, "merge": merge}, lambda: (merger.close(), sampler.close())
+    return {"sample": sample, "merge": merge}, lambda: (merger.close(), sampler.close())
 
 
 def _predictions(
-    case: Case, what: str, tensors: Sequence[Tensor], timed: Mapping[str, Timing], num_snapshots: int
+    case: Case, what: str, tensors: Sequence[Tensor], measured: Sequence[Measured], num_snapshots: int
 ) -> list[float]:
     """Seconds that the plan gives, round by round, with the rates of that round."""
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    itemsize = tensors[0].element_size()
     merging = Merging(
         every=Quantity(1),
         window=num_snapshots,
         views=(num_snapshots,),
         average=case.average,
         store=case.store,
-        itemsize=itemsize,
-        slot_itemsize=DTYPES[case.slot_dtype].itemsize if case.slot_dtype else itemsize,
+        itemsize=tensors[0].element_size(),
+        slot_itemsize=case.dtypes[1].itemsize,
     )
     model = Model("measured", tuple(tuple(tensor.shape) for tensor in tensors), sum(t.numel() for t in tensors))
-    rounds = timed[what].yardstick
-    wrote = timed["write"].seconds if "write" in timed else [1.0] * len(rounds)
     predictions = []
-    for copied, wrote_in, checked_in in zip(rounds, wrote, timed["check"].seconds, strict=True):
-        hardware = replace(
-            HARDWARE["cpu"],
-            memory_rate=2 * num_bytes / copied,
-            file_rate=num_bytes / wrote_in,
-            check_rate=_CACHED * _REPEATS / checked_in,
-        )
+    for figures in measured:
+        hardware = figures.over(HARDWARE["cpu"])
         question = Question(model, Layout(), hardware, merging, Training(1, 1, step_seconds=1.0))
         # of a capture to the disk only what the run waits for: here there is no training that it could go on beside
         predictions.append(sum(move.seconds for move in make_plan(question).costs[what].moves))
     return predictions
+
+
+def _medians(measured: Sequence[Measured]) -> dict[str, float]:
+    """Every rate that was measured, its median over rounds."""
+    rounds = [asdict(figures) for figures in measured]
+    found = {name: [figures[name] for figures in rounds if figures[name] is not None] for name in _RATES}
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+def _median_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The same over all rows of float32 models."""
+    of_float32 = [row for row in rows if row["dtype"] == "float32"]
+    found = {name: [row[name] for row in of_float32 if name in row] for name in _RATES}
+    return {name: statistics.median(values) for name, values in found.items() if values}
 
 
 def _row(
@@ -246,38 +264,8 @@ def _evaluation(device: torch.device, options: argparse.Namespace) -> dict[str, 
     return _row(Case("float32", "device"), "evaluation", timing, predictions, device, about)
 
 
-def _check_in_cache(case: Case) -> Action:
-    dtype = torch.float32 if case.average == "block" else DTYPES[case.dtype]
-    tensors = [torch.randn(_CACHED).to(dtype)] * _REPEATS
-    return lambda: snapshot.all_finite(tensors)
-
-
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
-
-
-def _file_of(module: nn.Module, path: Path) -> tuple[Action, Action]:
-    """One thread writes the model's bytes into a new file, in pieces as large as the disk store's; and away."""
-    num_bytes = _num_bytes(module)
-    buffer = memoryview(bytearray(STAGING_BYTES // 2))
-
-    def write() -> None:
-        with path.open("wb", buffering=0) as file:
-            for start in range(0, num_bytes, len(buffer)):
-                file.write(buffer[: min(len(buffer), num_bytes - start)])
-
-    return write, lambda: path.unlink(missing_ok=True)
-
-
-def _copy_all(sources: Sequence[Tensor]) -> Action:
-    targets = [torch.empty_like(tensor, requires_grad=False) for tensor in sources]
-
-    @torch.no_grad()
-    def copy() -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-
-    return copy
 
 
 def _parser() -> argparse.ArgumentParser:

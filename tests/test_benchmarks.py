@@ -8,6 +8,9 @@ import sys
 import pytest
 from forks import run_forked
 
+from benchmarks.measure import Timing
+from benchmarks.rates import rates_of_rounds
+
 ALWAYS = {"machine", "torch", "elements"}
 RATIOS = {"seconds", "ratio_to_copy"}
 
@@ -110,8 +113,21 @@ def test_plan(run, tmp_path):
     for row in rows:
         assert 0 < row["ratio_lowest"] <= row["ratio_to_predicted"] <= row["ratio_highest"] < math.inf
         assert row["predicted_seconds"] > 0 < row["seconds"]
+        assert row["what"] == "evaluation" or row["memory_rate"] > 0
     assert "predicted" in printed
+    assert "pretrain-merge plan --measured.memory_rate " in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_of_arithmetic_is_what_a_copy_of_the_same_bytes_does_not_explain():
+    seconds = {"cached copy": 0.8, "cached check": 0.9, "cached rounding": 0.5}
+    timed = {name: Timing((value,), (1.0,)) for name, value in seconds.items()}
+    (figures,) = rates_of_rounds(timed, [2.0], 10**9, 4, 2)
+    elements = 2**16 * 64
+    assert figures.memory_rate == 10**9
+    assert figures.check_rate == pytest.approx(elements / (0.9 - 0.4))  # reads half of what a copy moves
+    assert figures.rounding_rate is None  # 0.6 s of moving, so nothing is left
+    assert figures.file_rate is None
 
 
 # `memory` is run by test_memory.py, which also holds its figures to the promise.

@@ -23,12 +23,13 @@ class Hardware:
         device_bytes: Memory of one rank's device; None where tensors live in host memory anyway (a CPU).
         memory_rate: Bytes per second that a copy on the device moves, read plus written.
         link_rate: Bytes per second between a device and its host, in one direction; None without a device.
-        file_rate: Bytes per second at which one thread writes a file into the page cache.
+        file_rate: Bytes per second that one thread copies and another writes into a file in the page cache.
         host_bytes: Memory of one host.
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together, written or read.
         ranks_per_host: Devices of one host.
-        check_rate: Elements per second of the finite check where memory is no bound; None: memory always is.
+        check_rate: Elements per second of the finite check's comparisons, on top of reading; None: hidden behind it.
+        rounding_rate: Elements per second rounded to a smaller dtype, on top of the copy; None: hidden behind it.
     """
 
     flops: float
@@ -41,6 +42,7 @@ class Hardware:
     disk_rate: float
     ranks_per_host: int
     check_rate: float | None = None
+    rounding_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Measured:
         device_bytes: Memory of one device.
         memory_rate: Bytes per second that a copy on the device moves, read plus written.
         link_rate: Bytes per second between a device and its host, in one direction.
-        file_rate: Bytes per second at which one thread writes a file into the page cache.
+        file_rate: Bytes per second that one thread copies and another writes into a file in the page cache.
         host_bytes: Memory of one host.
         disk_bytes: Local storage of one host.
         disk_rate: Bytes per second of all local disks of a host together.
         ranks_per_host: Ranks that share a host.
-        check_rate: Elements per second of the finite check where memory is no bound.
+        check_rate: Elements per second of the finite check's comparisons, on top of reading.
+        rounding_rate: Elements per second rounded to a smaller dtype, on top of the copy.
     """
 
     flops: float | None = None
@@ -70,6 +73,7 @@ class Measured:
     disk_rate: float | None = None
     ranks_per_host: int | None = None
     check_rate: float | None = None
+    rounding_rate: float | None = None
 
     def over(self, hardware: Hardware) -> Hardware:
         """The hardware with these figures.
@@ -86,7 +90,7 @@ class Measured:
         return replace(hardware, **given)
 
 
-# One thread's write() into the page cache is a copy and the pages for it; `benchmarks.plan` measures it.
+# A thread's write() into the page cache is a copy and the pages for it; `benchmarks.plan` measures it.
 _FILE_RATE = 2e9
 # Eight U.2 drives of 3.84 TB, as in DGX systems (NVIDIA DGX A100 and DGX H100 data sheets: 30 TB of NVMe, 2 TB of
 # memory); a drive of that kind writes 3.8 GB/s in sequence (Samsung PM1733 data sheet).

@@ -18,9 +18,10 @@ class Move:
     """So much of something, at so much per second.
 
     Attributes:
-        amount: Bytes read and written, elements checked, or tokens evaluated.
+        amount: Bytes read and written, elements checked or rounded, or tokens evaluated.
         rate: The same per second.
-        through: "memory", "link", "page cache" or "disk" for bytes; "checks" for elements; "model" for tokens.
+        through: "memory", "link", "page cache" or "disk" for bytes; "checks" or "rounding" for elements; "model" for
+            tokens.
     """
 
     amount: int
@@ -54,15 +55,16 @@ class Operations:
     def capture(self) -> tuple[Move, ...]:
         """The finite check reads once; a block's mean is made in place; then the copy, where that holds up the run."""
         merging = self.merging
-        total = merging.accumulator_itemsize
-        source = total if merging.in_blocks else merging.itemsize
-        moves = [self._checked(source)]
+        source = merging.accumulator_itemsize if merging.in_blocks else merging.itemsize
+        moves = [self._in_memory(source), *self._worked("checks", self.hardware.check_rate)]
         if merging.in_blocks:
-            moves.append(self._summed(read=total, written=total))
+            moves.append(self._summed(read=source, written=source))
         if self.store == "disk":
             moves.append(Move(self._slot_bytes, self.hardware.file_rate, "page cache"))
         elif not self._is_beside():
             moves.append(self._in_memory(source + merging.slot_itemsize))
+            if merging.slot_itemsize < source:
+                moves += self._worked("rounding", self.hardware.rounding_rate)
         return _added_up(moves)
 
     def after_capture(self) -> tuple[Move, ...]:
@@ -83,8 +85,9 @@ class Operations:
             views.insert(0, self.merging.window)
         merging = self.merging
         within = self._in_memory(merging.slot_itemsize + merging.itemsize)
-        aside_and_back = self._in_memory(4 * merging.itemsize)
-        raw = aside_and_back if merging.has_scratch else self._from_elsewhere(1) or within
+        # aside and back; the pages that a CPU's copy gets for this evaluation are zeroed first
+        through_scratch = self._in_memory((4 if self.hardware.link_rate else 5) * merging.itemsize)
+        raw = through_scratch if merging.has_scratch else self._from_elsewhere(1) or within
         return _added_up([*map(self._merged, views), raw])
 
     def _merged(self, number: int) -> Move:
@@ -103,16 +106,14 @@ class Operations:
     def _summed(self, *, read: int, written: int) -> Move:
         """A pass of the merge kernel, of so many bytes per element.
 
-        On a CPU its output goes past the cache, so a core waits for what it reads only. A copy's ordinary stores make
-        it fetch what they overwrite, so a copy waits for two bytes per byte: its rate counts both.
+        An ordinary store on a CPU fetches the line that it overwrites and later writes it back; a copy's rate counts
+        both as one. The kernel's own stores go past the cache and spare the first.
         """
-        return self._in_memory(read + (written if self.hardware.link_rate else 0))
+        return self._in_memory(read + (written if self.hardware.link_rate else written // 2))
 
-    def _checked(self, itemsize: int) -> Move:
-        """The finite check reads everything once, as fast as memory or as its comparisons, whichever is slower."""
-        memory, rate = self._in_memory(itemsize), self.hardware.check_rate
-        checks = Move(self.elements, rate, "checks") if rate is not None else memory
-        return max(memory, checks, key=lambda move: move.seconds)
+    def _worked(self, what: str, rate: float | None) -> tuple[Move, ...]:
+        """Arithmetic on top of moving bytes: a core hides only part of it behind its waiting for them."""
+        return (Move(self.elements, rate, what),) if rate is not None else ()
 
     def _is_beside(self) -> bool:
         return self.store == "host" and self.hardware.link_rate is not None

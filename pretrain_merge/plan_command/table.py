@@ -124,8 +124,8 @@ def _origin(cost: Cost) -> str:
 def _moved(move: Move) -> str:
     if move.through == "model":
         return f"{_count(move.amount)} tokens / {_count(move.rate)} tokens/s"
-    if move.through == "checks":
-        return f"{_count(move.amount)} elements / {_count(move.rate)} elements/s checked"
+    if move.through in ("checks", "rounding"):
+        return f"{_count(move.amount)} elements / {_count(move.rate)}/s of {move.through}"
     return f"{_size(move.amount)} / {_size(move.rate)}/s of {move.through}"
 
 

@@ -634,6 +634,20 @@ FAULTS = (
         _PLAN,
     ),
     Fault(
+        "the plan takes the pages of a copy aside for granted",
+        "plan/times.py",
+        "(4 if self.hardware.link_rate else 5)",
+        "4",
+        _PLAN,
+    ),
+    Fault(
+        "the plan hides a core's arithmetic behind memory",
+        "plan/times.py",
+        "if rate is not None else ()",
+        "if rate is None else ()",
+        _PLAN,
+    ),
+    Fault(
         "the plan reads the paper's rows in straight lines",
         "plan/paper.py",
         "position = math.log(activated / below.parameters) / math.log(above.parameters / below.parameters)",

@@ -254,7 +254,7 @@ def test_what_moves_on_the_device(merging, capture, merge):
 
 def test_a_sample_reads_the_model_and_reads_and_writes_the_sum():
     sample = asked(MODEL, average="block", sample_every=5, itemsize=2, slot_itemsize=2).costs["sample"]
-    assert moved(sample) == [(N * (2 + 4), "memory")]  # what is written goes past a CPU's cache
+    assert moved(sample) == [(N * (2 + 4 + 4 // 2), "memory")]  # on a CPU a sum's stores fetch nothing
     on_gpu = asked(MODEL, hardware=GPU, average="block", itemsize=2, slot_itemsize=2).costs["sample"]
     assert moved(on_gpu) == [(N * (2 + 4 + 4), "memory")]
     assert sample.period == 5 * STEP
@@ -284,15 +284,36 @@ def test_the_disk_takes_a_snapshot_from_the_page_cache():
         assert moved(costs["capture"]) == [(share, "memory"), (share, "page cache")]
         assert [move.rate for move in costs["capture"].beside] == [GPU.disk_rate / 2]  # two ranks on the host
     assert moved(on_gpu["merge"]) == [((3 + 1) * share, "disk")]
-    assert moved(on_cpu["merge"]) == [((3 + 2) * share, "memory")]
+    assert moved(on_cpu["merge"]) == [((3 + 2) * share + share // 2, "memory")]
     small = asked(MODEL, hardware=Measured(host_bytes=10**7).over(CPU), store="disk").costs
     assert moved(small["merge"]) == [((3 + 1) * N * 4, "disk")]
 
 
-def test_a_check_takes_as_long_as_its_comparisons_where_those_are_slower_than_memory():
-    fast, slow = (Measured(check_rate=rate).over(CPU) for rate in (3e9, 1e8))
-    assert moved(asked(MODEL, hardware=fast).costs["capture"]) == [((1 + 2) * N * 4, "memory")]
-    assert moved(asked(MODEL, hardware=slow).costs["capture"]) == [(N, "checks"), (2 * N * 4, "memory")]
+def test_a_copy_aside_on_a_cpu_is_made_in_pages_that_are_zeroed_first():
+    on_cpu, on_gpu = (asked(MODEL, hardware=item, slot_itemsize=2).costs["merge"] for item in (CPU, GPU))
+    assert moved(on_cpu) == [(N * (3 * 2 + 4 // 2 + 5 * 4), "memory")]
+    assert moved(on_gpu) == [(N * (3 * 2 + 4 + 4 * 4), "memory")]
+
+
+@pytest.mark.parametrize(
+    ("merging", "capture"),
+    [
+        ({}, [(3 * N * 4, "memory"), (N, "checks")]),
+        ({"slot_itemsize": 2}, [(N * (4 + 4 + 2), "memory"), (N, "checks"), (N, "rounding")]),
+        # a mean in float32, whatever the model's dtype
+        (
+            {"average": "block", "itemsize": 2, "slot_itemsize": 2},
+            [(N * (4 + 6 + 4 + 2), "memory"), (N, "checks"), (N, "rounding")],
+        ),
+    ],
+)
+def test_a_measured_rate_of_arithmetic_comes_on_top_of_moving(merging, capture):
+    hardware = Measured(check_rate=3e9, rounding_rate=5e9).over(CPU)
+    cost = asked(MODEL, hardware=hardware, **merging).costs["capture"]
+    assert moved(cost) == capture
+    of_memory, *others = asked(MODEL, **merging).costs["capture"].moves
+    assert not others
+    assert cost.seconds == pytest.approx(of_memory.seconds + N / 3e9 + (N / 5e9 if len(capture) == 3 else 0))
 
 
 def test_an_evaluation_costs_a_third_of_a_step_per_token_and_pass():
