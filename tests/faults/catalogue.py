@@ -351,7 +351,7 @@ FAULTS = (
     ),
     Fault(
         "a waiting signal does not end the pass",
-        "evaluate.py",
+        "lockstep.py",
         "if num_more and num_interrupted:",
         "if False:",
         _EVALUATE,
@@ -579,6 +579,20 @@ FAULTS = (
         "return reduction.over_ranks(parts)",
         "return {name: part.value for name, part in parts.items()}",
         "tests/test_metrics_over_ranks.py",
+    ),
+    Fault(
+        "a rank that failed is waited for in an exchange that is no agreement",
+        "ranks.py",
+        '    _meet("exchange values")\n',
+        "",
+        "tests/test_failures_on_ranks.py",
+    ),
+    Fault(
+        "a failure while another is handled is not told",
+        "ranks.py",
+        "if error is None or error is handled:",
+        "if error is None:",
+        "tests/test_ranks.py",
     ),
     Fault(
         "a rank that has no batch of a loader runs ahead of the others",
