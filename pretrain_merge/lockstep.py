@@ -3,10 +3,14 @@
 This module knows Lightning's evaluation loop and how ranks agree. It knows no weights and no metrics' values.
 """
 
+import time
 from typing import Any
 
 from pretrain_merge import interrupts, loaders, ranks
 from pretrain_merge.errors import EvaluationError
+
+_SKEW = 2.0  # seconds between the first and the last rank that gets a signal
+_PAUSE = 0.01
 
 
 class Lockstep:
@@ -71,6 +75,7 @@ class Lockstep:
         num_more, num_interrupted, num_syncing = self._agree(has_more, interrupts.requested(), syncs)
         num_ranks = ranks.num_ranks()
         if num_more and num_interrupted:
+            self._let_the_signal_reach_all(num_interrupted)
             raise loaders.EvaluationInterrupted
         if self._is_sharded and 0 < num_more < num_ranks:
             raise EvaluationError(
@@ -85,6 +90,13 @@ class Lockstep:
                 f"tensor, or update the object in validation_step and log it in on_validation_epoch_end."
             )
         return num_more > 0
+
+    def _let_the_signal_reach_all(self, num_signalled: int) -> None:
+        """A launcher signals one rank after another, and Lightning's handler waits for that of the other ranks."""
+        deadline, num_waiting = time.monotonic() + _SKEW, 1
+        while num_signalled < ranks.num_ranks() and num_waiting:
+            time.sleep(_PAUSE)
+            num_signalled, num_waiting, _ = self._agree(interrupts.requested(), time.monotonic() < deadline)
 
 
 def _num_loaders(loop: Any) -> int:

@@ -1,8 +1,14 @@
 """Ranks with unequal numbers of validation batches, or none: right metrics or a clear error, and no hang."""
 
+import os
+import signal
+import threading
+import time
 import warnings
+from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_ranks import trainer_on_ranks
 from ranks import on_ranks
 from test_metrics_over_ranks import Model, OwnRows, Rows, Weights, expected
@@ -48,6 +54,33 @@ def all_runs(folder):
     return runs
 
 
+class Signalled(SeveralLoaders):
+    """Both ranks get a SIGTERM inside a merge, one of them later, as from a launcher."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if self.trainer.global_step == 2 and batch_idx == 0:
+            threading.Timer(0.5 * self.global_rank, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(0.1 * (1 - self.global_rank))
+
+
+def signalled_runs(folder):
+    warnings.simplefilter("ignore")
+    runs = {}
+    for kind in ("ddp", "fsdp2"):
+        saving = ModelCheckpoint(
+            f"{folder}/{kind}", every_n_train_steps=1000, filename="{step}", save_on_exception=True
+        )
+        merging = ModelMerging(window=2, every=1, views=["sma"])
+        trainer = trainer_on_ranks(kind, f"{folder}/{kind}", merging, saving, max_steps=4, enable_checkpointing=True)
+        try:
+            trainer.fit(Signalled(kind == "fsdp2", False), DataLoader(Rows(0), 4), DataLoader(Rows(1), 2))
+        except BaseException as error:
+            saved = sorted(path.name for path in Path(folder, kind).glob("*.ckpt"))
+            runs[kind] = [type(error).__name__, trainer.global_step, saved, merging.last_record is None]
+    return runs
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return on_ranks(all_runs, str(tmp_path_factory.mktemp("lockstep")), timeout=60)
@@ -74,3 +107,9 @@ def test_an_object_of_torchmetrics_that_one_rank_lacks_is_an_error_on_all(runs):
 def test_a_sharded_model_wants_the_same_number_of_batches_from_each_loader(runs):
     for rank in runs:
         assert "validation loader 0: 1 ranks have no validation batch left" in rank["sharded"]["error"]
+
+
+def test_a_signal_that_reaches_one_rank_later_ends_all_inside_the_merge(tmp_path):
+    for rank in on_ranks(signalled_runs, str(tmp_path), timeout=40):
+        for kind in ("ddp", "fsdp2"):
+            assert rank[kind] == ["SIGTERMException", 2, ["step=2.ckpt"], True]
