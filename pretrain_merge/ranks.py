@@ -15,7 +15,6 @@ import torch.distributed as dist
 from pretrain_merge.errors import RankError
 
 _T = TypeVar("_T")
-_NumberT = TypeVar("_NumberT", int, float)
 _ErrorT = TypeVar("_ErrorT", bound=BaseException)
 _NUM_FLAGS = 3
 _TOLD = "_told_to_all_ranks"
@@ -74,7 +73,7 @@ def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]
         raise
 
 
-def _meet(what: str, *flags: bool) -> list[int]:
+def _meet(what: str, *flags: int) -> list[int]:
     counts = _summed([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
     if counts[0]:
         raise _told(RankError(f"cannot {what}: {_reasons(None)}"))
@@ -113,12 +112,14 @@ def gather(value: _T) -> list[_T]:
     return _gathered(value)
 
 
-def sum_over_ranks(numbers: Sequence[_NumberT]) -> list[_NumberT]:
-    """Sums over all ranks, of integers in int64 and of floats in float64.
+def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
+    """Sums over all ranks, in int64.
 
     Raises:
         RankError: As `gather`.
     """
+    if len(numbers) <= _NUM_FLAGS:
+        return _meet("add up numbers", *numbers)[: len(numbers)]
     _meet("add up numbers")
     return _summed(numbers)
 
@@ -130,11 +131,11 @@ def _gathered(value: _T) -> list[_T]:
     return values
 
 
-def _summed(numbers: Sequence[_NumberT], *, patience: timedelta | None = None) -> list[_NumberT]:
+def _summed(numbers: Sequence[int], *, patience: timedelta | None = None) -> list[int]:
     if num_ranks() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
-    total = torch.tensor(numbers, dtype=dtype, device=device)
+    total = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(total, async_op=True).wait(*[patience] if patience else [])
-    return total.tolist()
+    sums: list[int] = total.tolist()
+    return sums

@@ -159,6 +159,18 @@ def fail(error, reason):
 RESTORING = {"_find": (CheckpointError, "not on this node"), "_fill": (MemoryError, "no room here")}
 
 
+class Tokens:
+    """Tells the tokens of a batch, and on one rank not those of the second."""
+
+    num_told = 0
+
+    def __call__(self, batch):
+        self.num_told += 1
+        if torch.distributed.get_rank() == 1 and self.num_told == 2:
+            raise ValueError("no tokens")
+        return 2
+
+
 def evaluator(module):
     if torch.distributed.get_rank() == 1:
         raise ValueError("a benchmark failed")
@@ -189,6 +201,10 @@ def all_runs(folder):
         runs[f"{kind}, window folder"] = run(kind, f"{folder}/{kind}-folder", window_folder=f"{folder}/file/window")
         here = torch.distributed.get_rank() == 1
         runs[f"{kind}, configuration"] = run(kind, f"{folder}/{kind}-configuration", every=1 + here)
+        tokens = {"every": "4 tokens", "tokens_per_batch": Tokens()}
+        runs[f"{kind}, tokens"] = run(kind, f"{folder}/{kind}-tokens", **tokens)
+        with broken_here(DurableWindow, "keep", on_rank=0):
+            runs[f"{kind}, end"] = run(kind, f"{folder}/{kind}-end")
         whole = f"{folder}/{kind}-whole"
         run(kind, whole, saves_every=4)
         for fails_at, error in RESTORING.items():
@@ -318,6 +334,21 @@ def test_a_window_that_one_rank_cannot_find_is_missing_on_all(runs, kind):
     assert "another rank could not read it" in errors[0]
     assert "not on this node" in errors[1]
     assert all(error.startswith("CheckpointError") and "on_missing='refill'" in error for error in errors)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_tokens_that_one_rank_cannot_count_end_the_run_on_all(runs, kind):
+    errors = [rank[f"{kind}, tokens"]["error"] for rank in runs]
+    assert errors[0].startswith("ProgressError: another rank could not count its batch")
+    assert errors[1].startswith("ProgressError: a cadence counts tokens, and a batch of type Tensor does not tell")
+    assert [rank[f"{kind}, tokens"]["saved"] for rank in runs] == [["step=2.ckpt"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_window_that_one_rank_cannot_keep_at_the_end_is_an_error_on_all(runs, kind):
+    errors = [rank[f"{kind}, end"]["error"] for rank in runs]
+    assert errors[0] == "OSError: [Errno 28] No space left on device"
+    assert f"rank 0 failed with {errors[0]}" in errors[1]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

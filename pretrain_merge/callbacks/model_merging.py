@@ -252,7 +252,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
-        self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
+        with ranks.together("keep the window of the end"):
+            self._remember(
+                lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
