@@ -284,7 +284,7 @@ def failure_in_a_forward(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return on_ranks(all_runs, str(tmp_path_factory.mktemp("failures")), timeout=50)
+    return on_ranks(all_runs, str(tmp_path_factory.mktemp("failures")), timeout=120)
 
 
 REASONS = {

@@ -110,6 +110,6 @@ def test_a_sharded_model_wants_the_same_number_of_batches_from_each_loader(runs)
 
 
 def test_a_signal_that_reaches_one_rank_later_ends_all_inside_the_merge(tmp_path):
-    for rank in on_ranks(signalled_runs, str(tmp_path), timeout=40):
+    for rank in on_ranks(signalled_runs, str(tmp_path), timeout=60):
         for kind in ("ddp", "fsdp2"):
             assert rank[kind] == ["SIGTERMException", 2, ["step=2.ckpt"], True]
