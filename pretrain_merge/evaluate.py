@@ -7,7 +7,7 @@ stand-in while it runs (`isolation`), and loaders are iterated by iterators of o
 
 On several ranks Lightning's own syncing of `self.log` is off: each rank measures its part of the data, and all metrics
 are reduced together once, after the pass, whether or not the user asked for `sync_dist`. Objects of torchmetrics sync
-themselves, as in any validation. Before each batch the ranks agree to go on, in one small reduction.
+themselves, as in any validation. Before each batch the ranks agree to go on (`lockstep`).
 """
 
 import math
@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from pretrain_merge import interrupts, isolation, loaders, ranks, reduction, snapshot
 from pretrain_merge.errors import EvaluationError
+from pretrain_merge.lockstep import Lockstep
 from pretrain_merge.notices import Notices
 from pretrain_merge.reduction import How, Part
 
 Evaluator = Callable[[Any], Mapping[str, float]]
-GoOn = Callable[[bool], bool]
 # A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
 _PATIENCE = timedelta(minutes=1)
 
@@ -83,13 +83,13 @@ def isolated(
             is_sharded = snapshot.is_sharded(module)
             together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
             with together as agree, torch.no_grad(), isolation.module_kept(module):
-                go_on = _agreement(agree, is_sharded=is_sharded)
-                go_on(True)
+                lockstep = Lockstep(agree, is_sharded=is_sharded)
+                lockstep.start()
                 bar.reset()
                 bar.set_description(f"evaluating {label}")
                 if data is not None:
                     random_state()
-                    parts |= _validate(trainer, data, bar, go_on)
+                    parts |= _validate(trainer, data, bar, lockstep)
                 for name, evaluator in (evaluators or {}).items():
                     random_state()
                     module.eval()
@@ -107,29 +107,10 @@ def data_share(trainer: Any) -> float:
     return float(sampler["num_replicas"]) / float(trainer.world_size)
 
 
-def _agreement(agree: ranks.Agree, *, is_sharded: bool) -> GoOn:
-    """Whether any rank has something left to do; each says of itself, and all leave together where a signal waits."""
-
-    def go_on(has_more: bool) -> bool:
-        num_more, num_interrupted, num_done = agree(has_more, interrupts.requested(), not has_more)
-        if num_more and num_interrupted:
-            raise loaders.EvaluationInterrupted
-        if is_sharded and num_more and num_done:
-            raise EvaluationError(
-                f"{num_done} ranks have no validation batch left and {num_more} have one. A sharded model gathers "
-                f"its parameters in every forward, so all ranks need the same number. Use a DistributedSampler, or "
-                f"limit_val_batches."
-            )
-        return num_more > 0
-
-    return go_on
-
-
-def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, go_on: GoOn) -> dict[str, Part]:
+def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, lockstep: Lockstep) -> dict[str, Part]:
     """One run of Lightning's evaluation loop, on loaders, results and counters of its own."""
     users_loop = trainer.fit_loop.epoch_loop.val_loop
     loop = _new_loop(trainer, users_loop)
-    _meet_before_each_step(loop, go_on)
     ways = _unsynced(loop._results, data_share(trainer))
     loop._combined_loader = data.combined(on_batch=lambda: bar.update(1))
     loop._max_batches = list(data.max_batches)
@@ -143,28 +124,13 @@ def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, go_on: GoOn) -
     ):
         try:
             with interrupts.ctrl_c_breaks_in():
-                loop.run()
+                lockstep.run(loop)
         finally:
             loop.teardown()
     data.end_pass()
     measured = connector._callback_metrics
     own = _numbers("validation", {key: item for key, item in measured.items() if item is not inherited.get(key)})
     return {key: Part(value, *ways.get(key, (1.0, "mean"))) for key, value in own.items()}
-
-
-def _meet_before_each_step(loop: Any, go_on: GoOn) -> None:
-    step, end_of_loader = loop._evaluation_step, loop._store_dataloader_outputs
-
-    def step_with_all(*arguments: Any, **options: Any) -> None:
-        go_on(True)
-        step(*arguments, **options)
-
-    def end_with_all() -> None:
-        while go_on(False):
-            pass  # this rank has fewer batches than another
-        end_of_loader()  # here objects of torchmetrics sync themselves
-
-    loop._evaluation_step, loop._store_dataloader_outputs = step_with_all, end_with_all
 
 
 def _unsynced(results: Any, share: float) -> dict[str, tuple[float, How]]:
@@ -218,15 +184,18 @@ def _numbers(source: str, metrics: Mapping[str, Any]) -> dict[str, float]:
 @contextmanager
 def _own_data(trainer: Any, stateful_data: str) -> Iterator["loaders.OwnLoaders | None"]:
     users_loop = trainer.fit_loop.epoch_loop.val_loop
-    combined, max_batches = users_loop._combined_loader, users_loop._max_batches
-    if combined is None and trainer.enable_validation:
-        # the user's loop has not asked for its loaders yet: ask for ours alone, so that it will ask just as it would
-        loop = _new_loop(trainer, users_loop)
-        loop._data_source = users_loop._data_source
-        with isolation.stage(trainer, "validating"):
-            loop.setup_data()
-        combined, max_batches = loop._combined_loader, loop._max_batches
-    if combined is None or sum(max_batches) == 0:
+    # Lightning's own exchanges among the loaders are out of step where it refuses one of them on one rank
+    with ranks.together("set up the validation loaders", patience=_PATIENCE) as agree:
+        combined, max_batches = users_loop._combined_loader, users_loop._max_batches
+        if combined is None and trainer.enable_validation:
+            # the user's loop has not asked for its loaders yet: ask for ours alone, so that it asks as it would have
+            loop = _new_loop(trainer, users_loop)
+            loop._data_source = users_loop._data_source
+            with isolation.stage(trainer, "validating"):
+                loop.setup_data()
+            combined, max_batches = loop._combined_loader, loop._max_batches
+        num_with_data, *_ = agree(combined is not None and sum(max_batches) > 0)
+    if not num_with_data:
         yield None
         return
     with loaders.OwnLoaders(combined, max_batches, stateful_data=stateful_data) as data:

@@ -3,6 +3,7 @@
 This module knows process groups and nothing of merging. Every rank must call these functions at the same point.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from pretrain_merge.errors import RankError
 
 _T = TypeVar("_T")
-_NumberT = TypeVar("_NumberT", int, float)
 _ErrorT = TypeVar("_ErrorT", bound=BaseException)
 _NUM_FLAGS = 3
 _TOLD = "_told_to_all_ranks"
@@ -33,15 +33,15 @@ def rank() -> int:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank."""
-    return sum_over_ranks([int(flag)])[0] > 0
+    return _meet("ask all ranks", flag)[0] > 0
 
 
 @contextmanager
 def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]:
     """Do a thing on every rank, or raise on every rank: the one that failed its own error, the others `RankError`.
 
-    One small reduction at the end of the block, and one each time that the function is called; a rank that failed joins
-    the next of them, wherever in the block (or in one inside it) that is on the other ranks.
+    One small reduction at the end of the block, and one each time that the function is called or anything else of this
+    module; a rank that failed joins the next of them, wherever in the block (or in one inside it) the others are.
 
     Args:
         what: What is done, to infinitive, for the message.
@@ -56,25 +56,31 @@ def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]
     """
 
     def agree(*flags: bool) -> list[int]:
-        counts = sum_over_ranks([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
-        if counts[0]:
-            raise _told(RankError(f"cannot {what}: {_reasons(None)}"))
-        return counts[1:]
+        return _meet(what, *flags)
 
+    # by the caller, as in a save because of an exception: what fails now is another failure
+    handled = sys.exc_info()[1]
     try:
         yield agree
         agree()
     except BaseException as error:
-        if num_ranks() > 1 and not _is_told(error):
+        if num_ranks() > 1 and not _is_told(error, handled):
             with suppress(Exception):  # a group that is broken too must not hide the reason
-                sum_over_ranks([1, *[0] * _NUM_FLAGS], patience=patience)
+                _summed([1, *[0] * _NUM_FLAGS], patience=patience)
                 _reasons(f"{type(error).__name__}: {error}")
             _told(error)
         raise
 
 
+def _meet(what: str, *flags: int) -> list[int]:
+    counts = _summed([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
+    if counts[0]:
+        raise _told(RankError(f"cannot {what}: {_reasons(None)}"))
+    return counts[1:]
+
+
 def _reasons(own: str | None) -> str:
-    failed = {number: reason for number, reason in enumerate(gather(own)) if reason is not None}
+    failed = {number: reason for number, reason in enumerate(_gathered(own)) if reason is not None}
     return "; ".join(f"rank {number} failed with {reason}" for number, reason in failed.items())
 
 
@@ -83,25 +89,52 @@ def _told(error: _ErrorT) -> _ErrorT:
     return error
 
 
-def _is_told(error: BaseException | None) -> bool:
+def _is_told(error: BaseException | None, handled: BaseException | None) -> bool:
     """Whether all ranks know of it, or of what it came from: each failure is told once."""
-    return error is not None and (hasattr(error, _TOLD) or _is_told(error.__cause__) or _is_told(error.__context__))
+    if error is None or error is handled:
+        return False
+    return hasattr(error, _TOLD) or _is_told(error.__cause__, handled) or _is_told(error.__context__, handled)
+
+
+def is_on_all(error: BaseException) -> bool:
+    """Whether every rank has met this error or its `RankError`: in one process, or where `together` told of it."""
+    return num_ranks() == 1 or _is_told(error, None)
 
 
 def gather(value: _T) -> list[_T]:
-    """What each rank gave, in the order of ranks."""
+    """What each rank gave, in the order of ranks.
+
+    Raises:
+        RankError: Another rank failed before it came here, in a `together` that this one is in too.
+    """
+    _meet("exchange values")
+    return _gathered(value)
+
+
+def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
+    """Sums over all ranks, in int64.
+
+    Raises:
+        RankError: As `gather`.
+    """
+    if len(numbers) <= _NUM_FLAGS:
+        return _meet("add up numbers", *numbers)[: len(numbers)]
+    _meet("add up numbers")
+    return _summed(numbers)
+
+
+def _gathered(value: _T) -> list[_T]:
     values: list[_T] = [value] * num_ranks()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def sum_over_ranks(numbers: Sequence[_NumberT], *, patience: timedelta | None = None) -> list[_NumberT]:
-    """Sums over all ranks, of integers in int64 and of floats in float64, in one all-reduce."""
+def _summed(numbers: Sequence[int], *, patience: timedelta | None = None) -> list[int]:
     if num_ranks() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
-    total = torch.tensor(numbers, dtype=dtype, device=device)
+    total = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(total, async_op=True).wait(*[patience] if patience else [])
-    return total.tolist()
+    sums: list[int] = total.tolist()
+    return sums

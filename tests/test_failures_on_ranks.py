@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import Group, strategy
+from lightning_ranks import Group, strategy, trainer_on_ranks
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -17,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge import ModelMerging, RollingMerger, evaluate
 from pretrain_merge.callbacks import model_merging
+from pretrain_merge.callbacks.durable import DurableWindow
 from pretrain_merge.checkpoints import consolidated
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.stores import disk
+from pretrain_merge.stores.sidecar import Sidecar
 
 STEPS = 6
 
@@ -98,17 +102,16 @@ def broken_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def run(kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], saving=False, **options):
-    """What became of one run, and which snapshots it held at its end."""
+def run(
+    kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], saves_every=1000, resume=None, **options
+):
+    """What became of one run, which snapshots it held at its end, and what was saved because it failed."""
     here = torch.distributed.get_rank() == on_rank
-    merging = ModelMerging(window=3, every=1, views=["sma"], **options)
-    saved = [ModelCheckpoint(folder, every_n_train_steps=2)] if saving else []
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy(kind), plugins=[Group()], max_steps=STEPS,
-        default_root_dir=folder, logger=False, enable_checkpointing=saving, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None, val_check_interval=1000,
-        callbacks=[*(callbacks(merging) if here else []), merging, *saved],
-    )  # fmt: skip
+    merging = ModelMerging(**{"window": 3, "every": 1, "views": ["sma"]} | options)
+    saving = ModelCheckpoint(folder, every_n_train_steps=saves_every, filename="{step}", save_on_exception=True)
+    trainer = trainer_on_ranks(
+        kind, folder, *(callbacks(merging) if here else []), merging, saving, max_steps=STEPS, enable_checkpointing=True
+    )
     records = []
     publish, merging._publish = (
         merging._publish,
@@ -117,19 +120,55 @@ def run(kind, folder, *, on_rank=1, fails_at="", callbacks=lambda merging: [], s
     error = ""
     try:
         validation = DataLoader(Rows(fails=here and fails_at == "data"), 2)
-        trainer.fit(Model(kind != "ddp", fails_at if here else ""), DataLoader(Rows(), 2), validation)
+        trainer.fit(Model(kind != "ddp", fails_at if here else ""), DataLoader(Rows(), 2), validation, ckpt_path=resume)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     return {
         "error": error,
         "step": trainer.global_step,
+        "saved": sorted(path.name for path in Path(folder).glob("*.ckpt")),
         "records": [[record.step, record.window, record.refused] for record in records],
     }
 
 
-def replaced_here(owner, name, value, on_rank=1):
+@contextmanager
+def broken_here(owner, name, do=broken_disk, *, on_rank=1, unless=lambda: False):
+    """A function that fails on one rank."""
+    whole = getattr(owner, name)
     if torch.distributed.get_rank() == on_rank:
-        setattr(owner, name, value)
+        setattr(owner, name, lambda *given, **options: (whole if unless() else do)(*given, **options))
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)
+
+
+class NoCheckpoint:
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __call__(self):
+        return not list(self.folder.glob("*.ckpt"))
+
+
+def fail(error, reason):
+    raise error(reason)
+
+
+# while a run is resumed: what a user's choice may answer, and what nothing answers
+RESTORING = {"_find": (CheckpointError, "not on this node"), "_fill": (MemoryError, "no room here")}
+
+
+class Tokens:
+    """Tells the tokens of a batch, and on one rank not those of the second."""
+
+    num_told = 0
+
+    def __call__(self, batch):
+        self.num_told += 1
+        if torch.distributed.get_rank() == 1 and self.num_told == 2:
+            raise ValueError("no tokens")
+        return 2
 
 
 def evaluator(module):
@@ -145,24 +184,39 @@ def all_runs(folder):
         for fails_at in ("validation_step", "data", "epoch end"):
             runs[f"{kind}, {fails_at}"] = run(kind, f"{folder}/{kind}-{fails_at}", fails_at=fails_at)
         runs[f"{kind}, evaluator"] = run(kind, f"{folder}/{kind}-evaluator", evaluators={"benchmark": evaluator})
-        write = disk._write_file
-        replaced_here(disk, "_write_file", broken_write)
-        runs[f"{kind}, store full"] = run(kind, f"{folder}/{kind}-store", store="disk")
-        disk._write_file = write
-        append = model_merging.append_record
-        replaced_here(model_merging, "append_record", broken_disk, on_rank=0)
-        runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
-        model_merging.append_record = append
-        keep = model_merging.DurableWindow.keep
-        replaced_here(model_merging.DurableWindow, "keep", broken_disk, on_rank=0)
-        runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saving=True)
-        model_merging.DurableWindow.keep = keep
-        save_file = consolidated.save_file
-        replaced_here(consolidated, "save_file", broken_disk, on_rank=0)
-        runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})
-        consolidated.save_file = save_file
+        with broken_here(disk, "_write_file", broken_write):
+            runs[f"{kind}, store full"] = run(kind, f"{folder}/{kind}-store", store="disk")
+        with broken_here(model_merging, "append_record", on_rank=0):
+            runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
+        with broken_here(DurableWindow, "keep", on_rank=0):
+            runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saves_every=2)
+        once = iter([False])
+        with broken_here(Sidecar, "announce", on_rank=0, unless=lambda once=once: next(once, True)):
+            runs[f"{kind}, announcing"] = run(kind, f"{folder}/{kind}-announcing", saves_every=2)
+        with broken_here(Sidecar, "prune", on_rank=0, unless=NoCheckpoint(f"{folder}/{kind}-pruning")):
+            runs[f"{kind}, pruning"] = run(kind, f"{folder}/{kind}-pruning", saves_every=2)
+        with broken_here(consolidated, "save_file", on_rank=0):
+            runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})
+        (Path(folder) / "file").touch()
+        runs[f"{kind}, window folder"] = run(kind, f"{folder}/{kind}-folder", window_folder=f"{folder}/file/window")
+        here = torch.distributed.get_rank() == 1
+        runs[f"{kind}, configuration"] = run(kind, f"{folder}/{kind}-configuration", every=1 + here)
+        tokens = {"every": "4 tokens", "tokens_per_batch": Tokens()}
+        runs[f"{kind}, tokens"] = run(kind, f"{folder}/{kind}-tokens", **tokens)
+        with broken_here(DurableWindow, "keep", on_rank=0):
+            runs[f"{kind}, end"] = run(kind, f"{folder}/{kind}-end")
+        whole = f"{folder}/{kind}-whole"
+        run(kind, whole, saves_every=4)
+        for fails_at, error in RESTORING.items():
+            with broken_here(DurableWindow, fails_at, lambda *_, error=error: fail(*error)):
+                runs[f"{kind}, {fails_at}"] = run(
+                    kind, f"{whole}/{fails_at}", resume=f"{whole}/step=4.ckpt", window_folder=f"{whole}/window"
+                )
         runs[f"{kind}, nan"] = run(kind, f"{folder}/{kind}-nan", callbacks=lambda merging: [NotANumber(4)])
-        runs[f"{kind}, phase"] = run(kind, f"{folder}/{kind}-phase", callbacks=lambda merging: [Phase(merging, 3)])
+        own = {"name": "own", "kind": "decay", "shape": lambda x: 1 - x}  # cannot be pickled, so ranks compare its name
+        runs[f"{kind}, phase"] = run(
+            kind, f"{folder}/{kind}-phase", callbacks=lambda merging: [Phase(merging, 3)], views=["sma", own]
+        )
     runs["no folder"] = no_folder_on_one_rank(folder)
     runs["block"] = broken_block()
     return runs
@@ -244,7 +298,11 @@ REASONS = {
     "store full": ("No space left on device", 1),
     "record": ("No space left on device", 0),
     "checkpoint": ("No space left on device", 0),
+    "announcing": ("No space left on device", 0),
+    "pruning": ("No space left on device", 0),
     "merged model": ("No space left on device", 0),
+    "window folder": ("Not a directory", 0),
+    "_fill": ("MemoryError: no room here", 1),
 }
 
 
@@ -263,7 +321,43 @@ def test_what_fails_on_one_rank_ends_the_run_on_all_with_the_reason(runs, kind, 
 @pytest.mark.parametrize("failure", REASONS)
 def test_all_ranks_end_at_the_same_step(runs, kind, failure):
     steps = [rank[f"{kind}, {failure}"]["step"] for rank in runs]
-    assert steps[0] == steps[1] <= 2
+    assert steps[0] == steps[1] <= (4 if failure in RESTORING else 2)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("failure", sorted(REASONS.keys() - {"window folder", "_fill", "pruning"}))
+def test_a_checkpoint_is_saved_because_of_it_by_all_ranks(runs, kind, failure):
+    for rank in runs:
+        assert rank[f"{kind}, {failure}"]["saved"] == [f"step={rank[f'{kind}, {failure}']['step']}.ckpt"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_window_that_one_rank_cannot_find_is_missing_on_all(runs, kind):
+    errors = [rank[f"{kind}, _find"]["error"] for rank in runs]
+    assert "another rank could not read it" in errors[0]
+    assert "not on this node" in errors[1]
+    assert all(error.startswith("CheckpointError") and "on_missing='refill'" in error for error in errors)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_tokens_that_one_rank_cannot_count_end_the_run_on_all(runs, kind):
+    errors = [rank[f"{kind}, tokens"]["error"] for rank in runs]
+    assert errors[0].startswith("ProgressError: another rank could not count its batch")
+    assert errors[1].startswith("ProgressError: a cadence counts tokens, and a batch of type Tensor does not tell")
+    assert [rank[f"{kind}, tokens"]["saved"] for rank in runs] == [["step=2.ckpt"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_window_that_one_rank_cannot_keep_at_the_end_is_an_error_on_all(runs, kind):
+    errors = [rank[f"{kind}, end"]["error"] for rank in runs]
+    assert errors[0] == "OSError: [Errno 28] No space left on device"
+    assert f"rank 0 failed with {errors[0]}" in errors[1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_configuration_that_differs_on_one_rank_is_an_error_on_all(runs, kind):
+    for rank in runs:
+        assert rank[f"{kind}, configuration"]["error"].startswith("ConfigError: every: 1 on rank 0 and 2 on rank 1.")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -21,7 +21,29 @@ def agreement():
         "none": package_ranks.any_rank(False),
         "one": package_ranks.any_rank(rank == 1),
         "held": refused_on_one_rank(),
+        "told": failures_one_after_another(),
     }
+
+
+def failures_one_after_another():
+    """What each rank meets: a failure on one of them, and another one while the first is handled."""
+    met = []
+    try:
+        with package_ranks.together("begin"):
+            fail_on_rank_1("first")
+    except Exception as first:
+        met.append(str(first))
+        try:
+            with package_ranks.together("save because of that"):
+                fail_on_rank_1("second")
+        except Exception as second:
+            met.append(str(second))
+    return met
+
+
+def fail_on_rank_1(reason):
+    if dist.get_rank() == 1:
+        raise ValueError(reason)
 
 
 def refused_on_one_rank():
@@ -54,6 +76,14 @@ def test_a_flag_on_one_rank_is_seen_by_all(agreed):
 
 def test_a_snapshot_that_one_rank_refuses_is_refused_by_all(agreed):
     assert [result["held"] for result in agreed] == [([30, 40, 50], 1)] * 2
+
+
+def test_a_failure_while_another_is_handled_is_told_as_well(agreed):
+    assert agreed[1]["told"] == ["first", "second"]
+    assert agreed[0]["told"] == [
+        "cannot begin: rank 1 failed with ValueError: first",
+        "cannot save because of that: rank 1 failed with ValueError: second",
+    ]
 
 
 def test_one_process_needs_no_group():

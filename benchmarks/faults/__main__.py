@@ -4,8 +4,9 @@
 
 A run trains in a child process, or in two that form a group. It is killed (SIGKILL) at random moments and before or
 after random calls of a save, a merge or a checkpoint, and resumed from the newest or an older checkpoint until it ends.
-The same with SIGTERM, with a limit on the size of files that stands for a full disk, and with random bytes changed in
-its files. Exits with 1 where anything differs or a file cannot be explained.
+The same with SIGTERM (to both processes, as a launcher sends it, which kills what has not ended by it), with a limit on
+the size of files that stands for a full disk, and with random bytes changed in its files.
+Exits with 1 where anything differs or a file cannot be explained.
 """
 
 import argparse
@@ -73,10 +74,10 @@ def _rows(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     }
     for reference, share in _shared(references, amounts["kills"]):
         yield broken_at_random(reference, folder / "run", chance, signal.SIGKILL, share)
-    if options.processes > 1:
-        return  # Lightning's handler of SIGTERM talks to other ranks in the middle of whatever they do
     for reference, share in _shared(references, amounts["terms"]):
         yield broken_at_random(reference, folder / "run", chance, signal.SIGTERM, share)
+    if options.processes > 1:
+        return  # full disks and damage are of files that one process writes
     yield filled(references, folder / "run", chance, amounts["full_disks"])
     for reference, share in _shared(references, amounts["corruptions"]):
         yield corrupted(reference, folder / "run", chance, share)

@@ -1,4 +1,4 @@
-"""Child processes that are broken off: one job of one or more ranks, and one signal at a moment of time or in a call.
+"""Child processes that are broken off: one job of one or more ranks, and a signal at a moment of time or in a call.
 
 The parent imports what takes long, runs no torch of its own, and forks.
 """
@@ -43,20 +43,20 @@ _FAILED = 3
 
 @dataclass(frozen=True)
 class Break:
-    """A signal to one rank: after some seconds, or before or after the count-th call of something.
+    """A signal: after some seconds, or before or after the count-th call of something.
 
     Attributes:
         by: The signal.
-        rank: Who gets it.
+        rank: Who gets it; None: all, after some seconds.
         seconds: After how long, where `call` is empty.
         call: A key of `CALLS`.
         count: Which call of it.
         before: Whether it comes before the call is made, or after.
-        grace: Seconds that other ranks get to notice before they are killed too, as a launcher does.
+        grace: Seconds that other ranks get to notice, or all to end, before they are killed, as a launcher does.
     """
 
     by: int = signal.SIGKILL
-    rank: int = 0
+    rank: int | None = 0
     seconds: float = 0.0
     call: str = ""
     count: int = 1
@@ -71,10 +71,12 @@ class Ended:
     Attributes:
         was_broken: By the signal that was meant.
         error: What its first failed rank raised; empty where it ended well or was broken.
+        was_killed: After a signal to all that they did not end by.
     """
 
     was_broken: bool
     error: str = ""
+    was_killed: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -92,7 +94,10 @@ def run(work: Callable[[], None], break_: Break | None = None, *, num_ranks: int
         ranks = {_child(work, rank, logs, break_): rank for rank in range(num_ranks)}
         statuses = _wait(ranks, break_)
         errors = [log.read_text() for log in logs if log.exists()]
-    victim = statuses[break_.rank] if break_ is not None else 0
+    if break_ is not None and break_.rank is None and any(statuses.values()):
+        ours = [error for error in errors if error.startswith("ours")]
+        return Ended(was_broken=not ours, error="\n".join(ours), was_killed=_was_killed(statuses.values()))
+    victim = statuses[break_.rank] if break_ is not None and break_.rank is not None else 0
     if break_ is not None and os.WIFSIGNALED(victim) and os.WTERMSIG(victim) == break_.by:
         return Ended(was_broken=True)
     if break_ is not None and break_.by == signal.SIGTERM and errors and errors[0].startswith("other SIGTERMException"):
@@ -145,10 +150,12 @@ def _wait(ranks: dict[int, int], break_: Break | None) -> dict[int, int]:
         now = time.monotonic()
         if break_ is not None and now >= signal_at:
             _kill(
-                (process for process, rank in running.items() if rank == break_.rank and rank not in statuses),
+                (process for process, rank in running.items() if break_.rank in (None, rank) and rank not in statuses),
                 break_.by,
             )
             signal_at = float("inf")
+            if break_.rank is None:
+                has_failed, deadline = True, now + break_.grace
         if any(statuses.values()) and not has_failed:
             has_failed, deadline = True, now + (break_.grace if break_ is not None else 1.0)
         if now >= deadline:
@@ -157,6 +164,10 @@ def _wait(ranks: dict[int, int], break_: Break | None) -> dict[int, int]:
     if not has_failed and now >= deadline:
         raise TimeoutError(f"a job took more than {PATIENCE:.0f} seconds")
     return statuses
+
+
+def _was_killed(statuses: Iterable[int]) -> bool:
+    return any(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL for status in statuses)
 
 
 def _kill(processes: Iterable[int], by: int) -> None:

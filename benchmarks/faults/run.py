@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -32,7 +33,12 @@ class Reference:
         return cls(setting, folder, compare.outcome(folder), time.monotonic() - start)
 
     def random_break(self, chance: random.Random, by: int) -> Break:
-        """A moment of time, or a call; of any rank, and sometimes the others notice before they are killed."""
+        """A moment of time, or a call; of any rank, and sometimes the others notice before they are killed.
+
+        A SIGTERM goes to all ranks, as from a launcher, which kills those that have not ended after a while.
+        """
+        if by == signal.SIGTERM and self.setting.num_processes > 1:
+            return Break(by, None, seconds=chance.uniform(0, self.seconds), grace=3.0)
         rank = chance.randrange(self.setting.num_processes)
         grace = chance.choice([0.0, 0.5])
         if chance.random() < 0.5:

@@ -53,6 +53,8 @@ def _break_and_judge(
             break
         done.append(break_)
         row.times += 1
+        if ended.was_killed:
+            row.figures["killed in the end"] += 1
         if len(done) == wanted:
             break
     if not ended.error and not (run.folder / "final.pt").exists():

@@ -43,6 +43,7 @@ class Clock:
         self._stepped = False
         self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
         self._lr = {int(index): tuple(rates) for index, rates in (lr or {}).items()}
+        self._failure: ProgressError | None = None
         self.progress = start
 
     @property
@@ -79,8 +80,11 @@ class Clock:
         Raises:
             ProgressError: A cadence counts samples or tokens and this batch does not tell them.
         """
-        self._local["samples"] += self._counted("samples", batch, _num_samples)
-        self._local["tokens"] += self._counted("tokens", batch, self._num_tokens)
+        try:
+            self._local["samples"] += self._counted("samples", batch, _num_samples)
+            self._local["tokens"] += self._counted("tokens", batch, self._num_tokens)
+        except ProgressError as error:
+            self._failure = self._failure or error  # raised where all ranks are
         if not self._stepped:
             return None
         self._stepped = False
@@ -92,7 +96,10 @@ class Clock:
         return after
 
     def _with_totals(self, progress: Progress, share: float) -> Progress:
-        samples, tokens = ranks.sum_over_ranks([self._local["samples"], self._local["tokens"]])
+        counts = [self._local["samples"], self._local["tokens"], int(self._failure is not None)]
+        samples, tokens, num_failed = ranks.sum_over_ranks(counts)
+        if num_failed:
+            raise self._failure or ProgressError("another rank could not count its batch; its message says why.")
         self._local = {"samples": 0, "tokens": 0}
         return replace(
             progress, samples=progress.samples + round(samples * share), tokens=progress.tokens + round(tokens * share)

@@ -5,6 +5,7 @@ This module knows which checkpoints a Trainer writes, and where. It knows no hoo
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ class DurableWindow:
         """
         checkpoint = str(self._trainer.ckpt_path or "")
         knew = self._sidecar is not None and checkpoint and self._sidecar.knows(self._key(checkpoint))
-        if ranks.any_rank(bool(knew)):
+        with ranks.together("ask whether there was a window") as agree:
+            num_knew, *_ = agree(bool(knew))
+        if num_knew:
             raise CheckpointError(
                 f"{checkpoint} was written with a window, as {self.folder} tells, and now has none: it is damaged, or "
                 f"was written again without ModelMerging. Resume from another checkpoint."
@@ -151,22 +154,15 @@ class DurableWindow:
             CheckpointError: It cannot be restored on this rank or on another.
             ConfigError: The configuration makes other snapshots.
         """
-        failure: CheckpointError | ConfigError | None = None
-        try:
-            if state.window is None:
-                raise CheckpointError(state.lost or "the checkpoint was written without one.")
-            manifest = Manifest.from_plain(state.window)
-            folder = self._find(manifest, state)
-            merger.restore(manifest, module, folder)
-            if folder == self.folder:
-                self._held = [file.name for file in manifest.files]
-                if self._sidecar is not None:  # it may have been moved or renamed
-                    self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
-        except (CheckpointError, ConfigError) as error:
-            failure = error
-        if ranks.any_rank(failure is not None):
-            merger.close()
-            raise failure or CheckpointError("another rank could not read it; its message says why.")
+        with ranks.together("restore the window") as agree:
+            with _on_all(agree):
+                manifest, folder = self._found(state)
+            try:
+                with _on_all(agree):
+                    self._fill(merger, manifest, module, folder)
+            except BaseException:
+                merger.close()  # also where it was read on this rank
+                raise
 
     def prune(self) -> None:
         """Delete files that no checkpoint needs any more."""
@@ -176,7 +172,8 @@ class DurableWindow:
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
         if self._sidecar is not None:
-            self.prune()
+            with suppress(OSError):  # of a full disk, say; the next run prunes again
+                self.prune()
             self._sidecar.close()
 
     def release(self) -> None:
@@ -191,7 +188,8 @@ class DurableWindow:
             self._users_save(filepath, *arguments, **options)
         finally:
             self._checkpoint = ""
-        self.prune()
+        with ranks.together("note which checkpoints there are"):
+            self.prune()
 
     def _key(self, checkpoint: Any) -> str:
         """How the sidecar names a checkpoint: relative where both are of one run, which may be moved as a whole."""
@@ -213,6 +211,19 @@ class DurableWindow:
         except Exception:
             return "unknown"  # so nothing that it needs may go
 
+    def _found(self, state: RunState) -> tuple[Manifest, Path]:
+        if state.window is None:
+            raise CheckpointError(state.lost or "the checkpoint was written without one.")
+        manifest = Manifest.from_plain(state.window)
+        return manifest, self._find(manifest, state)
+
+    def _fill(self, merger: RollingMerger, manifest: Manifest, module: Any, folder: Path) -> None:
+        merger.restore(manifest, module, folder)
+        if folder == self.folder:
+            self._held = [file.name for file in manifest.files]
+            if self._sidecar is not None:  # it may have been moved or renamed
+                self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
+
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""
         places = list(dict.fromkeys(self._places(state)))
@@ -231,3 +242,16 @@ class DurableWindow:
             inside_run = Path(os.path.relpath(recorded, state.run_folder))
             for folder in list(Path(checkpoint).absolute().parents)[:2]:
                 yield folder / inside_run
+
+
+@contextmanager
+def _on_all(agree: ranks.Agree) -> Iterator[None]:
+    """A part that every rank does; where one cannot, all raise what `on_missing` may answer."""
+    failure: CheckpointError | ConfigError | None = None
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        failure = error
+    num_failed, *_ = agree(failure is not None)
+    if num_failed:
+        raise failure or CheckpointError("another rank could not read it; its message says why.")

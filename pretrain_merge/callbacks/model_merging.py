@@ -5,7 +5,7 @@ and never written, except while merged weights are in the model, between two bat
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +45,8 @@ _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed's engine owns parameters and optimizer at every ZeRO stage; use DDP, or FSDP2 "
     "(ModelParallelStrategy) where the model outgrows a device",
 }
+
+_OF_A_RANK = ("store", "store_folder")
 
 
 class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
@@ -184,6 +186,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         snapshot.mergeable_tensors(
             pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
         )
+        _refuse_other_configs(self.config)
         self._watch_for_a_complete_run(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -239,7 +242,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
-        self._remember(lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints.")
+        with ranks.together("keep the window of the end"):
+            self._remember(
+                lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
@@ -250,18 +256,26 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
         # those without this choice, as OnExceptionCheckpoint, may do nothing else
         will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
+        reason = f"the run before ended with {type(exception).__name__}."
+        is_on_all = ranks.is_on_all(exception)
         try:
-            self._remember(lost="" if will_save else f"the run before ended with {type(exception).__name__}.")
+            with ranks.together("keep the window") if is_on_all and will_save else nullcontext():
+                self._remember(lost="" if will_save else reason)
+        except Exception as error:
+            if not is_on_all:
+                raise
+            self._notices.once("lost", f"the window is not kept: {error}")
+            self._remember(lost=f"{reason} {error}")  # the checkpoint is saved without it
         finally:
             self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
-        if self._merger is not None:  # every rank is asked, and all must know where one cannot write
-            with ranks.together("keep the window for a checkpoint"):
-                self._remember()
-        if self._durable is not None:
-            self._durable.announce()
+        # every rank is asked, and all must know where one cannot write; after an exception not every rank may be here
+        with ranks.together("keep the window for a checkpoint") if self._merger is not None else nullcontext():
+            self._remember()
+            if self._durable is not None:
+                self._durable.announce()
         return dict(self._state)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -338,11 +352,11 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def _open(self, trainer: Any, pl_module: Any, merger: RollingMerger, start: Start) -> None:
         """Window, records and merged models of the run; makes the merge that its checkpoint owes."""
         state, folder = start.state, start.folder
-        self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
-        start.fill(merger, pl_module, self._durable)
-        self._last_merge = state.last_merge
-        is_owed = state.last_merge < state.progress.step and merger.merge_is_due()
         with ranks.together("open the run's folder"):
+            self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
+            start.fill(merger, pl_module, self._durable)
+            self._last_merge = state.last_merge
+            is_owed = state.last_merge < state.progress.step and merger.merge_is_due()
             self._say_what_monitors_keep(folder)
             self._records_path = folder / "merges.jsonl"
             self._merged_models = start.merged_models()
@@ -426,6 +440,27 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._publish(trainer, record)
         finally:
             merger.close()
+
+
+def _refuse_other_configs(config: MergeConfig) -> None:
+    """Ranks that snapshot at other steps would wait for each other: a file may be stale on one node."""
+    of_ranks = ranks.gather(_comparable(asdict(config)))
+    for key, value in of_ranks[0].items():
+        other = next((number for number, item in enumerate(of_ranks) if item[key] != value), None)
+        if other is not None and key not in _OF_A_RANK:
+            raise ConfigError(
+                f"{key}: {value!r} on rank 0 and {of_ranks[other][key]!r} on rank {other}. All ranks need the same; "
+                f"only {' and '.join(_OF_A_RANK)} may differ. Copy the configuration to every node."
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """As other processes can have it: a function (the shape of a decay) by its name."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return getattr(value, "__qualname__", repr(value)) if callable(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -153,7 +153,8 @@ class MergedModels:
         if ranks.gather(target.exists())[0]:
             if holds_weights_of(module, target):
                 return target
-            if ranks.rank() == 0:
-                move_aside(target)  # of a run that went on from an earlier checkpoint another way
+            with ranks.together(f"move {target} aside"):
+                if ranks.rank() == 0:
+                    move_aside(target)  # of a run that went on from an earlier checkpoint another way
         save_merged(module, target, provenance)
         return target

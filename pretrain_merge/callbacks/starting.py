@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain_merge import ranks
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.durable import DurableWindow, RunState
 from pretrain_merge.callbacks.saving import MergedModels
@@ -56,7 +57,8 @@ class Start:
     def __init__(self, config: MergeConfig, notices: Notices, trainer: Any, plain: Mapping[str, Any]) -> None:
         self._config, self._notices, self._trainer = config, notices, trainer
         self._has_state = bool(plain)
-        self.state = self._read(plain)
+        with ranks.together("read the state of the run"):
+            self.state = self._read(plain)
         self.folder = run_folder(config, trainer)
 
     def fill(self, merger: RollingMerger, module: Any, durable: DurableWindow) -> None:

@@ -130,6 +130,7 @@ class Sidecar:
             return
         temporary = self.folder / f".{_NEEDS}.{os.getpid()}.tmp"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # it went with `close` where nothing was in it
             with temporary.open("w", encoding="utf-8") as file:
                 json.dump(self._needs, file, indent=1, sort_keys=True)
                 file.flush()

@@ -115,7 +115,7 @@ def test_a_step_cadence_sums_over_ranks_only_where_a_snapshot_is_due(monkeypatch
     sums: list[list[int]] = []
     monkeypatch.setattr("pretrain_merge.ranks.sum_over_ranks", lambda counts: sums.append(counts) or counts)
     assert counted(clock("3 steps"), [BATCH] * 4) == [Progress(1), Progress(2), Progress(3, 6, 48), Progress(4, 6, 48)]
-    assert sums == [[6, 48]]
+    assert sums == [[6, 48, 0]]  # and no rank failed to count
 
 
 def test_what_is_not_summed_yet_is_handed_to_the_next_clock():

@@ -207,6 +207,18 @@ def test_an_exception_leaves_a_checkpoint_that_goes_on_exactly_where_one_is_save
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
+def test_an_exception_before_the_first_snapshot_leaves_a_checkpoint_too(tmp_path):
+    class Breaks(ByStep):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.global_step == 1:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, module=Breaks(), saving=saving(tmp_path, save_on_exception=True, every_n_train_steps=100))
+    assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1
+
+
 def test_a_larger_window_goes_on_with_the_snapshots_that_are_there(whole, tmp_path):
     folder = copied(whole, tmp_path / "run")
     fit(folder, ckpt_path=checkpoint(folder, 9), window=5)
