@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import Group, strategy
+from lightning_ranks import Group, strategy, trainer_on_ranks
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -128,6 +128,18 @@ def resumed(kind, folder):
     return merging.state_dict()["values"]["progress"] | {"merged at": merging.last_record.step}
 
 
+def fitted_twice(kind, folder):
+    """Steps of the snapshots in the first merge after `fit` was called once more, from memory and no checkpoint."""
+    merging, module = ModelMerging(window=3, every=1), Model({"ddp": None, "resharding": True}[kind])
+    saving = ModelCheckpoint(f"{folder}/kept", every_n_train_steps=2)
+    trainer = trainer_on_ranks(kind, folder, merging, saving, max_steps=2, enable_checkpointing=True)
+    trainer.fit(module, DataLoader(Rows(0), 4), DataLoader(Rows(1), 4))
+    module.reshard = None  # it is divided already
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(module, DataLoader(Rows(0), 4), DataLoader(Rows(1), 4))
+    return list(merging.last_record.recipes["sma"].steps)
+
+
 def all_runs(folder):
     warnings.simplefilter("ignore")
     on = {kind: with_merging(kind, f"{folder}/{kind}") for kind in RUNS}
@@ -143,6 +155,7 @@ def all_runs(folder):
         "saved": saved,
         "sharded": sharded,
         "resumed": {kind: resumed(kind, f"{folder}/{kind} resumed") for kind in ("ddp", "resharding")},
+        "twice": {kind: fitted_twice(kind, f"{folder}/{kind} twice") for kind in ("ddp", "resharding")},
         "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
     }
 
@@ -295,6 +308,11 @@ def test_p10_p13_every_rank_goes_on_counting_from_the_state_of_rank_0_whenever_i
     expected = {"step": STEPS, "samples": STEPS * 8, "merged at": STEPS}
     for rank in runs:
         assert {key: rank["resumed"][kind][key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["ddp", "resharding"])
+def test_p24_a_second_fit_of_one_trainer_goes_on_with_the_window_of_rank_0(runs, kind):
+    assert [rank["twice"][kind] for rank in runs] == [[1, 2, 3]] * 2
 
 
 def test_a_window_is_written_once_under_ddp_and_by_every_rank_where_it_is_sharded(runs, folder):
