@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
@@ -140,6 +141,38 @@ def fitted_twice(kind, folder):
     return list(merging.last_record.recipes["sma"].steps)
 
 
+class WithStatistics(Model):
+    """Ends in BatchNorm, whose statistics are of each rank's own batches; notes them where they matter."""
+
+    def __init__(self, reshard):
+        super().__init__(reshard)
+        self.net.append(nn.BatchNorm1d(1))
+        self.measured_with, self.trained_with = deque(), deque()  # lists would be given back after an evaluation
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def on_train_batch_end(self, *_):
+        self.trained_with.append(float(self.net[-1].running_mean))
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.measured_with.append(float(self.net[-1].running_mean))
+
+
+def with_statistics(kind, folder, *callbacks):
+    pl.seed_everything(1, verbose=False)
+    module = WithStatistics({"ddp": None, "resharding": True}[kind])
+    trainer = trainer_on_ranks(kind, folder, *callbacks, max_steps=3, use_distributed_sampler=False)
+    # the second rank has no batch under DDP, where it may
+    rows = [] if kind == "ddp" and trainer.global_rank == 1 else Rows(1)
+    trainer.fit(module, DataLoader(Rows(trainer.global_rank), 4), DataLoader(rows, 8))
+    return {"trained": list(module.trained_with), "measured": list(module.measured_with)}
+
+
+def statistics(kind, folder):
+    merging = ModelMerging(window=2, every=1, batch_norm="live", save={"at_end": True})
+    return {"off": with_statistics(kind, f"{folder} off"), "on": with_statistics(kind, folder, merging)}
+
+
 def all_runs(folder):
     warnings.simplefilter("ignore")
     on = {kind: with_merging(kind, f"{folder}/{kind}") for kind in RUNS}
@@ -156,6 +189,7 @@ def all_runs(folder):
         "sharded": sharded,
         "resumed": {kind: resumed(kind, f"{folder}/{kind} resumed") for kind in ("ddp", "resharding")},
         "twice": {kind: fitted_twice(kind, f"{folder}/{kind} twice") for kind in ("ddp", "resharding")},
+        "statistics": {kind: statistics(kind, f"{folder}/{kind} statistics") for kind in ("ddp", "resharding")},
         "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
     }
 
@@ -323,6 +357,27 @@ def test_a_window_is_written_once_under_ddp_and_by_every_rank_where_it_is_sharde
     assert steps["ddp"] == steps["resharding"] == sorted(set(steps["ddp"]))
     assert all(path.is_file() for path in written["ddp"])
     assert all(len(list(path.glob("shard-*.safetensors"))) == 2 for path in written["resharding"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "resharding"])
+def test_statistics_that_ranks_have_of_their_own_are_those_of_a_run_without_merging(runs, kind):
+    of_ranks = [rank["statistics"][kind] for rank in runs]
+    assert of_ranks[0]["on"]["trained"] != of_ranks[1]["on"]["trained"]
+    assert all(one["on"]["trained"] == one["off"]["trained"] for one in of_ranks)
+
+
+def test_under_ddp_raw_and_merged_are_measured_with_the_statistics_of_rank_0_also_where_a_rank_has_no_batch(runs):
+    of_ranks = [rank["statistics"]["ddp"]["on"] for rank in runs]
+    trained = of_ranks[0]["trained"]
+    num_batches = len(of_ranks[0]["measured"]) // 4  # raw and merged at steps 2 and 3
+    assert of_ranks[0]["measured"] == [trained[1]] * 2 * num_batches + [trained[2]] * 2 * num_batches
+    assert of_ranks[1]["measured"] == []
+
+
+def test_a_merged_model_of_shards_has_the_statistics_of_rank_0(runs, folder):
+    module = WithStatistics(None)
+    load_merged(module, folder / "resharding statistics" / "merged" / "step-00000003-sma")
+    assert float(module.net[-1].running_mean) == runs[0]["statistics"]["resharding"]["on"]["trained"][-1]
 
 
 @pytest.mark.parametrize("kind", RUNS)
