@@ -185,7 +185,8 @@ def buffers_of_rank_0(model: Any) -> Iterator[None]:
     DDP would broadcast them in the first forward of an evaluation, which a rank without a batch would miss, and no more
     until another training step has ended: views would be measured with other buffers than raw. Collective.
     """
-    if not isinstance(model, DistributedDataParallel) or not model.will_sync_module_buffers():
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if not is_ddp or not model.will_sync_module_buffers():
         yield
         return
     model._sync_buffers()

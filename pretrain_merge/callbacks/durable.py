@@ -33,7 +33,7 @@ class RunState:
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
-        saved: Which merged models are on disk for which reason; None on ranks that write none.
+        saved: Which merged models are on disk for which reason; None where the run ended before it found out.
         last_merge: Step of the last merge that was recorded; 0 before the first.
     """
 
