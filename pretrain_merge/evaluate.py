@@ -82,9 +82,10 @@ def isolated(
             parts = dict(alongside or {})
             is_sharded = snapshot.is_sharded(module)
             together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
-            with together as agree, torch.no_grad(), isolation.module_kept(module):
+            with together as agree, torch.no_grad(), isolation.module_kept(module), ExitStack() as kept:
                 lockstep = Lockstep(agree, is_sharded=is_sharded)
                 lockstep.start()
+                kept.enter_context(isolation.buffers_of_rank_0(trainer.strategy.model))
                 bar.reset()
                 bar.set_description(f"evaluating {label}")
                 if data is not None:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 from pretrain_merge import loaders, ranks, snapshot
@@ -175,6 +176,22 @@ def module_kept(module: nn.Module) -> Iterator[None]:
                 tensor.detach().copy_(saved)
         for generator, state in generators:
             loaders.set_generator_state(generator, state)
+
+
+@contextmanager
+def buffers_of_rank_0(model: Any) -> Iterator[None]:
+    """Buffers are those of rank 0 where DDP will make them so before the next training step, and it still does then.
+
+    DDP would broadcast them in the first forward of an evaluation, which a rank without a batch would miss, and no more
+    until another training step has ended: views would be measured with other buffers than raw. Collective.
+    """
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if not is_ddp or not model.will_sync_module_buffers():
+        yield
+        return
+    model._sync_buffers()
+    with replaced(model, require_forward_param_sync=False):
+        yield
 
 
 def _moved_tensors(part: nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
@@ -9,7 +10,7 @@ import oracles
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import Group, strategy
+from lightning_ranks import Group, strategy, trainer_on_ranks
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -128,6 +129,50 @@ def resumed(kind, folder):
     return merging.state_dict()["values"]["progress"] | {"merged at": merging.last_record.step}
 
 
+def fitted_twice(kind, folder):
+    """Steps of the snapshots in the first merge after `fit` was called once more, from memory and no checkpoint."""
+    merging, module = ModelMerging(window=3, every=1), Model({"ddp": None, "resharding": True}[kind])
+    saving = ModelCheckpoint(f"{folder}/kept", every_n_train_steps=2)
+    trainer = trainer_on_ranks(kind, folder, merging, saving, max_steps=2, enable_checkpointing=True)
+    trainer.fit(module, DataLoader(Rows(0), 4), DataLoader(Rows(1), 4))
+    module.reshard = None  # it is divided already
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(module, DataLoader(Rows(0), 4), DataLoader(Rows(1), 4))
+    return list(merging.last_record.recipes["sma"].steps)
+
+
+class WithStatistics(Model):
+    """Ends in BatchNorm, whose statistics are of each rank's own batches; notes them where they matter."""
+
+    def __init__(self, reshard):
+        super().__init__(reshard)
+        self.net.append(nn.BatchNorm1d(1))
+        self.measured_with, self.trained_with = deque(), deque()  # lists would be given back after an evaluation
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def on_train_batch_end(self, *_):
+        self.trained_with.append(float(self.net[-1].running_mean))
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.measured_with.append(float(self.net[-1].running_mean))
+
+
+def with_statistics(kind, folder, *callbacks):
+    pl.seed_everything(1, verbose=False)
+    module = WithStatistics({"ddp": None, "resharding": True}[kind])
+    trainer = trainer_on_ranks(kind, folder, *callbacks, max_steps=3, use_distributed_sampler=False)
+    # the second rank has no batch under DDP, where it may
+    rows = [] if kind == "ddp" and trainer.global_rank == 1 else Rows(1)
+    trainer.fit(module, DataLoader(Rows(trainer.global_rank), 4), DataLoader(rows, 8))
+    return {"trained": list(module.trained_with), "measured": list(module.measured_with)}
+
+
+def statistics(kind, folder):
+    merging = ModelMerging(window=2, every=1, batch_norm="live", save={"at_end": True})
+    return {"off": with_statistics(kind, f"{folder} off"), "on": with_statistics(kind, folder, merging)}
+
+
 def all_runs(folder):
     warnings.simplefilter("ignore")
     on = {kind: with_merging(kind, f"{folder}/{kind}") for kind in RUNS}
@@ -143,6 +188,8 @@ def all_runs(folder):
         "saved": saved,
         "sharded": sharded,
         "resumed": {kind: resumed(kind, f"{folder}/{kind} resumed") for kind in ("ddp", "resharding")},
+        "twice": {kind: fitted_twice(kind, f"{folder}/{kind} twice") for kind in ("ddp", "resharding")},
+        "statistics": {kind: statistics(kind, f"{folder}/{kind} statistics") for kind in ("ddp", "resharding")},
         "zeroed": [zeroed_between_forwards(reshard) for reshard in (True, False)],
     }
 
@@ -297,6 +344,11 @@ def test_p10_p13_every_rank_goes_on_counting_from_the_state_of_rank_0_whenever_i
         assert {key: rank["resumed"][kind][key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("kind", ["ddp", "resharding"])
+def test_p24_a_second_fit_of_one_trainer_goes_on_with_the_window_of_rank_0(runs, kind):
+    assert [rank["twice"][kind] for rank in runs] == [[1, 2, 3]] * 2
+
+
 def test_a_window_is_written_once_under_ddp_and_by_every_rank_where_it_is_sharded(runs, folder):
     written = {
         kind: sorted((folder / f"{kind} resumed" / "window").glob("snapshot-*")) for kind in ("ddp", "resharding")
@@ -305,6 +357,27 @@ def test_a_window_is_written_once_under_ddp_and_by_every_rank_where_it_is_sharde
     assert steps["ddp"] == steps["resharding"] == sorted(set(steps["ddp"]))
     assert all(path.is_file() for path in written["ddp"])
     assert all(len(list(path.glob("shard-*.safetensors"))) == 2 for path in written["resharding"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "resharding"])
+def test_statistics_that_ranks_have_of_their_own_are_those_of_a_run_without_merging(runs, kind):
+    of_ranks = [rank["statistics"][kind] for rank in runs]
+    assert of_ranks[0]["on"]["trained"] != of_ranks[1]["on"]["trained"]
+    assert all(one["on"]["trained"] == one["off"]["trained"] for one in of_ranks)
+
+
+def test_under_ddp_raw_and_merged_are_measured_with_the_statistics_of_rank_0_also_where_a_rank_has_no_batch(runs):
+    of_ranks = [rank["statistics"]["ddp"]["on"] for rank in runs]
+    trained = of_ranks[0]["trained"]
+    num_batches = len(of_ranks[0]["measured"]) // 4  # raw and merged at steps 2 and 3
+    assert of_ranks[0]["measured"] == [trained[1]] * 2 * num_batches + [trained[2]] * 2 * num_batches
+    assert of_ranks[1]["measured"] == []
+
+
+def test_a_merged_model_of_shards_has_the_statistics_of_rank_0(runs, folder):
+    module = WithStatistics(None)
+    load_merged(module, folder / "resharding statistics" / "merged" / "step-00000003-sma")
+    assert float(module.net[-1].running_mean) == runs[0]["statistics"]["resharding"]["on"]["trained"][-1]
 
 
 @pytest.mark.parametrize("kind", RUNS)

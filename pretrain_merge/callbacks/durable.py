@@ -6,7 +6,7 @@ This module knows which checkpoints a Trainer writes, and where. It knows no hoo
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class RunState:
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
-        saved: Which merged models are on disk for which reason; None on ranks that write none.
+        saved: Which merged models are on disk for which reason; None where the run ended before it found out.
         last_merge: Step of the last merge that was recorded; 0 before the first.
     """
 
@@ -155,8 +155,10 @@ class DurableWindow:
             ConfigError: The configuration makes other snapshots.
         """
         with ranks.together("restore the window") as agree:
+            # where `fit` is called once more, ranks have what they remembered: under DDP rank 0 alone has a window
+            window = ranks.gather(state.window)[0]
             with _on_all(agree):
-                manifest, folder = self._found(state)
+                manifest, folder = self._found(replace(state, window=window))
             try:
                 with _on_all(agree):
                     self._fill(merger, manifest, module, folder)
@@ -221,7 +223,7 @@ class DurableWindow:
         merger.restore(manifest, module, folder)
         if folder == self.folder:
             self._held = [file.name for file in manifest.files]
-            if self._sidecar is not None:  # it may have been moved or renamed
+            if self._sidecar is not None and self._trainer.ckpt_path:  # it may have been moved or renamed
                 self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
 
     def _find(self, manifest: Manifest, state: RunState) -> Path:

@@ -36,19 +36,21 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> 
 
     Args:
         folder: An empty folder that all ranks see.
-        tensors: By name; DTensors in shards, others whole on every rank.
+        tensors: By name; DTensors in shards, others whole on every rank, of which those of rank 0 are written.
         largest_file: Bytes after which another file begins.
 
     Raises:
         OSError: The disk refuses.
     """
     shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    files = _files(tensors, largest_file)
+    # what every rank has whole may differ (statistics of BatchNorm), so it is in the first files, which rank 0 writes
+    files = _files(dict(sorted(tensors.items(), key=lambda item: item[0] in shards)), largest_file)
     with _plain_errors():
         if shards:
             save(dict(shards), storage_writer=HuggingFaceStorageWriter(str(folder / _PARTS), save_distributed=True))
         for number, (file, names) in enumerate(files.items()):
-            if not shards or number % ranks.num_ranks() == ranks.rank():
+            writer = number % ranks.num_ranks() if shards.keys() >= set(names) else 0
+            if writer == ranks.rank():
                 save_file(_whole(folder, {name: tensors[name] for name in names}), folder / file, {"format": "pt"})
     if len(files) > 1 and ranks.rank() == 0:
         weight_map = {name: file for file, names in files.items() for name in names}
@@ -118,12 +120,13 @@ def opened(folder: Path) -> Iterator[Weights]:
 
 
 def hold(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a folder holds exactly these tensors, bit for bit, as far as this rank has them."""
+    """Whether a folder holds exactly these tensors, bit for bit, as far as this rank has written them."""
     try:
         with opened(folder) as weights:
             return weights.names() == tensors.keys() and all(
                 weights.kind(name)[0] == tensor.shape and _same_bits(weights.like(name, tensor), local(tensor))
                 for name, tensor in tensors.items()
+                if isinstance(tensor, DTensor) or ranks.rank() == 0
             )
     except OSError:
         return False

@@ -463,6 +463,16 @@ def test_p24_a_second_fit_of_one_trainer_goes_on_counting(tmp_path):
     ]
 
 
+def test_p24_a_second_fit_of_one_trainer_that_keeps_checkpoints_goes_on_with_its_window(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=4)
+    merging, module = ModelMerging(window=3, every=2), TiedModel()
+    own = trainer(tmp_path, merging, saving, max_steps=5)
+    own.fit(module, documents(), documents(4, seed=1))
+    own.fit_loop.epoch_loop.max_steps = 7
+    own.fit(module, documents(), documents(4, seed=1))
+    assert merging.last_record.recipes["sma"].steps == (2, 4, 6)
+
+
 def test_records_of_an_earlier_run_are_moved_aside(tmp_path):
     for _ in range(2):
         trainer(tmp_path, ModelMerging(window=2, every=2), max_steps=4).fit(Regression(), rows(), rows(4, seed=1))
