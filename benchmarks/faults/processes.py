@@ -95,7 +95,7 @@ def run(work: Callable[[], None], break_: Break | None = None, *, num_ranks: int
         statuses = _wait(ranks, break_)
         errors = [log.read_text() for log in logs if log.exists()]
     if break_ is not None and break_.rank is None and any(statuses.values()):
-        ours = [error for error in errors if error.startswith("ours")]
+        ours = [error for error in errors if error.startswith("ours") and not _lost_a_peer(error)]
         return Ended(was_broken=not ours, error="\n".join(ours), was_killed=_was_killed(statuses.values()))
     victim = statuses[break_.rank] if break_ is not None and break_.rank is not None else 0
     if break_ is not None and os.WIFSIGNALED(victim) and os.WTERMSIG(victim) == break_.by:
@@ -164,6 +164,11 @@ def _wait(ranks: dict[int, int], break_: Break | None) -> dict[int, int]:
     if not has_failed and now >= deadline:
         raise TimeoutError(f"a job took more than {PATIENCE:.0f} seconds")
     return statuses
+
+
+def _lost_a_peer(error: str) -> bool:
+    """Whether a rank failed because another had ended first, by the same signal."""
+    return any(words in error for words in ("Connection reset by peer", "Connection closed by peer", "Broken pipe"))
 
 
 def _was_killed(statuses: Iterable[int]) -> bool:
