@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rows += _rows_of(case, device, Path(folder), options)
     rows.append(_evaluation(device, options))
     show(f"window of {options.snapshots}, {rows[0]['elements'] / 2**20:.1f} Mi elements", rows, COLUMNS)
-    print("pretrain-merge plan", *(f"--measured.{name} {rate:.3g}" for name, rate in _median_rates(rows).items()))
+    of_float32 = [row for row in rows if row["dtype"] == "float32"]
+    print("pretrain-merge plan", *(f"--measured.{name} {rate:.3g}" for name, rate in _medians(of_float32).items()))
     write_json(options.json, rows)
     return rows
 
@@ -113,9 +114,10 @@ def _rows_of(case: Case, device: torch.device, folder: Path, options: argparse.N
         operations |= rates.in_cache(*case.dtypes)
     timed = interleave(operations, rates.copy_all(tensors), rounds=rounds, device=device, label=label)
     close()
-    copied = next(iter(timed.values())).yardstick
-    measured = rates.rates_of_rounds(timed, copied, _num_bytes(module), *(dtype.itemsize for dtype in case.dtypes))
-    about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds} | _medians(measured)
+    measured = rates.rates_of_rounds(timed, _num_bytes(module), *(dtype.itemsize for dtype in case.dtypes))
+    about = {"elements": sum(tensor.numel() for tensor in tensors), "rounds": rounds} | _medians(
+        list(map(asdict, measured))
+    )
     return [
         _row(case, what, timing, _predictions(case, what, tensors, measured, options.snapshots), device, about)
         for what, timing in timed.items()
@@ -186,17 +188,9 @@ def _predictions(
     return predictions
 
 
-def _medians(measured: Sequence[Measured]) -> dict[str, float]:
-    """Every rate that was measured, its median over rounds."""
-    rounds = [asdict(figures) for figures in measured]
-    found = {name: [figures[name] for figures in rounds if figures[name] is not None] for name in _RATES}
-    return {name: statistics.median(values) for name, values in found.items() if values}
-
-
-def _median_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The same over all rows of float32 models."""
-    of_float32 = [row for row in rows if row["dtype"] == "float32"]
-    found = {name: [row[name] for row in of_float32 if name in row] for name in _RATES}
+def _medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rates, each over the rows (or rounds) that have it."""
+    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in _RATES}
     return {name: statistics.median(values) for name, values in found.items() if values}
 
 

@@ -63,14 +63,11 @@ def into_file(num_bytes: int, path: Path) -> dict[str, Action]:
     return {"write": write, "clear": lambda: path.unlink(missing_ok=True)}
 
 
-def rates_of_rounds(
-    timed: Mapping[str, Timing], copied: Sequence[float], num_bytes: int, itemsize: int, slot_itemsize: int
-) -> list[Measured]:
+def rates_of_rounds(timed: Mapping[str, Timing], num_bytes: int, itemsize: int, slot_itemsize: int) -> list[Measured]:
     """The rates of every round.
 
     Args:
-        timed: The actions above, as far as they were timed.
-        copied: Seconds of `copy_all`, by round.
+        timed: The actions above, as far as they were timed, with `copy_all` as yardstick.
         num_bytes: What that copied, and `into_file` wrote.
         itemsize: Bytes per element of the cached tensors.
         slot_itemsize: The same of what they are rounded to.
@@ -93,7 +90,7 @@ def rates_of_rounds(
             check_rate=arithmetic("cached check", itemsize, number),
             rounding_rate=arithmetic("cached rounding", itemsize + slot_itemsize, number),
         )
-        for number, seconds in enumerate(copied)
+        for number, seconds in enumerate(next(iter(timed.values())).yardstick)
     ]
 
 

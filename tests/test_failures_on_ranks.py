@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import Group, strategy, trainer_on_ranks
+from lightning_ranks import trainer_on_ranks
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -277,11 +277,7 @@ class FailsBetweenLayers(Model):
 def failure_in_a_forward(folder):
     warnings.simplefilter("ignore")
     evaluate._PATIENCE = timedelta(seconds=2)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy("fsdp2"), plugins=[Group()], max_steps=STEPS,
-        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[ModelMerging(window=3, every=1)],
-    )  # fmt: skip
+    trainer = trainer_on_ranks("fsdp2", folder, ModelMerging(window=3, every=1), max_steps=STEPS)
     trainer.fit(FailsBetweenLayers(True, ""), DataLoader(Rows(), 2), DataLoader(Rows(), 2))
 
 

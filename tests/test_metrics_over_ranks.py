@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning_ranks import Group, strategy
+from lightning_ranks import trainer_on_ranks
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -149,12 +149,8 @@ def train(kind, folder, loader, *, with_object=True):
     pl.seed_everything(1, verbose=False)
     weights = Weights()
     merging = ModelMerging(window=2, every=2, views=["sma"], evaluators={"weights": weights})
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy("ddp" if kind == "ddp" else "sharded"), plugins=[Group()],
-        max_steps=4, default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[merging], num_sanity_val_steps=0, check_val_every_n_epoch=None,
-        val_check_interval=1000, use_distributed_sampler=loader.sampler.__class__ is not OwnRows,
-    )  # fmt: skip
+    own_rows = loader.sampler.__class__ is OwnRows
+    trainer = trainer_on_ranks(kind, folder, merging, max_steps=4, use_distributed_sampler=not own_rows)
     trainer.fit(Model(kind == "fsdp2", with_object), DataLoader(Rows(0), 4), loader)
     record = merging.last_record
     return {"raw": dict(record.raw), "sma": dict(record.views["sma"]), "weights": weights.seen}

@@ -95,10 +95,11 @@ def run(work: Callable[[], None], break_: Break | None = None, *, num_ranks: int
         statuses = _wait(ranks, break_)
         errors = [log.read_text() for log in logs if log.exists()]
     if break_ is not None and break_.rank is None and any(statuses.values()):
+        was_killed = any(_ended_by(status, signal.SIGKILL) for status in statuses.values())
         ours = [error for error in errors if error.startswith("ours") and not _lost_a_peer(error)]
-        return Ended(was_broken=not ours, error="\n".join(ours), was_killed=_was_killed(statuses.values()))
+        return Ended(was_broken=not ours, error="\n".join(ours), was_killed=was_killed)
     victim = statuses[break_.rank] if break_ is not None and break_.rank is not None else 0
-    if break_ is not None and os.WIFSIGNALED(victim) and os.WTERMSIG(victim) == break_.by:
+    if break_ is not None and _ended_by(victim, break_.by):
         return Ended(was_broken=True)
     if break_ is not None and break_.by == signal.SIGTERM and errors and errors[0].startswith("other SIGTERMException"):
         return Ended(was_broken=True)
@@ -171,8 +172,8 @@ def _lost_a_peer(error: str) -> bool:
     return any(words in error for words in ("Connection reset by peer", "Connection closed by peer", "Broken pipe"))
 
 
-def _was_killed(statuses: Iterable[int]) -> bool:
-    return any(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL for status in statuses)
+def _ended_by(status: int, by: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == by
 
 
 def _kill(processes: Iterable[int], by: int) -> None:

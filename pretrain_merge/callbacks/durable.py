@@ -139,9 +139,7 @@ class DurableWindow:
         """
         checkpoint = str(self._trainer.ckpt_path or "")
         knew = self._sidecar is not None and checkpoint and self._sidecar.knows(self._key(checkpoint))
-        with ranks.together("ask whether there was a window") as agree:
-            num_knew, *_ = agree(bool(knew))
-        if num_knew:
+        if ranks.any_rank(bool(knew)):
             raise CheckpointError(
                 f"{checkpoint} was written with a window, as {self.folder} tells, and now has none: it is damaged, or "
                 f"was written again without ModelMerging. Resume from another checkpoint."

@@ -59,6 +59,19 @@ class ByStep(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class Breaks(ByStep):
+    """Fails after so many steps."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == self.at:
+            raise RuntimeError("broken")
+        return super().training_step(batch, batch_idx)
+
+
 class Events(pl.Callback):
     """What happens in a run besides steps: a phase begins."""
 
@@ -193,14 +206,8 @@ def test_a_checkpoint_that_is_saved_after_the_run_goes_on_exactly(tmp_path):
     ids=["save_on_exception", "OnExceptionCheckpoint"],
 )
 def test_an_exception_leaves_a_checkpoint_that_goes_on_exactly_where_one_is_saved_on_it(kept, tmp_path):
-    class Breaks(ByStep):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if self.trainer.global_step == 11:
-                raise RuntimeError("broken")
-            return super().training_step(batch, batch_idx)
-
     with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, module=Breaks(), saving=kept(tmp_path))
+        fit(tmp_path, module=Breaks(at=11), saving=kept(tmp_path))
     (path,) = (tmp_path / "kept").glob("*.ckpt")
     fit(tmp_path, ckpt_path=path)
     fit(tmp_path / "whole")
@@ -208,14 +215,8 @@ def test_an_exception_leaves_a_checkpoint_that_goes_on_exactly_where_one_is_save
 
 
 def test_an_exception_before_the_first_snapshot_leaves_a_checkpoint_too(tmp_path):
-    class Breaks(ByStep):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if self.trainer.global_step == 1:
-                raise RuntimeError("broken")
-            return super().training_step(batch, batch_idx)
-
     with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, module=Breaks(), saving=saving(tmp_path, save_on_exception=True, every_n_train_steps=100))
+        fit(tmp_path, module=Breaks(at=1), saving=saving(tmp_path, save_on_exception=True, every_n_train_steps=100))
     assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1
 
 
