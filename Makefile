@@ -13,7 +13,7 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types layers docs pytest faults format constraints clean
+.PHONY: help demo test lint types layers docs pytest mutations format constraints clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -40,8 +40,8 @@ pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
 # Breaks the package in one place at a time; a test must notice each.
-faults: $(VENV)/installed-dev
-	$(BIN)/python -m tests.faults
+mutations: $(VENV)/installed-dev
+	$(BIN)/python -m tests.mutations
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

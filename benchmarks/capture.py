@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.measure import Action, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
-from pretrain_merge import snapshot
-from pretrain_merge.block_mean import BlockMean
+from pretrain_merge import parameters
 from pretrain_merge.stores.device import DeviceStore
+from pretrain_merge.window.block_mean import BlockMean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = {
@@ -73,8 +73,8 @@ def _candidates(live: dict[str, Tensor]) -> dict[str, Action]:
     store, narrow_store = DeviceStore(), DeviceStore()
     candidates: dict[str, Action] = {
         "capture": lambda: store.write(0, live, dtypes),
-        "capture with finite check": lambda: (snapshot.all_finite(tensors), store.write(0, live, dtypes)),
-        "finite check": lambda: snapshot.all_finite(tensors),
+        "capture with finite check": lambda: (parameters.all_finite(tensors), store.write(0, live, dtypes)),
+        "finite check": lambda: parameters.all_finite(tensors),
         "finite check by isfinite": lambda: all(bool(tensor.isfinite().all()) for tensor in tensors),
         "finite check by norm": lambda: _norm_is_finite(tensors),
         "block: first sample": _first_sample(live),
@@ -109,7 +109,7 @@ def _end_of_block(live: dict[str, Tensor]) -> Action:
     dtypes = [tensor.dtype for tensor in live.values()]
 
     def end() -> None:
-        snapshot.all_finite(block.sums)
+        parameters.all_finite(block.sums)
         store.write(0, dict(zip(live, block.mean(), strict=True)), dtypes)
 
     return end

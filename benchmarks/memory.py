@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from benchmarks.measure import machine, new_parser, show, write_json
 from benchmarks.parameters import Shapes, llama_shapes
 from pretrain_merge import ModelMerging
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 from pretrain_merge.stores import slot_dtype
 
 MIB = 2**20

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
-from pretrain_merge.accumulate import Backend, weighted_sum_
+from pretrain_merge.kernels.weighted_sum import Backend, weighted_sum_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = {

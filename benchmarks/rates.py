@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Action, Timing
-from pretrain_merge import snapshot
+from pretrain_merge import parameters
 from pretrain_merge.plan import Measured
 from pretrain_merge.stores.disk import STAGING_BYTES
 
@@ -39,7 +39,7 @@ def in_cache(dtype: torch.dtype, slot_dtype: torch.dtype) -> dict[str, Action]:
     target, slot = torch.empty_like(source), torch.empty_like(source, dtype=slot_dtype)
     actions: dict[str, Action] = {
         "cached copy": lambda: target.copy_(source),
-        "cached check": lambda: snapshot.all_finite([source]),
+        "cached check": lambda: parameters.all_finite([source]),
     }
     if slot_dtype != dtype:
         actions["cached rounding"] = lambda: slot.copy_(source)

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from benchmarks.measure import machine, new_parser, show, write_json
-from pretrain_merge import RollingMerger, snapshot
+from pretrain_merge import RollingMerger, parameters
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.plan import HARDWARE, Layout, Merging, Model, Question, Training, make_plan
 
@@ -108,7 +108,7 @@ def _measure(rank: int, processes: int, elements: int, num_snapshots: int, round
     window_bytes = _resident() - before
 
     # a copy reads and writes; a merge reads every snapshot and writes once, and raw is read and written after it
-    moved = (num_snapshots + 1 + 2) * sum(shard.nbytes for shard in snapshot.mergeable_tensors(module).values())
+    moved = (num_snapshots + 1 + 2) * sum(shard.nbytes for shard in parameters.mergeable_tensors(module).values())
     source = torch.randn(moved // 2 // 4)
     target = torch.empty_like(source)
     target.copy_(source)

@@ -8,19 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pretrain_merge import errors as errors
+from pretrain_merge._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pretrain_merge.callbacks import ModelMerging as ModelMerging
-    from pretrain_merge.checkpoints import load_merged as load_merged
     from pretrain_merge.forecast import forecast_anneal as forecast_anneal
-    from pretrain_merge.merger import RollingMerger as RollingMerger
-
-__version__ = "0.1.0"
+    from pretrain_merge.merged_models.merged import load_merged as load_merged
+    from pretrain_merge.merging.rolling_merger import RollingMerger as RollingMerger
 
 _MODULE_OF = {
     "ModelMerging": "pretrain_merge.callbacks",
-    "RollingMerger": "pretrain_merge.merger",
-    "load_merged": "pretrain_merge.checkpoints",
+    "RollingMerger": "pretrain_merge.merging.rolling_merger",
+    "load_merged": "pretrain_merge.merged_models.merged",
     "forecast_anneal": "pretrain_merge.forecast",
 }
 

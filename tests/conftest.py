@@ -27,14 +27,14 @@ def ctrl_c():
 # others, each test goes to whichever process is free. (The marks of `--dist loadgroup` have no effect in pytest 9.2.)
 _WHOLE_MODULES = {
     "demo/test_run.py",
-    "test_failures_on_ranks.py",
-    "test_interrupts.py",
-    "test_layouts.py",
-    "test_memory.py",
-    "test_metrics_over_ranks.py",
-    "test_saved_by_ranks.py",
-    "test_sharded.py",
-    "test_sharded_window.py",
+    "system/test_failures_on_ranks.py",
+    "runtime/test_signals.py",
+    "system/test_layouts.py",
+    "system/test_memory.py",
+    "system/test_metrics_over_ranks.py",
+    "system/test_saved_by_ranks.py",
+    "system/test_sharded.py",
+    "system/test_sharded_window.py",
 }
 
 

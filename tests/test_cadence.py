@@ -1,7 +1,7 @@
 """When something is due: quantities as people write them, and firing on crossing whatever the counters do."""
 
 import pytest
-import strategies
+from harness import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 

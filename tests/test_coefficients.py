@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
-import oracles
 import pytest
+from harness import oracles
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf

@@ -4,8 +4,8 @@ import itertools
 import math
 
 import numpy as np
-import oracles
 import pytest
+from harness import oracles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m benchmarks.faults [--json FILE] [--quick | --chosen] [--processes N] [--kills N] [--terms N] ...
+    python -m benchmarks.crashes [--json FILE] [--quick | --chosen] [--processes N] [--kills N] [--terms N] ...
 
 A run trains in a child process, or in two that form a group. It is killed (SIGKILL) at random moments and before or
 after random calls of a save, a merge or a checkpoint, and resumed from the newest or an older checkpoint until it ends.
@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults.corruption import corrupted
-from benchmarks.faults.full_disk import filled
-from benchmarks.faults.rows import COLUMNS, Row, totals
-from benchmarks.faults.run import Reference
-from benchmarks.faults.signals import broken_at_chosen_moments, broken_at_random
-from benchmarks.faults.training import CHOSEN, SETTINGS
+from benchmarks.crashes.corruption import corrupted
+from benchmarks.crashes.full_disk import filled
+from benchmarks.crashes.rows import COLUMNS, Row, totals
+from benchmarks.crashes.run import Reference
+from benchmarks.crashes.signals import broken_at_chosen_moments, broken_at_random
+from benchmarks.crashes.training import CHOSEN, SETTINGS
 from benchmarks.measure import machine, new_parser, show, write_json
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
 _MANY = {"kills": 200, "terms": 50, "full_disks": 24, "corruptions": 200}
 _FEW = {"kills": 6, "terms": 6, "full_disks": 3, "corruptions": 6}

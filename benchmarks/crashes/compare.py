@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.faults import processes
-from pretrain_merge.callbacks.durable import RunState
-from pretrain_merge.stores.sharded_files import SUFFIX
+from benchmarks.crashes import processes
+from pretrain_merge.callbacks.kept_window import RunState
+from pretrain_merge.files.sharded_folder import SUFFIX
 
 Outcome = dict[str, Any]
 

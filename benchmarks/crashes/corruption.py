@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import compare, processes
-from benchmarks.faults.processes import Break
-from benchmarks.faults.rows import Row
-from benchmarks.faults.run import Reference, Run
-from benchmarks.faults.training import AtStep, train
+from benchmarks.crashes import compare, processes
+from benchmarks.crashes.processes import Break
+from benchmarks.crashes.rows import Row
+from benchmarks.crashes.run import Reference, Run
+from benchmarks.crashes.training import AtStep, train
 
 _KILLED_AT = 23  # between checkpoints, of which two are there
 

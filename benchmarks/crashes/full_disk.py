@@ -4,10 +4,10 @@ import random
 import resource
 from pathlib import Path
 
-from benchmarks.faults import processes
-from benchmarks.faults.rows import Row
-from benchmarks.faults.run import Reference, Run
-from benchmarks.faults.training import STEPS, AtStep, train
+from benchmarks.crashes import processes
+from benchmarks.crashes.rows import Row
+from benchmarks.crashes.run import Reference, Run
+from benchmarks.crashes.training import STEPS, AtStep, train
 
 _IN_LIGHTNINGS_OWN_FILE = "in _atomic_save"
 _FROM_LAST_CHECKPOINT = 25

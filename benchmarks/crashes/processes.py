@@ -20,9 +20,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from pretrain_merge import block_mean
 from pretrain_merge.errors import CheckpointError, PretrainMergeError
 from pretrain_merge.stores import device, streaming
+from pretrain_merge.window import block_mean
 
 # In a merge, a sum, a slot, a file of the window, a merged model, the records, in and around Lightning's checkpoint.
 CALLS: dict[str, list[tuple[Any, str]]] = {

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.faults import compare
-from benchmarks.faults.run import Reference, Run
+from benchmarks.crashes import compare
+from benchmarks.crashes.run import Reference, Run
 
 COLUMNS = {
     "what": "what", "times": "times", "runs": "runs", "differences": "differences", "unexplained files": "unexplained",

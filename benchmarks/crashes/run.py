@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.faults import compare, processes
-from benchmarks.faults.processes import CALLS, Break, Ended
-from benchmarks.faults.training import Setting, train
+from benchmarks.crashes import compare, processes
+from benchmarks.crashes.processes import CALLS, Break, Ended
+from benchmarks.crashes.training import Setting, train
 
 
 @dataclass

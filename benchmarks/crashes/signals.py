@@ -5,9 +5,9 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.faults.processes import Break
-from benchmarks.faults.rows import Row
-from benchmarks.faults.run import Reference, Run
+from benchmarks.crashes.processes import Break
+from benchmarks.crashes.rows import Row
+from benchmarks.crashes.run import Reference, Run
 
 _BREAKS_PER_RUN = 8
 

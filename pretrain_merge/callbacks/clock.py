@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.data import _extract_batch_size
 
-from pretrain_merge import ranks
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.errors import ProgressError
+from pretrain_merge.runtime import ranks
 
 TokensPerBatch = int | str | Callable[[Any], int]
 

@@ -13,8 +13,8 @@ from pretrain_merge.cadence import Quantity
 from pretrain_merge.config import ForecastConfig, MergeConfig, num_intervals, parse_forecasts, parse_views
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, forecast_anneal, spans
-from pretrain_merge.notices import Notices
 from pretrain_merge.records import FORECAST, Expected, MergeRecord
+from pretrain_merge.runtime.log import Notices
 
 
 class RunForecasts:

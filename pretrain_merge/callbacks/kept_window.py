@@ -12,13 +12,14 @@ from typing import Any
 
 import fsspec
 
-from pretrain_merge import ranks, snapshot
+from pretrain_merge import parameters
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.saving import SavedModels
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.manifest import Manifest, sealed, unsealed
-from pretrain_merge.merger import RollingMerger
-from pretrain_merge.stores.sidecar import Sidecar
+from pretrain_merge.merged_models.retention import SavedModels
+from pretrain_merge.merging.rolling_merger import RollingMerger
+from pretrain_merge.resume.manifest import Manifest, sealed, unsealed
+from pretrain_merge.resume.sidecar import Sidecar
+from pretrain_merge.runtime import ranks
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class DurableWindow:
             CheckpointError: The disk refuses.
         """
         module = self._trainer.lightning_module
-        if self._sidecar is None and not snapshot.is_sharded(module):
+        if self._sidecar is None and not parameters.is_sharded(module):
             return None
         manifest = merger.manifest(module, self.folder)
         self._held = [file.name for file in manifest.files]

@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pretrain_merge import evaluate, interrupts, snapshot
-from pretrain_merge.accumulate import Spread
+from pretrain_merge import parameters
 from pretrain_merge.config import MergeConfig
-from pretrain_merge.evaluate import Evaluator
-from pretrain_merge.loaders import EvaluationInterrupted
-from pretrain_merge.merger import RollingMerger
-from pretrain_merge.notices import Notices
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.evaluation.evaluate import Evaluator
+from pretrain_merge.evaluation.loaders import EvaluationInterrupted
+from pretrain_merge.evaluation.reduction import How, Part
+from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, Recipe
-from pretrain_merge.reduction import How, Part
+from pretrain_merge.runtime import signals
+from pretrain_merge.runtime.log import Notices
 
 _SPREAD = ("spread: squared distance", "spread: squared norm")
 Keep = Callable[[str, Recipe, Mapping[str, float]], None]
@@ -65,7 +67,7 @@ def measured(
     )
     try:
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
-        with interrupts.held(), isolated as measure:
+        with signals.held(), isolated as measure:
             with merger.swapping(module) as put:
                 raw = measure("raw")
                 stopwatch.lap("evaluate_raw")
@@ -108,7 +110,7 @@ def measured(
 def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
     """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
     sums = merger.spread_sums or Spread(0.0, 0.0)
-    how: How = "sum" if snapshot.is_sharded(module) else "mean"
+    how: How = "sum" if parameters.is_sharded(module) else "mean"
     return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
 
 

@@ -15,22 +15,24 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge import evaluate, ranks, snapshot
+from pretrain_merge import parameters
 from pretrain_merge.cadence import Cadence
-from pretrain_merge.callbacks import measuring
+from pretrain_merge.callbacks import merge_point
 from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
-from pretrain_merge.callbacks.durable import DurableWindow, RunState, refuse_state_of_nobody
-from pretrain_merge.callbacks.forecasting import RunForecasts
+from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.kept_window import DurableWindow, RunState, refuse_state_of_nobody
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.callbacks.saving import MergedModels, refuse_unmeasured
-from pretrain_merge.callbacks.starting import Start, refill_or_raise, run_folder
+from pretrain_merge.callbacks.resuming import Start, refill_or_raise, run_folder
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
-from pretrain_merge.evaluate import Evaluator
-from pretrain_merge.merger import RollingMerger
-from pretrain_merge.notices import Notices
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.evaluation.evaluate import Evaluator
+from pretrain_merge.merged_models.retention import MergedModels, refuse_unmeasured
+from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, Recipe, append_record
-from pretrain_merge.tracking import Tracker
+from pretrain_merge.records.loggers import Tracker
+from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import Notices
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
 if find_spec("pytorch_lightning"):
@@ -183,7 +185,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
-        snapshot.mergeable_tensors(
+        parameters.mergeable_tensors(
             pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
         )
         _refuse_other_configs(self.config)
@@ -403,7 +405,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             if models is not None and view not in self._forecasts.views:
                 models.keep(pl_module, view, merger.progress, recipe, metrics)
 
-        return measuring.measured(
+        return merge_point.measured(
             self.config, trainer, pl_module, merger, evaluators=self._evaluators, notices=self._notices, keep=keep
         )
 

@@ -8,16 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain_merge import ranks
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.durable import DurableWindow, RunState
-from pretrain_merge.callbacks.saving import MergedModels
-from pretrain_merge.checkpoints.folders import move_aside, remove_unpublished
+from pretrain_merge.callbacks.kept_window import DurableWindow, RunState
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.merger import RollingMerger
-from pretrain_merge.notices import Notices
+from pretrain_merge.files.folders import move_aside, remove_unpublished
+from pretrain_merge.merged_models.retention import MergedModels
+from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, keep_records_until
+from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import Notices
 
 
 def run_folder(config: MergeConfig, trainer: Any) -> Path:

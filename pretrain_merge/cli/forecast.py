@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain_merge import exports, plots
 from pretrain_merge.errors import ForecastError, MissingDependencyError
 from pretrain_merge.forecast import Calibration, Forecast, forecast_anneal
-from pretrain_merge.tables import expected_cell
+from pretrain_merge.records import plots, read_run
+from pretrain_merge.records.tables import expected_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +62,7 @@ def forecast(
         raise MissingDependencyError(
             "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
         ) from error
-    records = exports.read_run(run, every=every, average=average, name=name)
+    records = read_run.read_run(run, every=every, average=average, name=name)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
     options["calibration"] = Calibration.load(calibration) if calibration else None
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))

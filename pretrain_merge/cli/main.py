@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from pretrain_merge.cli.forecast import forecast
+from pretrain_merge.cli.plan import plan
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
-from pretrain_merge.forecast_command import forecast
-from pretrain_merge.plan_command import plan
 
 
 def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -37,9 +37,8 @@ def report(run: Path, metric: str = "val_loss", picture: Path | None = None) -> 
     """
     from rich.console import Console
 
-    from pretrain_merge import plots
-    from pretrain_merge.records import read_records
-    from pretrain_merge.tables import merges_table
+    from pretrain_merge.records import plots, read_records
+    from pretrain_merge.records.tables import merges_table
 
     path = run if run.is_file() else run / "merges.jsonl"
     records = read_records(path)

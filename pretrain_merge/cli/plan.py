@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain_merge.cadence import Quantity
+from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.config import WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
@@ -25,7 +26,6 @@ from pretrain_merge.plan import (
     make_plan,
     used_for,
 )
-from pretrain_merge.plan_command.model_shapes import read_model
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,7 +86,7 @@ def plan(
     """
     from rich.console import Console
 
-    from pretrain_merge.plan_command.table import plan_table
+    from pretrain_merge.cli.plan_table import plan_table
 
     shapes = read_model(model, activated=activated)
     advice = used_for(shapes.activated, has_experts=shapes.has_experts)

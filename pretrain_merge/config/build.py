@@ -1,50 +1,23 @@
-"""The configuration: every key, its default, and what is refused.
-
-One schema stands behind four doors: Python arguments, an OmegaConf YAML file, LightningCLI and Hydra. This package
-knows keys and values; it knows no tensors, no trainer and no files but the YAML it is asked to read.
-"""
+"""Values against their schema: defaults are filled in, the impossible is refused, each message begins with its key."""
 
 from typing import TypeVar
 
 from pretrain_merge.cadence import Cadence, Quantity
-from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
-from pretrain_merge.config.reading import did_you_mean, read, require, typed
+from pretrain_merge.config.forecasts import parse_forecasts
+from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
     AVERAGES,
     BATCH_NORMS,
-    FORECAST_KINDS,
-    FORECAST_SHAPES,
     MODES,
     ON_MISSING,
     SLOT_DTYPES,
     STORES,
-    BreakConfig,
-    ForecastConfig,
     MergeConfig,
     SaveConfig,
     WindowConfig,
 )
-from pretrain_merge.config.views import NAME, View, parse_views
+from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
-
-__all__ = [
-    "FORECAST_KINDS",
-    "FORECAST_SHAPES",
-    "BreakConfig",
-    "ForecastConfig",
-    "MergeConfig",
-    "SaveConfig",
-    "View",
-    "WindowConfig",
-    "build",
-    "did_you_mean",
-    "merge_cadence",
-    "num_intervals",
-    "parse_forecasts",
-    "parse_views",
-    "save_cadence",
-    "snapshot_cadence",
-]
 
 _LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
 _ConfigT = TypeVar("_ConfigT", bound=WindowConfig)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_merge.records import Expected, MergeRecord
-from pretrain_merge.tables import merges_table, percent
+from pretrain_merge.records.tables import merges_table, percent
 
 METRIC = "val_loss"
 AHEAD, NOW = "ahead", "now"  # the forecasts of merge.yaml

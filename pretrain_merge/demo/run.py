@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from pretrain_merge import ModelMerging, plots
+from pretrain_merge import ModelMerging
 from pretrain_merge.config import parse_views
 from pretrain_merge.demo.corpus import Corpus, load_corpus
 from pretrain_merge.demo.experiment import FAMILIES, Branch, Experiment, last_window
@@ -23,7 +23,7 @@ from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, ValidationCurve,
 from pretrain_merge.demo.models import build_model, constant_after_warmup, language_model, linear_anneal
 from pretrain_merge.demo.report import METRIC, Summary, show, summarise
 from pretrain_merge.errors import CheckpointError, MissingDependencyError
-from pretrain_merge.records import MergeRecord, read_records
+from pretrain_merge.records import MergeRecord, plots, read_records
 
 MERGE_YAML = Path(__file__).with_name("merge.yaml")
 

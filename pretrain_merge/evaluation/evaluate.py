@@ -19,11 +19,13 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from pretrain_merge import interrupts, isolation, loaders, ranks, reduction, snapshot
+from pretrain_merge import parameters
 from pretrain_merge.errors import EvaluationError
-from pretrain_merge.lockstep import Lockstep
-from pretrain_merge.notices import Notices
-from pretrain_merge.reduction import How, Part
+from pretrain_merge.evaluation import isolation, loaders, reduction
+from pretrain_merge.evaluation.lockstep import Lockstep
+from pretrain_merge.evaluation.reduction import How, Part
+from pretrain_merge.runtime import ranks, signals
+from pretrain_merge.runtime.log import Notices
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 # A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
@@ -80,7 +82,7 @@ def isolated(
 
         def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
             parts = dict(alongside or {})
-            is_sharded = snapshot.is_sharded(module)
+            is_sharded = parameters.is_sharded(module)
             together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
             with together as agree, torch.no_grad(), isolation.module_kept(module), ExitStack() as kept:
                 lockstep = Lockstep(agree, is_sharded=is_sharded)
@@ -94,7 +96,7 @@ def isolated(
                 for name, evaluator in (evaluators or {}).items():
                     random_state()
                     module.eval()
-                    with interrupts.ctrl_c_breaks_in():
+                    with signals.ctrl_c_breaks_in():
                         values = evaluator(module)
                     parts |= {f"{name}/{key}": Part(value) for key, value in _numbers(name, values).items()}
             return reduction.over_ranks(parts)
@@ -124,7 +126,7 @@ def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, lockstep: Lock
         isolation.replaced(trainer, _logger_connector=connector),
     ):
         try:
-            with interrupts.ctrl_c_breaks_in():
+            with signals.ctrl_c_breaks_in():
                 lockstep.run(loop)
         finally:
             loop.teardown()

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
-from pretrain_merge import loaders, ranks, snapshot
-from pretrain_merge.notices import Notices
+from pretrain_merge import parameters
+from pretrain_merge.evaluation import loaders
+from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import Notices
 
 _CONTAINERS = (list, dict, set, OrderedDict)
 
@@ -161,7 +163,7 @@ def module_kept(module: nn.Module) -> Iterator[None]:
             parameter.grad = None
         yield
     finally:
-        snapshot.reshard(module)  # P18: a forward leaves gathered parameters behind
+        parameters.reshard(module)  # P18: a forward leaves gathered parameters behind
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for now, before in attributes:

@@ -6,8 +6,9 @@ This module knows Lightning's evaluation loop and how ranks agree. It knows no w
 import time
 from typing import Any
 
-from pretrain_merge import interrupts, loaders, ranks
 from pretrain_merge.errors import EvaluationError
+from pretrain_merge.evaluation import loaders
+from pretrain_merge.runtime import ranks, signals
 
 _SKEW = 2.0  # seconds between the first and the last rank that gets a signal
 _PAUSE = 0.01
@@ -72,7 +73,7 @@ class Lockstep:
 
     def _meet(self, *, has_more: bool, syncs: bool = False) -> bool:
         """Whether any rank has a batch left; each says of itself, and all leave together where a signal waits."""
-        num_more, num_interrupted, num_syncing = self._agree(has_more, interrupts.requested(), syncs)
+        num_more, num_interrupted, num_syncing = self._agree(has_more, signals.requested(), syncs)
         num_ranks = ranks.num_ranks()
         if num_more and num_interrupted:
             self._let_the_signal_reach_all(num_interrupted)
@@ -96,7 +97,7 @@ class Lockstep:
         deadline, num_waiting = time.monotonic() + _SKEW, 1
         while num_signalled < ranks.num_ranks() and num_waiting:
             time.sleep(_PAUSE)
-            num_signalled, num_waiting, _ = self._agree(interrupts.requested(), time.monotonic() < deadline)
+            num_signalled, num_waiting, _ = self._agree(signals.requested(), time.monotonic() < deadline)
 
 
 def _num_loaders(loop: Any) -> int:

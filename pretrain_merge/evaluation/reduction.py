@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from pretrain_merge import ranks
+from pretrain_merge.runtime import ranks
 
 How = Literal["mean", "sum", "max", "min"]
 

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from pretrain_merge import ranks
-from pretrain_merge.checkpoints.folders import sync
 from pretrain_merge.errors import CheckpointError, RankError
-from pretrain_merge.stores.snapshot_file import SnapshotFile, is_ours
+from pretrain_merge.files.folders import sync
+from pretrain_merge.files.snapshot_file import SnapshotFile, is_ours
+from pretrain_merge.runtime import ranks
 
 SUFFIX = ".sharded"
 _PARTS = "parts.json"

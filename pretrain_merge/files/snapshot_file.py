@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge.checkpoints.folders import sync
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.stores.slot_file import Layout
+from pretrain_merge.files.folders import sync
+from pretrain_merge.files.layout import Layout
 
 _STAGING_BYTES = 16 * 2**20
 _NAME = re.compile(r"[a-z]+-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")

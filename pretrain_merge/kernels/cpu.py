@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate.cpu_kernel import Kernel, compile_kernel
-from pretrain_merge.accumulate.llvm import converts_float16
-from pretrain_merge.accumulate.spread import Spread
-from pretrain_merge.accumulate.tables import SUMS_WIDTH, address_table, item_table
+from pretrain_merge.kernels.cpu_kernel import Kernel, compile_kernel
+from pretrain_merge.kernels.llvm import converts_float16
+from pretrain_merge.kernels.spread import Spread
+from pretrain_merge.kernels.tables import SUMS_WIDTH, address_table, item_table
 
 if not converts_float16():
     raise ImportError("this CPU does not convert float16 in hardware")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from pretrain_merge.accumulate.llvm import (
+from pretrain_merge.kernels.llvm import (
     CACHE_LINE,
     DOUBLE,
     FLOAT,
@@ -45,7 +45,7 @@ from pretrain_merge.accumulate.llvm import (
     stack,
     variable,
 )
-from pretrain_merge.accumulate.tables import CODES, ITEM_WIDTH, SUMS_WIDTH
+from pretrain_merge.kernels.tables import CODES, ITEM_WIDTH, SUMS_WIDTH
 
 _LANES = 32
 _GROUP = 12

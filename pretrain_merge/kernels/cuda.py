@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pretrain_merge.accumulate.spread import Spread
-from pretrain_merge.accumulate.tables import address_table, item_table
+from pretrain_merge.kernels.spread import Spread
+from pretrain_merge.kernels.tables import address_table, item_table
 
 # Triton's interpreter runs kernels on CPU tensors; it is chosen by this variable when the kernel below is defined.
 DEVICES = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate.spread import Spread
+from pretrain_merge.kernels.spread import Spread
 
 # Elements per chunk. On the CPU the two float32 buffers are 1 MiB for each thread, the size of its L2 cache, up to a
 # chunk of 4 MiB. On a device, where each operation is a launch, that chunk at once. Never more than 40 MiB, the

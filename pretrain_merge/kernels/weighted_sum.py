@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from pretrain_merge.accumulate import reference
-from pretrain_merge.accumulate.inputs import accumulator_dtype, check_merge, is_one_block
-from pretrain_merge.accumulate.spread import Spread
 from pretrain_merge.errors import MergeInputError, MissingDependencyError
+from pretrain_merge.kernels import reference
+from pretrain_merge.kernels.inputs import accumulator_dtype, check_merge, is_one_block
+from pretrain_merge.kernels.spread import Spread
 
 __all__ = ["Backend", "Spread", "weighted_sum_"]
 
@@ -130,7 +130,7 @@ def _backend_for(device: str, backend: Backend) -> _Merge:
     if wanted == "reference":
         return reference.merge_
     try:
-        module = importlib.import_module(f"pretrain_merge.accumulate.{wanted}")
+        module = importlib.import_module(f"pretrain_merge.kernels.{wanted}")
     except ImportError as error:
         hint = (
             "Install `pretrain-merge[fast]`." if wanted == "cpu" else "Install triton, which comes with torch for CUDA."

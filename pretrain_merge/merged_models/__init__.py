@@ -1,5 +1,1 @@
-"""Model files: merged weights as folders that are either complete or absent."""
-
-from pretrain_merge.checkpoints.merged import load_merged
-
-__all__ = ["load_merged"]
+"""Merged weights on disk: folders that are either complete or absent, and which of them are kept."""

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain_merge import __version__, ranks, snapshot
-from pretrain_merge.checkpoints import consolidated
-from pretrain_merge.checkpoints.consolidated import LARGEST_FILE, WEIGHTS, Weights
-from pretrain_merge.checkpoints.folders import published
+from pretrain_merge import parameters
+from pretrain_merge._version import __version__
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.notices import logger
-from pretrain_merge.snapshot import plain_name
+from pretrain_merge.files.folders import published
+from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.merged_models.whole_weights import LARGEST_FILE, WEIGHTS, Weights
+from pretrain_merge.parameters.live import plain_name
+from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import logger
 
 PROVENANCE = "provenance.json"
 _FORMAT = "pretrain-merge/1"
@@ -52,7 +54,7 @@ def save_merged(
         RankError: That happened on another rank.
     """
     prefix, hugging_face = _wrapped_hugging_face_model(module)
-    tensors, ties = _without_ties(_state(module, prefix), is_sharded=snapshot.is_sharded(module))
+    tensors, ties = _without_ties(_state(module, prefix), is_sharded=parameters.is_sharded(module))
     if left_out := [name for name, value in module.state_dict().items() if not isinstance(value, Tensor | None)]:
         logger.warning(
             f"{target} is saved without {', '.join(left_out)}: extra state that is no tensor could be written as a "
@@ -68,15 +70,15 @@ def save_merged(
         "versions": {"pretrain-merge": __version__} | {name: version(name) for name in _RECORDED_VERSIONS},
     }
     with _published_by_rank_0(target) as folder:
-        is_writer = ranks.rank() == 0 or snapshot.is_sharded(module)
+        is_writer = ranks.rank() == 0 or parameters.is_sharded(module)
         with ranks.together(f"write {target}"):
             if is_writer:
-                consolidated.write(folder, tensors, largest_file=largest_file)
+                whole_weights.write(folder, tensors, largest_file=largest_file)
         with ranks.together(f"read {target} back"):
-            if is_writer and not consolidated.hold(folder, tensors):
+            if is_writer and not whole_weights.hold(folder, tensors):
                 raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
         if ranks.rank() == 0:
-            consolidated.remove_parts(folder)
+            whole_weights.remove_parts(folder)
             # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
             (folder / PROVENANCE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             if hugging_face is not None:
@@ -88,10 +90,10 @@ def save_merged(
 def holds_weights_of(module: nn.Module, target: Path) -> bool:
     """Whether a merged model on disk is, bit for bit, what is in the module now; the same answer on every rank."""
     prefix, _ = _wrapped_hugging_face_model(module)
-    is_sharded = snapshot.is_sharded(module)
+    is_sharded = parameters.is_sharded(module)
     tensors, _ = _without_ties(_state(module, prefix), is_sharded=is_sharded)
     is_reader = ranks.rank() == 0 or is_sharded
-    return not ranks.any_rank(is_reader and not consolidated.hold(target, tensors))
+    return not ranks.any_rank(is_reader and not whole_weights.hold(target, tensors))
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
     prefix, ties = provenance["prefix"], provenance["ties"]
     wanted = _state(module, prefix)
     try:
-        with consolidated.opened(folder) as weights:
+        with whole_weights.opened(folder) as weights:
             if not set(ties.values()) <= weights.names():
                 raise CheckpointError(f"{folder / PROVENANCE} is damaged: {ties}. Copy the folder again.")
             _refuse_other_model(folder, module, wanted, weights, ties)
@@ -139,14 +141,14 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
                 if _is_extra_state(name):
                     extra_states[name].set_extra_state(weights.whole(name))
                 else:
-                    consolidated.local(wanted[name]).copy_(weights.like(name, wanted[name]))
+                    whole_weights.local(wanted[name]).copy_(weights.like(name, wanted[name]))
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}). Copy the folder again.") from error
     for alias, name in ties.items():
         if _memory(wanted[alias]) != _memory(wanted[name]):
-            consolidated.local(wanted[alias]).copy_(consolidated.local(wanted[name]))
+            whole_weights.local(wanted[alias]).copy_(whole_weights.local(wanted[name]))
     return provenance
 
 
@@ -174,7 +176,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def _state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    snapshot.reshard(module)  # P18
+    parameters.reshard(module)  # P18
     state = {plain_name(name): value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     return {name.removeprefix(prefix): tensor.detach() for name, tensor in state.items()}
 
@@ -203,7 +205,7 @@ def _without_ties(state: Mapping[str, Tensor], *, is_sharded: bool) -> tuple[dic
 
 def _memory(tensor: Tensor) -> object:
     """Where it lies and how."""
-    own = consolidated.local(tensor)
+    own = whole_weights.local(tensor)
     return own.data_ptr(), tensor.shape, own.stride()
 
 

@@ -13,13 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pretrain_merge import ranks
 from pretrain_merge.cadence import Progress
-from pretrain_merge.checkpoints.folders import discard, move_aside
-from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
 from pretrain_merge.config import SaveConfig, save_cadence
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.files.folders import discard, move_aside
+from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
 from pretrain_merge.records import Recipe
+from pretrain_merge.runtime import ranks
 
 _NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
 

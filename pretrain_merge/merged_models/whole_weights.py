@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from pretrain_merge import ranks
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.runtime import ranks
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,17 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain_merge import coefficients, config, interrupts, open_block, ranks, snapshot
-from pretrain_merge.accumulate import Spread
-from pretrain_merge.block_mean import BlockMean
+from pretrain_merge import coefficients, config, parameters
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CoefficientError, ConfigError, ProgressError, WindowNotReadyError
-from pretrain_merge.manifest import Manifest, OpenBlock
-from pretrain_merge.notices import Notices
+from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.records import Recipe
-from pretrain_merge.snapshots import Snapshots
-from pretrain_merge.window import Snapshot, Window
-from pretrain_merge.window_files import WindowFiles
+from pretrain_merge.resume import saved_block
+from pretrain_merge.resume.manifest import Manifest, OpenBlock
+from pretrain_merge.resume.window_files import WindowFiles
+from pretrain_merge.runtime import ranks, signals
+from pretrain_merge.runtime.log import Notices
+from pretrain_merge.window.block_mean import BlockMean
+from pretrain_merge.window.stored import Snapshots
+from pretrain_merge.window.window import Snapshot, Window
 
 
 class RollingMerger:
@@ -138,7 +140,7 @@ class RollingMerger:
         self._snapshot_is_new = False
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
         touches = due or (self._block is not None and self._block.samples_at(self._progress.step))
-        with interrupts.held() if touches else nullcontext():
+        with signals.held() if touches else nullcontext():
             if self._block is not None:
                 self._snapshot_is_new = self._observe_block(self._block, module, before, due)
             elif due:
@@ -195,7 +197,7 @@ class RollingMerger:
         """
         with self.swapping(module) as put:
             recipe = put(view)
-            with interrupts.ctrl_c_breaks_in():
+            with signals.ctrl_c_breaks_in():
                 yield recipe
 
     @contextmanager
@@ -208,7 +210,7 @@ class RollingMerger:
         live = list(self._live(module).values())
         raw_slot = self._snapshots.slot_that_is_raw(live, self._progress)
         scratch = [tensor.clone() for tensor in live] if raw_slot is None else []
-        before = snapshot.identities(live)
+        before = parameters.identities(live)
         written: list[str] = []
 
         def put(view: str) -> Recipe:
@@ -218,7 +220,7 @@ class RollingMerger:
             recipe = self._recipe(view, chosen)
             first = not written
             written.append(view)
-            snapshot.reshard(module)  # P18
+            parameters.reshard(module)  # P18
             valid = self.window.valid
             if first and len(chosen) < len(valid):  # the spread speaks of the whole window
                 self._merge_into(live, valid, coefficients.sma(len(valid)))
@@ -226,14 +228,14 @@ class RollingMerger:
             return recipe
 
         def restore() -> None:
-            if written or snapshot.identities(live) != before:
-                snapshot.reshard(module)
+            if written or parameters.identities(live) != before:
+                parameters.reshard(module)
                 if raw_slot is None:
-                    snapshot.copy_(live, scratch)
+                    parameters.copy_(live, scratch)
                 else:
                     self._snapshots.put_back(live, raw_slot)
 
-        with interrupts.held():
+        with signals.held():
             try:
                 yield put
             finally:
@@ -289,7 +291,7 @@ class RollingMerger:
             self._counts = _counts_over_ranks(module, live)
             self._snapshots.load(manifest.snapshots, live, files)
             if self._block is not None and manifest.block is not None:
-                open_block.load(self._block, manifest.block, live, files)
+                saved_block.load(self._block, manifest.block, live, files)
         except BaseException:
             self.close()
             self.window.go_on_from(0, None)
@@ -308,7 +310,7 @@ class RollingMerger:
     def _keep_block(self, block: BlockMean, files: WindowFiles) -> OpenBlock:
         """Once per step, however many checkpoints are saved at it: a block is a whole model in float32."""
         if self._kept_block is None or self._kept_block[:2] != (files.folder, self._progress):
-            kept = open_block.keep(block, files, self._progress.step)
+            kept = saved_block.keep(block, files, self._progress.step)
             self._kept_block = (files.folder, self._progress, kept)
         return self._kept_block[2]
 
@@ -348,7 +350,9 @@ class RollingMerger:
 
     def _live(self, module: nn.Module) -> dict[str, Tensor]:
         settings = self._settings
-        return snapshot.mergeable_tensors(module, merge_buffers=settings.merge_buffers, batch_norm=settings.batch_norm)
+        return parameters.mergeable_tensors(
+            module, merge_buffers=settings.merge_buffers, batch_norm=settings.batch_norm
+        )
 
     def _break_on_new_lr(self) -> None:
         if self._settings.breaks.lr and _differs(self._lr, self._segment_lr, self._settings.lr_tolerance):
@@ -404,7 +408,7 @@ class RollingMerger:
     def _all_ranks_take(self, agree: ranks.Agree, live: Sequence[Tensor]) -> bool:
         """One decision for all ranks: a break on one is a break on all, and what one cannot take nobody takes."""
         is_whole = self._block is None or self._block.is_whole
-        is_finite = is_whole and snapshot.all_finite(live if self._block is None else self._block.sums)
+        is_finite = is_whole and parameters.all_finite(live if self._block is None else self._block.sums)
         has_broken = self.window.segment != self._segment_of_all
         num_broken, num_partial, num_non_finite = agree(has_broken, not is_whole, is_whole and not is_finite)
         if num_broken and not has_broken:
@@ -449,10 +453,10 @@ def _counts_over_ranks(module: nn.Module, live: Mapping[str, Tensor]) -> list[fl
     Every element of a parameter is held by as many ranks as every other, however meshes divide it, so n is what all
     ranks hold together over the size of the whole. Where nothing is sharded every rank has the whole model: 1.
     """
-    if not snapshot.is_sharded(module):
+    if not parameters.is_sharded(module):
         return [1.0] * len(live)
     held = ranks.sum_over_ranks([tensor.numel() for tensor in live.values()])
-    pairs = zip(snapshot.whole_sizes(module, live), held, strict=True)
+    pairs = zip(parameters.whole_sizes(module, live), held, strict=True)
     return [whole / together if together else 1.0 for whole, together in pairs]
 
 

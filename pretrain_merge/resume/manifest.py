@@ -12,8 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CheckpointError, ProgressError
-from pretrain_merge.stores.snapshot_file import SnapshotFile, is_ours
-from pretrain_merge.window import Break
+from pretrain_merge.files.snapshot_file import SnapshotFile, is_ours
+from pretrain_merge.window.window import Break
 
 _FORMAT = 1
 _T = TypeVar("_T")

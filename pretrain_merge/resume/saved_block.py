@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pretrain_merge.block_mean import BlockMean, accumulator_dtype
-from pretrain_merge.manifest import OpenBlock
-from pretrain_merge.window_files import WindowFiles
+from pretrain_merge.resume.manifest import OpenBlock
+from pretrain_merge.resume.window_files import WindowFiles
+from pretrain_merge.window.block_mean import BlockMean, accumulator_dtype
 
 
 def keep(block: BlockMean, files: WindowFiles, step: int) -> OpenBlock:

@@ -13,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain_merge.checkpoints.folders import sync
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.notices import logger
-from pretrain_merge.stores import folder_lock
-from pretrain_merge.stores.snapshot_file import is_ours
+from pretrain_merge.files import folder_lock
+from pretrain_merge.files.folders import sync
+from pretrain_merge.files.snapshot_file import is_ours
+from pretrain_merge.runtime.log import logger
 
 _NEEDS = "checkpoints.json"
 

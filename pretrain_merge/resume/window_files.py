@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain_merge import snapshot
+from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.stores import Store, sharded_files, snapshot_file
-from pretrain_merge.stores.slot_file import Layout
-from pretrain_merge.stores.snapshot_file import SnapshotFile
+from pretrain_merge.files import sharded_folder, snapshot_file
+from pretrain_merge.files.layout import Layout
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.stores import Store
 
 
 class WindowFiles:
@@ -28,7 +29,7 @@ class WindowFiles:
     def __init__(self, folder: Path, module: nn.Module) -> None:
         self.folder = folder
         self._module = module
-        self._is_sharded = snapshot.is_sharded(module)
+        self._is_sharded = parameters.is_sharded(module)
 
     def keep(self, store: Store, slot: int, stem: str, kinds: Mapping[str, Any]) -> SnapshotFile:
         """Make a file of a store's slot.
@@ -55,7 +56,7 @@ class WindowFiles:
             CheckpointError: The disk refuses.
         """
         if self._is_sharded:
-            return sharded_files.write(self.folder, stem, snapshot.as_shards(self._module, tensors))
+            return sharded_folder.write(self.folder, stem, parameters.as_shards(self._module, tensors))
         layout = Layout.of(tensors, [tensor.dtype for tensor in tensors.values()])
         return snapshot_file.write(self.folder, stem, layout, {name: [tensor] for name, tensor in tensors.items()})
 
@@ -70,10 +71,10 @@ class WindowFiles:
         Raises:
             CheckpointError: It cannot be used.
         """
-        if file.name.endswith(sharded_files.SUFFIX):
+        if file.name.endswith(sharded_folder.SUFFIX):
             chosen = zip(live.items(), dtypes, strict=True)
             tensors = {name: torch.empty_like(tensor, dtype=dtype) for (name, tensor), dtype in chosen}
-            sharded_files.read(self.folder, file, snapshot.as_shards(self._module, tensors))
+            sharded_folder.read(self.folder, file, parameters.as_shards(self._module, tensors))
             return list(tensors.values())
         if self._is_sharded:
             raise CheckpointError(

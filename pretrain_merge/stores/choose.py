@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge import ranks
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.runtime import ranks
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore
 from pretrain_merge.stores.host import HostStore

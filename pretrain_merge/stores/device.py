@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge import snapshot
-from pretrain_merge.accumulate import Spread, weighted_sum_
-from pretrain_merge.stores import snapshot_file
-from pretrain_merge.stores.slot_file import Layout
-from pretrain_merge.stores.snapshot_file import SnapshotFile
+from pretrain_merge import parameters
+from pretrain_merge.files import snapshot_file
+from pretrain_merge.files.layout import Layout
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
 
 
 class DeviceStore:
@@ -31,7 +31,7 @@ class DeviceStore:
                 torch.empty_like(tensor, dtype=dtype, requires_grad=False)
                 for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
             ]
-        snapshot.copy_(self._slots[slot], list(tensors.values()))
+        parameters.copy_(self._slots[slot], list(tensors.values()))
 
     def settle(self) -> None:
         """Nothing to wait for: whatever comes next on the device comes after the copy."""
@@ -49,7 +49,7 @@ class DeviceStore:
 
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
-        snapshot.copy_(out, self._slots[slot])
+        parameters.copy_(out, self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.

@@ -19,12 +19,12 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from pretrain_merge import snapshot
-from pretrain_merge.accumulate import Spread
+from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.stores import folder_lock, snapshot_file
-from pretrain_merge.stores.slot_file import Layout
-from pretrain_merge.stores.snapshot_file import SnapshotFile, stage
+from pretrain_merge.files import folder_lock, snapshot_file
+from pretrain_merge.files.layout import Layout
+from pretrain_merge.files.snapshot_file import SnapshotFile, stage
+from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.stores.streaming import merge_from_host_
 
 STAGING_BYTES = 32 * 2**20
@@ -130,7 +130,7 @@ class DiskStore:
         Raises:
             CheckpointError: The slot could not be written.
         """
-        snapshot.copy_(out, self._mapped(slot))
+        parameters.copy_(out, self._mapped(slot))
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge import snapshot
-from pretrain_merge.accumulate import Spread
-from pretrain_merge.stores import snapshot_file
-from pretrain_merge.stores.slot_file import Layout
-from pretrain_merge.stores.snapshot_file import SnapshotFile
+from pretrain_merge import parameters
+from pretrain_merge.files import snapshot_file
+from pretrain_merge.files.layout import Layout
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.stores.streaming import merge_from_host_
 
 # Elements of the largest and of the smallest part that tensors are cut into; see `_parts`.
@@ -70,7 +70,7 @@ class HostStore:
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
         self._wait()
-        snapshot.copy_(list(_parts(out)), self._slots[slot])
+        parameters.copy_(list(_parts(out)), self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.
@@ -98,7 +98,7 @@ class HostStore:
                 self._captures[device] = _AsyncCapture(device)
             self._captures[device].copy_(targets, sources)
         else:
-            snapshot.copy_(targets, sources)
+            parameters.copy_(targets, sources)
 
     def _wait(self) -> None:
         for capture in self._captures.values():

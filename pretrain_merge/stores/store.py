@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate import Spread
-from pretrain_merge.stores.snapshot_file import SnapshotFile
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.kernels.weighted_sum import Spread
 
 
 class Store(Protocol):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate import Spread, weighted_sum_
 from pretrain_merge.errors import MergeInputError
+from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
 
 STAGING_BYTES = 48 * 2**20  # below the 64 MiB that a merge may take beyond the window
 _ALIGNMENT = 16  # bytes; the widest vector load of the kernels

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
 
 class BlockMean:

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge import ranks
-from pretrain_merge.accumulate import Spread
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
-from pretrain_merge.manifest import HeldSnapshot
-from pretrain_merge.notices import logger
-from pretrain_merge.snapshot import identities
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.parameters.live import identities
+from pretrain_merge.resume.manifest import HeldSnapshot
+from pretrain_merge.resume.window_files import WindowFiles
+from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import logger
 from pretrain_merge.stores import Store, choose_store, slot_dtype
-from pretrain_merge.stores.snapshot_file import SnapshotFile
-from pretrain_merge.window import Snapshot, Window
-from pretrain_merge.window_files import WindowFiles
+from pretrain_merge.window.window import Snapshot, Window
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from harness.models import LIGHTNING_REMARKS, Recorder, Regression, rows, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
-from lightning_models import LIGHTNING_REMARKS, Recorder, Regression, rows, same_bits, trainer, weights
 
-from pretrain_merge import ModelMerging, ranks
+from pretrain_merge import ModelMerging
+from pretrain_merge.runtime import ranks
 
 pytestmark = LIGHTNING_REMARKS
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_models import LIGHTNING_REMARKS, Regression, TiedModel, TwoOptimizers, documents, rows, trainer
+from harness.models import LIGHTNING_REMARKS, Regression, TiedModel, TwoOptimizers, documents, rows, trainer
 
 from pretrain_merge import ModelMerging
 from pretrain_merge.cadence import Cadence, Progress, Quantity
@@ -113,7 +113,7 @@ def test_ranks_that_read_the_same_batch_count_it_once():
 
 def test_a_step_cadence_sums_over_ranks_only_where_a_snapshot_is_due(monkeypatch):
     sums: list[list[int]] = []
-    monkeypatch.setattr("pretrain_merge.ranks.sum_over_ranks", lambda counts: sums.append(counts) or counts)
+    monkeypatch.setattr("pretrain_merge.runtime.ranks.sum_over_ranks", lambda counts: sums.append(counts) or counts)
     assert counted(clock("3 steps"), [BATCH] * 4) == [Progress(1), Progress(2), Progress(3, 6, 48), Progress(4, 6, 48)]
     assert sums == [[6, 48, 0]]  # and no rank failed to count
 

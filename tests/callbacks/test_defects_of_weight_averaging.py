@@ -6,8 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     Regression,
     TiedModel,
@@ -18,6 +17,7 @@ from lightning_models import (
     trainer,
     weights,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from pretrain_merge import ModelMerging, load_merged

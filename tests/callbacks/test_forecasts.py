@@ -7,16 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from harness.models import LIGHTNING_REMARKS, MemoryLogger, rows, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import LIGHTNING_REMARKS, MemoryLogger, rows, trainer
 from torch import nn
 
 from pretrain_merge import ModelMerging
-from pretrain_merge.callbacks.forecasting import RunForecasts
+from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.forecast import forecast_anneal
-from pretrain_merge.notices import Notices
 from pretrain_merge.records import MergeRecord, Recipe, read_records
+from pretrain_merge.runtime.log import Notices
 
 pytestmark = LIGHTNING_REMARKS
 FORECASTS = {

@@ -16,19 +16,20 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from harness.models import LIGHTNING_REMARKS, Regression, TwoOptimizers, rows, same_bits, weights
+from harness.models import trainer as plain_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from lightning_models import LIGHTNING_REMARKS, Regression, TwoOptimizers, rows, same_bits, weights
-from lightning_models import trainer as plain_trainer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pretrain_merge import ModelMerging, open_block
-from pretrain_merge.checkpoints import merged
+from pretrain_merge import ModelMerging
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.merged_models import merged
 from pretrain_merge.records import read_records
-from pretrain_merge.stores.sidecar import Sidecar
+from pretrain_merge.resume import saved_block
+from pretrain_merge.resume.sidecar import Sidecar
 
 pytestmark = [
     *LIGHTNING_REMARKS,
@@ -566,8 +567,8 @@ def test_a_snapshot_is_written_once_and_has_its_name_once_it_is_on_the_disk(stor
 
 def test_an_open_block_is_written_once_per_step(tmp_path, monkeypatch):
     written = []
-    keep = open_block.keep
-    monkeypatch.setattr(open_block, "keep", lambda *given: written.append(given[2]) or keep(*given))
+    keep = saved_block.keep
+    monkeypatch.setattr(saved_block, "keep", lambda *given: written.append(given[2]) or keep(*given))
     fit(tmp_path, average="block", saving=saving(tmp_path, save_last=True), max_steps=9)
     assert written == [3, 6, 9]
 
@@ -682,7 +683,7 @@ def test_a_damaged_list_of_needs_keeps_everything_and_says_so(tmp_path, caplog):
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_holder_is_named(tmp_path):
-    code = "import sys, time; from pathlib import Path; from pretrain_merge.stores.sidecar import Sidecar\n"
+    code = "import sys, time; from pathlib import Path; from pretrain_merge.resume.sidecar import Sidecar\n"
     code += "own = Sidecar(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", code, str(tmp_path / "window")]
@@ -723,7 +724,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(t
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain_merge.stores.snapshot_file.os.fsync", full)
+    monkeypatch.setattr("pretrain_merge.files.snapshot_file.os.fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*Free space there, or set window_folder"):
         fit(tmp_path, store="device")
     assert [path for path in tmp_path.rglob("*") if path.is_file() and "merges" not in path.name] == []
@@ -733,7 +734,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(t
 
 
 def test_a_merged_model_that_reads_back_differently_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain_merge.checkpoints.consolidated._same_bits", lambda *_: False)
+    monkeypatch.setattr("pretrain_merge.merged_models.whole_weights._same_bits", lambda *_: False)
     with pytest.raises(CheckpointError, match="what was read back is not what was written"):
         merged.save_merged(Regression(), tmp_path / "step-1-sma", {})
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     Recorder,
     Regression,
@@ -24,6 +23,7 @@ from lightning_models import (
     same_bits,
     trainer,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

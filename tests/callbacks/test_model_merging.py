@@ -13,12 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.tuner import Tuner
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     MemoryLogger,
     Recorder,
@@ -31,15 +26,20 @@ from lightning_models import (
     trainer,
     weights,
 )
-from oracles import Array
+from harness.oracles import Array
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
-import pretrain_merge.callbacks.measuring
+import pretrain_merge.callbacks.merge_point
 import pretrain_merge.callbacks.model_merging
-import pretrain_merge.evaluate
-import pretrain_merge.interrupts
-import pretrain_merge.isolation
-import pretrain_merge.merger
+import pretrain_merge.evaluation.evaluate
+import pretrain_merge.evaluation.isolation
+import pretrain_merge.merging.rolling_merger
+import pretrain_merge.runtime.signals
 from pretrain_merge import ModelMerging
 from pretrain_merge.errors import ConfigError, EvaluationError, UnsupportedModelError
 from pretrain_merge.records import read_records
@@ -358,12 +358,12 @@ def test_a_block_mean_gives_raw_back_too(tmp_path):
 _OURS = {
     str(Path(module.__file__))
     for module in (
-        pretrain_merge.callbacks.measuring,
+        pretrain_merge.callbacks.merge_point,
         pretrain_merge.callbacks.model_merging,
-        pretrain_merge.evaluate,
-        pretrain_merge.isolation,
-        pretrain_merge.merger,
-        pretrain_merge.interrupts,
+        pretrain_merge.evaluation.evaluate,
+        pretrain_merge.evaluation.isolation,
+        pretrain_merge.merging.rolling_merger,
+        pretrain_merge.runtime.signals,
     )
 }
 

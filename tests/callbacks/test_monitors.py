@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+from harness.models import LIGHTNING_REMARKS, Regression, regression_of, rows, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning_models import LIGHTNING_REMARKS, Regression, regression_of, rows, trainer
 
 from pretrain_merge import ModelMerging
 from pretrain_merge.callbacks.monitors import Monitors

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.profilers import SimpleProfiler
-from lightning.pytorch.utilities import CombinedLoader
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     AugmentedRows,
     MemoryLogger,
@@ -31,6 +28,9 @@ from lightning_models import (
     same_bits,
     trainer,
 )
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 

@@ -8,11 +8,11 @@ from forecast.synthetic import run as synthetic_run
 from lightning.pytorch.loggers import CSVLogger
 
 from pretrain_merge import cli, forecast_anneal
+from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Annealed, calibrate
-from pretrain_merge.forecast_command import forecast
 from pretrain_merge.records import append_record
-from pretrain_merge.tracking import Tracker
+from pretrain_merge.records.loggers import Tracker
 
 RUN = synthetic_run(2000)
 

@@ -8,7 +8,7 @@ import pytest
 from pretrain_merge import cli
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.records import MergeRecord, append_record
-from pretrain_merge.tables import merges_table
+from pretrain_merge.records.tables import merges_table
 
 
 def record(step, raw, **views):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.demo.models import build_model
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
-from pretrain_merge.plan_command.model_shapes import read_model
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 
 from pretrain_merge import cli
 from pretrain_merge.cadence import Quantity
+from pretrain_merge.cli.plan_table import plan_table
 from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Question, Training, make_plan
-from pretrain_merge.plan_command.table import plan_table
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 
 import pytest
-import strategies
+from harness import strategies
 from hypothesis import given, settings
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import DictConfig, OmegaConf

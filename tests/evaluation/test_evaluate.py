@@ -9,9 +9,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities import CombinedLoader
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     MemoryLogger,
     Recorder,
@@ -23,12 +21,16 @@ from lightning_models import (
     trainer,
     weights,
 )
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from pretrain_merge import ModelMerging, evaluate, interrupts, ranks
+from pretrain_merge import ModelMerging
 from pretrain_merge.errors import EvaluationError
-from pretrain_merge.loaders import EvaluationInterrupted
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.evaluation.loaders import EvaluationInterrupted
+from pretrain_merge.runtime import ranks, signals
 
 pytestmark = LIGHTNING_REMARKS
 
@@ -516,7 +518,7 @@ def test_a_waiting_signal_ends_the_pass_before_its_next_batch(tmp_path, monkeypa
     class Signalled(Regression):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             seen.append(batch_idx)
-            monkeypatch.setattr(interrupts, "requested", lambda: True)
+            monkeypatch.setattr(signals, "requested", lambda: True)
 
     def act(trainer: Any, module: Any) -> None:
         with pytest.raises(EvaluationInterrupted):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.models import AugmentedRows, Documents, Rows, checksum, same_bits
 from lightning.pytorch.utilities import CombinedLoader
-from lightning_models import AugmentedRows, Documents, Rows, checksum, same_bits
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset
 
-from pretrain_merge import loaders
 from pretrain_merge.errors import EvaluationError
-from pretrain_merge.loaders import Fingerprints, OwnLoaders
+from pretrain_merge.evaluation import loaders
+from pretrain_merge.evaluation.loaders import Fingerprints, OwnLoaders
 
 
 def combined(*given: Any, mode: str = "sequential") -> CombinedLoader:

@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from harness.rank_trainers import trainer_on_ranks
+from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import trainer_on_ranks
-from ranks import on_ranks
 from test_metrics_over_ranks import Model, OwnRows, Rows, Weights, expected
 from torch.utils.data import DataLoader
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from pretrain_merge import ranks
-from pretrain_merge.reduction import Part, over_ranks
+from pretrain_merge.evaluation.reduction import Part, over_ranks
+from pretrain_merge.runtime import ranks
 
 
 @pytest.fixture

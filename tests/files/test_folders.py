@@ -2,9 +2,9 @@
 
 import pytest
 
-from pretrain_merge.checkpoints import folders
-from pretrain_merge.checkpoints.folders import move_aside, published
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import folders
+from pretrain_merge.files.folders import move_aside, published
 
 
 def names(folder):

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forks import run_forked
+from harness.forks import run_forked
 
 _DUMP = "dump"
 _GRACE = 1.0  # seconds that the other ranks get to end by themselves, and to print their stacks

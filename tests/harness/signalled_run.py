@@ -24,11 +24,11 @@ _PATIENCE = 60.0  # seconds; a signal takes milliseconds
 def main(into: str) -> None:
     folder = Path(into)
     # before the fork: what takes longer than a run
-    import lightning_models  # noqa: F401
     import torch
+    from harness import models  # noqa: F401
 
     import pretrain_merge.callbacks  # noqa: F401
-    from pretrain_merge.accumulate import weighted_sum_
+    from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
     weighted_sum_([torch.zeros(1)], [[torch.zeros(1)]], [1.0])
 
@@ -54,8 +54,8 @@ def main(into: str) -> None:
 
 def run(scenario: str, folder: Path) -> dict[str, Any]:
     import torch
+    from harness.models import Recorder, Regression, rows, same_bits, trainer, weights
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-    from lightning_models import Recorder, Regression, rows, same_bits, trainer, weights
 
     from pretrain_merge import ModelMerging
 
@@ -130,20 +130,20 @@ class Once:
         self._when, self._sign, self.is_over = when, sign, False
 
     def wait_for_the_signal(self) -> None:
-        from pretrain_merge import interrupts
+        from pretrain_merge.runtime import signals
 
         if self.is_over or not self._when():
             return
         self._sign.touch()
         deadline = time.monotonic() + _PATIENCE
-        while not interrupts.requested() and time.monotonic() < deadline:
+        while not signals.requested() and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.is_over = interrupts.requested()
+        self.is_over = signals.requested()
 
 
 def pause_in(moment: str, pause: Once) -> None:
     """Make the package stand still in one of its own functions; of this process only."""
-    from pretrain_merge.checkpoints import consolidated
+    from pretrain_merge.merged_models import whole_weights
     from pretrain_merge.stores.device import DeviceStore
 
     def followed_by_a_pause(function: Any) -> Any:
@@ -164,7 +164,7 @@ def pause_in(moment: str, pause: Once) -> None:
     if moment == "a merge":
         DeviceStore.merge_ = followed_by_a_pause(DeviceStore.merge_)
     if moment == "the writing of a merged model":
-        consolidated.save_file = followed_by_a_pause(consolidated.save_file)
+        whole_weights.save_file = followed_by_a_pause(whole_weights.save_file)
     if moment == "the restore":
         DeviceStore.read_ = after_a_pause(DeviceStore.read_)
 

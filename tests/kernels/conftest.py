@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain_merge.accumulate import Backend, Spread, weighted_sum_
+from pretrain_merge.kernels.weighted_sum import Backend, Spread, weighted_sum_
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

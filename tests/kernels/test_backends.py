@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from accumulate import oracle
-from forks import run_code, run_forked
+from harness.forks import run_code, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain_merge.accumulate import reference, weighted_sum_
+from pretrain_merge.kernels import reference
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
 pytest.importorskip("llvmlite")
 
-from pretrain_merge.accumulate import cpu
-from pretrain_merge.accumulate.cpu_kernel import compile_kernel
-from pretrain_merge.accumulate.llvm import converts_float16
+from pretrain_merge.kernels import cpu
+from pretrain_merge.kernels.cpu_kernel import compile_kernel
+from pretrain_merge.kernels.llvm import converts_float16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -133,7 +134,7 @@ def test_merges_in_several_python_threads_do_not_disturb_each_other():
 def test_a_forked_process_can_merge_after_its_parent_did():
     code = """
 import os, torch, warnings
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside threads, torch's own included
 torch.set_num_threads(2)
 source, out = torch.ones(1 << 21), torch.zeros(1 << 21)
@@ -184,10 +185,10 @@ def test_the_import_brings_no_compiler_and_the_first_merge_only_its_own():
 import sys
 import torch
 before = set(sys.modules)
-import pretrain_merge.accumulate as accumulate
+from pretrain_merge.kernels import weighted_sum
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not new & {"llvmlite", "numba", "triton", "lightning", "wandb", "matplotlib"}, new
-accumulate.weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0])
+weighted_sum.weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0])
 assert "llvmlite" in sys.modules
 assert "numba" not in sys.modules
 """
@@ -201,7 +202,7 @@ def test_without_the_compiler_the_reference_merges_and_says_so_once():
 import sys, warnings
 sys.modules["llvmlite"] = None
 import torch
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 out = torch.zeros(3)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -220,7 +221,7 @@ assert caught[0].filename == "<string>", caught[0].filename
 def test_the_first_merge_of_a_process_is_not_held_up_by_compilation():
     code = """
 import time, torch
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 start = time.perf_counter()
 weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0], spread=True)
 print(time.perf_counter() - start)

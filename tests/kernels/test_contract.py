@@ -7,7 +7,7 @@ import pytest
 import torch
 from accumulate import oracle
 
-from pretrain_merge.accumulate import Spread
+from pretrain_merge.kernels.weighted_sum import Spread
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]

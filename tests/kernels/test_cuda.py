@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import run_code, run_forked
+from harness.forks import run_code, run_forked
 
 pytest.importorskip("triton")
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pretrain_merge.accumulate import cuda
+from pretrain_merge.kernels import cuda
 
 def machine_code(dtype, alignment):
     constants = dict(
@@ -73,7 +73,7 @@ def test_whole_blocks_move_sixteen_bytes_at_a_time_on_an_h100(tmp_path, monkeypa
 def test_without_a_gpu_the_cuda_backend_refuses_cpu_tensors(monkeypatch):
     code = """
 import torch
-from pretrain_merge.accumulate import weighted_sum_
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 from pretrain_merge.errors import MergeInputError
 try:
     weighted_sum_([torch.zeros(3)], [[torch.ones(3)]], [1.0], backend="cuda")

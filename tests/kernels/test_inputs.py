@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
-from pretrain_merge.accumulate import weighted_sum_
-from pretrain_merge.accumulate.inputs import is_one_block
 from pretrain_merge.errors import MergeInputError, MissingDependencyError
+from pretrain_merge.kernels.inputs import is_one_block
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
 
 def refused(out, snapshots, coefficients, *pieces, **options):
@@ -137,7 +137,7 @@ def test_a_backend_must_be_known_and_fit_the_device():
 
 
 def test_a_backend_that_was_asked_for_by_name_must_be_installed(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pretrain_merge.accumulate.cuda", None)
+    monkeypatch.setitem(__import__("sys").modules, "pretrain_merge.kernels.cuda", None)
     with pytest.raises(MissingDependencyError, match=r"backend='cuda' cannot be loaded.*triton"):
         weighted_sum_([ones(3)], [[ones(3)]], [1.0], backend="cuda")
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pretrain_merge import load_merged
-from pretrain_merge.checkpoints.merged import read_provenance, save_merged
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.merged_models.merged import read_provenance, save_merged
 
 PROVENANCE = {"steps": [100, 200], "coefficients": [0.5, 0.5], "view": "sma", "step": 200}
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import (
+from harness.models import (
     LIGHTNING_REMARKS,
     Recorder,
     Regression,
@@ -20,15 +19,16 @@ from lightning_models import (
     trainer,
     weights,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.saving import MergedModels, SavedModels
-from pretrain_merge.checkpoints.folders import discard, remove_unpublished
-from pretrain_merge.checkpoints.merged import holds_weights_of
 from pretrain_merge.config import SaveConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.files.folders import discard, remove_unpublished
+from pretrain_merge.merged_models.merged import holds_weights_of
+from pretrain_merge.merged_models.retention import MergedModels, SavedModels
 from pretrain_merge.records import Recipe
 
 pytestmark = LIGHTNING_REMARKS
@@ -177,7 +177,7 @@ def test_a_model_whose_deletion_was_broken_off_looks_incomplete(tmp_path, monkey
         raise KeyboardInterrupt
 
     keep(models(tmp_path, every=10), 10)
-    monkeypatch.setattr("pretrain_merge.checkpoints.folders.shutil.rmtree", killed)
+    monkeypatch.setattr("pretrain_merge.files.folders.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         discard(tmp_path / "merged" / "step-00000010-sma")
     monkeypatch.undo()
@@ -302,7 +302,7 @@ def test_a_full_disk_is_an_error_and_raw_is_back(tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain_merge.checkpoints.consolidated.save_file", full)
+    monkeypatch.setattr("pretrain_merge.merged_models.whole_weights.save_file", full)
     recorder, module = Recorder(), Regression()
     merging = ModelMerging(window=2, every=2, save={"every": 2})
     with pytest.raises(CheckpointError, match=r"No space left on device.*Free space"):

@@ -7,17 +7,16 @@ import signal
 import threading
 
 import numpy as np
-import oracles
 import pytest
-import strategies
 import torch
+from harness import oracles, strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain_merge import RollingMerger, coefficients, snapshot
+from pretrain_merge import RollingMerger, coefficients, parameters
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import ConfigError, ProgressError, UnsupportedModelError, WindowNotReadyError
 
@@ -287,7 +286,7 @@ def test_raw_comes_back_when_a_later_view_is_not_ready():
 def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, last_step + 1))
-    raw, copy_, calls = state(module), snapshot.copy_, []
+    raw, copy_, calls = state(module), parameters.copy_, []
 
     def interrupted(targets, sources):
         calls.append(len(targets))
@@ -295,7 +294,7 @@ def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
         copy_(targets, sources)
 
     with pytest.raises(KeyboardInterrupt), merging.merged(module, "sma"):
-        monkeypatch.setattr(snapshot, "copy_", interrupted)
+        monkeypatch.setattr(parameters, "copy_", interrupted)
     assert len(calls) == 1
     assert state(module) == raw
 

@@ -1,7 +1,7 @@
 """Seeded faults: breaks the package in one place at a time and asks whether the named tests notice.
 
-`python -m tests.faults` runs the unbroken tests first and last, and every fault of `catalogue.py` in between, each in a
-copy of the repository. Exits with 1 if a fault was not caught.
+`python -m tests.mutations` runs the unbroken tests first and last, and every fault of `catalogue.py` in between, each
+in a copy of the repository. Exits with 1 if a fault was not caught.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults.catalogue import FAULTS, Fault
+from tests.mutations.catalogue import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 _COPIED = ("pretrain_merge", "tests", "benchmarks", "examples", "pyproject.toml")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.faults.catalogue import FAULTS
+from tests.mutations.catalogue import FAULTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,16 +4,16 @@ import struct
 
 import pytest
 import torch
+from harness.ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from pretrain_merge import RollingMerger, snapshot
+from pretrain_merge import RollingMerger, parameters
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.checkpoints.merged import save_merged
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.merged_models.merged import save_merged
 from pretrain_merge.plan import HARDWARE, Hardware, Layout, Measured, Merging, Model, Question, Training, make_plan
 from pretrain_merge.plan import costs as planned
 from pretrain_merge.plan.times import HOST_SHARE
@@ -161,7 +161,7 @@ def sharded_window():
     merger = full_window(module, store="device", slot_dtype="bfloat16")
     return {
         "window": sum(allocated(merger)),
-        "live": num_bytes(snapshot.mergeable_tensors(module).values()),
+        "live": num_bytes(parameters.mergeable_tensors(module).values()),
     }
 
 

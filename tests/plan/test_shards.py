@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from harness.ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from pretrain_merge import snapshot
+from pretrain_merge import parameters
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import Layout
 
@@ -23,7 +23,7 @@ def uneven():
 
 
 def held(sharded):
-    return sum(shard.numel() for shard in snapshot.mergeable_tensors(sharded).values())
+    return sum(shard.numel() for shard in parameters.mergeable_tensors(sharded).values())
 
 
 def four_ranks():

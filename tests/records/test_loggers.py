@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.models import LIGHTNING_REMARKS, MemoryLogger, Regression, TiedModel, documents, rows, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning_models import LIGHTNING_REMARKS, MemoryLogger, Regression, TiedModel, documents, rows, trainer
 
 from pretrain_merge import ModelMerging
 from pretrain_merge.records import MergeRecord, read_records
-from pretrain_merge.tracking import Tracker
+from pretrain_merge.records.loggers import Tracker
 
 pytestmark = LIGHTNING_REMARKS
 

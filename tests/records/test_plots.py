@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError
-from pretrain_merge.plots import curves
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.plots import curves
 
 STEPS = list(range(100, 2100, 100))
 
@@ -117,7 +117,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 
 def test_pyplot_is_never_loaded_nor_matplotlib_by_the_import_alone(tmp_path):
     code = (
-        "import sys; from pretrain_merge.plots import curves; from pretrain_merge.records import MergeRecord as R; "
+        "import sys; from pretrain_merge.records.plots import curves; "
+        "from pretrain_merge.records import MergeRecord as R; "
         "assert 'matplotlib' not in sys.modules; "
         "curves([R('merge', 1, 1, 1, 1, 0.1, {'val_loss': 1.0}, {})]).savefig(sys.argv[1]); "
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"

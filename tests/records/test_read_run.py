@@ -8,9 +8,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.exports import read_run
 from pretrain_merge.records import Expected, MergeRecord, Recipe, append_record
-from pretrain_merge.tracking import Tracker
+from pretrain_merge.records.loggers import Tracker
+from pretrain_merge.records.read_run import read_run
 
 
 def record(step):

@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import strategies
+from harness import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.records import (
-    MergeRecord,
-    Recipe,
-    append_record,
-    keep_records_until,
-    metric_name,
-    read_records,
-)
+from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until, metric_name, read_records
 
 RECORD = MergeRecord(
     name="merge",

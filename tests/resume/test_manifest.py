@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.clock import Clock
-from pretrain_merge.callbacks.durable import RunState
-from pretrain_merge.callbacks.saving import MergedModels, SavedModels
+from pretrain_merge.callbacks.kept_window import RunState
 from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.manifest import HeldSnapshot, Manifest, OpenBlock, sealed
-from pretrain_merge.stores.snapshot_file import SnapshotFile
-from pretrain_merge.window import Break
+from pretrain_merge.files.snapshot_file import SnapshotFile
+from pretrain_merge.merged_models.retention import MergedModels, SavedModels
+from pretrain_merge.resume.manifest import HeldSnapshot, Manifest, OpenBlock, sealed
+from pretrain_merge.window.window import Break
 
 FILE = SnapshotFile("snapshot-00000004-0a1b2c3d.safetensors", 256, 0x0A1B2C3D)
 HELD = HeldSnapshot(1, Progress(4, 16, 160), (0.1, 0.2), "", FILE)

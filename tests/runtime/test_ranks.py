@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from harness.ranks import on_ranks
 from torch import nn
 
 from pretrain_merge import RollingMerger
-from pretrain_merge import ranks as package_ranks
+from pretrain_merge.runtime import ranks as package_ranks
 
 
 def agreement():

@@ -5,8 +5,8 @@ import collections
 import pytest
 import torch
 
-from pretrain_merge import ranks
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.runtime import ranks
 from pretrain_merge.stores import choose, choose_store
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain_merge.accumulate import weighted_sum_
 from pretrain_merge.errors import MergeInputError
+from pretrain_merge.kernels.weighted_sum import weighted_sum_
 from pretrain_merge.stores.streaming import merge_from_host_, merge_streamed_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

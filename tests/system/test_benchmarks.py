@@ -6,7 +6,7 @@ import runpy
 import sys
 
 import pytest
-from forks import run_forked
+from harness.forks import run_forked
 
 from benchmarks.measure import Timing
 from benchmarks.rates import rates_of_rounds

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run as torchrun
-from forks import run_forked
+from harness.forks import run_forked
 
 from pretrain_merge.config import MergeConfig, build
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .* does not have many workers"),

@@ -9,20 +9,21 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from harness.rank_trainers import trainer_on_ranks
+from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import trainer_on_ranks
-from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain_merge import ModelMerging, RollingMerger, evaluate
+from pretrain_merge import ModelMerging, RollingMerger
 from pretrain_merge.callbacks import model_merging
-from pretrain_merge.callbacks.durable import DurableWindow
-from pretrain_merge.checkpoints import consolidated
+from pretrain_merge.callbacks.kept_window import DurableWindow
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.resume.sidecar import Sidecar
 from pretrain_merge.stores import disk
-from pretrain_merge.stores.sidecar import Sidecar
 
 STEPS = 6
 
@@ -195,7 +196,7 @@ def all_runs(folder):
             runs[f"{kind}, announcing"] = run(kind, f"{folder}/{kind}-announcing", saves_every=2)
         with broken_here(Sidecar, "prune", on_rank=0, unless=NoCheckpoint(f"{folder}/{kind}-pruning")):
             runs[f"{kind}, pruning"] = run(kind, f"{folder}/{kind}-pruning", saves_every=2)
-        with broken_here(consolidated, "save_file", on_rank=0):
+        with broken_here(whole_weights, "save_file", on_rank=0):
             runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})
         (Path(folder) / "file").touch()
         runs[f"{kind}, window folder"] = run(kind, f"{folder}/{kind}-folder", window_folder=f"{folder}/file/window")

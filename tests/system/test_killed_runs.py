@@ -1,14 +1,14 @@
 """A run that is killed inside slot writes, merges and saves is, once it has ended, the run that nothing happened to.
 
-At chosen moments, the same every time. `python -m benchmarks.faults` does it hundreds of times at random ones.
+At chosen moments, the same every time. `python -m benchmarks.crashes` does it hundreds of times at random ones.
 """
 
 import json
 
-from forks import run_forked
+from harness.forks import run_forked
 
-from benchmarks.faults.__main__ import main
-from benchmarks.faults.signals import CHOSEN
+from benchmarks.crashes.__main__ import main
+from benchmarks.crashes.signals import CHOSEN
 
 
 def test_a_run_that_was_killed_many_times_is_the_uninterrupted_one_bit_for_bit(tmp_path):

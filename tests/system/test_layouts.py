@@ -6,11 +6,11 @@ The loop is one of one's own, without a Trainer: `RollingMerger` and torch's own
 from contextlib import ExitStack
 
 import numpy as np
-import oracles
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from harness import oracles
+from harness.ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from pretrain_merge import RollingMerger, snapshot
+from pretrain_merge import RollingMerger, parameters
 
 NUM_RANKS, STEPS, WINDOW = 4, 5, 3
 VIEWS = ("sma", "wsm")
@@ -82,7 +82,7 @@ def _shard(model, mesh, reshard):
 
 def full(model):
     """All of each parameter, whatever part of it is on this rank."""
-    snapshot.reshard(model)
+    parameters.reshard(model)
     return {
         name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
         for name, weight in model.named_parameters()
@@ -111,7 +111,7 @@ def train(layout, reshard, *, merging):
             if merger.merge_is_due():
                 merge(model, merger, run)
         run["raw"].append(full(model))
-    run["held"] = [shard.numel() for shard in snapshot.mergeable_tensors(model).values()]
+    run["held"] = [shard.numel() for shard in parameters.mergeable_tensors(model).values()]
     return run
 
 

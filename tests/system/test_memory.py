@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import run_forked
+from harness.forks import run_forked
 
 from benchmarks import memory
 from benchmarks.memory import MIB, RssMeter

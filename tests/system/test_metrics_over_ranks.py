@@ -8,16 +8,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning_ranks import trainer_on_ranks
-from ranks import on_ranks
+from harness.rank_trainers import trainer_on_ranks
+from harness.ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain_merge import ModelMerging, evaluate
+from pretrain_merge import ModelMerging
 from pretrain_merge.errors import EvaluationError
+from pretrain_merge.evaluation import evaluate
 
 RUNS = ["ddp", "fsdp2"]
 # rows of each rank in batches of two: as many batches on both, with a smaller last one; and as many as it happens

@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 import torch
-from lightning_models import LIGHTNING_REMARKS
+from harness.models import LIGHTNING_REMARKS
 
 pytestmark = [*LIGHTNING_REMARKS, pytest.mark.filterwarnings("ignore:`trainer.fit` was called without")]
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from harness.ranks import on_ranks
 from test_layouts import LAYOUTS, Net, divided, full
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pretrain_merge import load_merged
-from pretrain_merge.checkpoints import consolidated
-from pretrain_merge.checkpoints.merged import holds_weights_of, save_merged
 from pretrain_merge.errors import PretrainMergeError
+from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
 
 PROVENANCE = {"steps": [1, 2], "coefficients": [0.5, 0.5]}
 
@@ -156,8 +156,8 @@ def failing(where, on_rank, module, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     owner, name = {
-        "shards": (consolidated.HuggingFaceStorageWriter, "write_data"),
-        "file": (consolidated, "save_file"),
+        "shards": (whole_weights.HuggingFaceStorageWriter, "write_data"),
+        "file": (whole_weights, "save_file"),
         "publishing": (Path, "rename"),
     }[where]
     whole = getattr(owner, name)

@@ -6,18 +6,18 @@ from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
-import oracles
 import pytest
 import torch
+from harness import oracles
+from harness.rank_trainers import Group, strategy, trainer_on_ranks
+from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ranks import Group, strategy, trainer_on_ranks
-from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain_merge import ModelMerging, RollingMerger, load_merged, snapshot
+from pretrain_merge import ModelMerging, RollingMerger, load_merged, parameters
 
 EVERY, WINDOW, STEPS = 2, 3, 12
 RUNS = ["ddp", "resharding", "not resharding"]
@@ -230,11 +230,11 @@ def zeroed_between_forwards(reshard):
     layer, x = nn.Linear(5, 3), torch.randn(4, 5)
     fully_shard(layer)
     layer(x).sum().backward()
-    shards = snapshot.mergeable_tensors(layer)
+    shards = parameters.mergeable_tensors(layer)
     with torch.no_grad():
         layer(x)
     if reshard:
-        snapshot.reshard(layer)
+        parameters.reshard(layer)
     for shard in shards.values():
         shard.zero_()
     return layer(x).abs().max().item()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from harness.ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from pretrain_merge import RollingMerger
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.manifest import Manifest
+from pretrain_merge.resume.manifest import Manifest
 
 OPTIONS = {"window": 3, "every": 2, "average": "block", "views": ["wma"]}
 WORLDS = [(2, 1), (1, 2), (2, 4)]

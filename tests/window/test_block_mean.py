@@ -1,11 +1,11 @@
 """The running sum behind `average: block`, against means computed in float64."""
 
 import numpy as np
-import oracles
 import pytest
 import torch
+from harness import oracles
 
-from pretrain_merge.block_mean import BlockMean
+from pretrain_merge.window.block_mean import BlockMean
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.window import Break, Window
+from pretrain_merge.window.window import Break, Window
 
 events = st.lists(st.sampled_from(["snapshot", "snapshot", "snapshot", "break", "clear"]), max_size=60)
 

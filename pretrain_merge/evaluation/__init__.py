@@ -1,0 +1,1 @@
+"""Raw and merged weights measured on the same batches, without the run noticing."""

@@ -1,0 +1,1 @@
+"""One weighted sum of snapshots, by three backends that keep one contract: reference, CPU, CUDA."""

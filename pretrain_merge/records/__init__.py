@@ -1,0 +1,27 @@
+"""What was measured: records, their lines of JSON, and where they are shown."""
+
+from pretrain_merge.records.record import (
+    FORECAST,
+    RAW,
+    Expected,
+    MergeRecord,
+    Metrics,
+    Recipe,
+    append_record,
+    keep_records_until,
+    metric_name,
+    read_records,
+)
+
+__all__ = [
+    "FORECAST",
+    "RAW",
+    "Expected",
+    "MergeRecord",
+    "Metrics",
+    "Recipe",
+    "append_record",
+    "keep_records_until",
+    "metric_name",
+    "read_records",
+]

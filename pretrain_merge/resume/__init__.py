@@ -1,0 +1,1 @@
+"""The window as durable files beside checkpoints, and back."""

@@ -1,0 +1,1 @@
+"""The process: its ranks, its signals, its log."""
