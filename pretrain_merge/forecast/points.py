@@ -4,7 +4,6 @@ This module knows rows and columns. Which points may be read together is the bus
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np

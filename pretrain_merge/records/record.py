@@ -6,12 +6,10 @@ records and nothing else. It knows no tensors, no trainer and no logger.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from functools import cache
 from typing import Any
-
-from pretrain_merge.errors import CheckpointError
 
 RAW = "raw"
 FORECAST = "forecast"
@@ -117,22 +115,28 @@ class MergeRecord:
             ValueError: The line is not JSON, or not one of our records.
         """
         values = json.loads(line)
-        known = {item.name for item in fields(cls)}
-        has_our_keys = isinstance(values, dict) and values.keys() <= known
+        has_our_keys = isinstance(values, dict) and values.keys() <= _known_fields()
         if not has_our_keys or not all(isinstance(values.get(key), type_) for key, type_ in _TYPES.items()):
-            raise ValueError(f"no merge record: {line[:80]!r}")
+            raise ValueError(f"not a merge record: {line[:80]!r}")
+        # a resumed run reads 100,000 lines, and hardly one of them holds such a number
+        read: Callable[[Any], Any] = _read_non_finite if '"NaN"' in line or 'Infinity"' in line else lambda value: value
         recipes = {
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
         }
         forecasts = {
-            name: {metric: Expected(**_read_non_finite(value)) for metric, value in expected.items()}
+            name: {metric: Expected(**read(value)) for metric, value in expected.items()}
             for name, expected in values.pop("forecasts", {}).items()
         }
-        numbers = _read_non_finite({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
+        numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
         return cls(
             **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
         )
+
+
+@cache
+def _known_fields() -> frozenset[str]:
+    return frozenset(item.name for item in fields(MergeRecord))
 
 
 def metric_name(name: str, model: str, metric: str) -> str:
@@ -142,82 +146,6 @@ def metric_name(name: str, model: str, metric: str) -> str:
     'merge/sma/val_loss'
     """
     return f"{name}/{model}/{metric}"
-
-
-def append_record(path: Path, record: MergeRecord) -> None:
-    """Add one line to a `merges.jsonl`, creating the folder where needed.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
-            f"choose another with Trainer(default_root_dir=…)."
-        ) from error
-
-
-def read_records(path: Path) -> list[MergeRecord]:
-    """Read a `merges.jsonl`, in the order of its lines.
-
-    Raises:
-        CheckpointError: The file is missing, or a line is no record of ours.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
-    return list(_parse(path, lines))
-
-
-def keep_records_until(path: Path, step: int, *, before: Path | None = None) -> list[MergeRecord]:
-    """Cut off the lines after a step, so that a resumed run writes no step twice; a half-written last line goes too.
-
-    Args:
-        path: A `merges.jsonl`. It changes at once or not at all.
-        step: The last step that is kept.
-        before: Where `path` does not exist: that of the run before, which a resumed run in a new folder begins with.
-
-    Returns:
-        What was kept.
-
-    Raises:
-        CheckpointError: The file cannot be read or rewritten.
-    """
-    source = before if before is not None and not path.exists() else path
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed
-        if not source.exists():
-            return []
-        text = source.read_bytes()
-        lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines(keepends=True)
-        records = zip(lines, _parse(source, lines), strict=True)
-        kept = [(line, record) for line, record in records if record.step <= step]
-        if (cut := "".join(line for line, _ in kept).encode()) != text or source != path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(cut)
-            temporary.replace(path)
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
-    return [record for _, record in kept]
-
-
-def _parse(path: Path, lines: Iterable[str]) -> Iterable[MergeRecord]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield MergeRecord.from_json(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path}, line {number} is no merge record ({error}). Every line is one JSON object as ModelMerging "
-                f"writes it; remove the line, or name the merges.jsonl of a run."
-            ) from error
 
 
 def _spell_out_non_finite(value: Any) -> Any:
