@@ -57,8 +57,8 @@ FAULTS = (
     Fault(
         "ema takes the share of the older side",
         "coefficients.py",
-        "coefficients = [*((1.0 - share) * c for c in coefficients), share]",
-        "coefficients = [*(share * c for c in coefficients), 1.0 - share]",
+        "coefficients.append(left * share)\n        left *= 1.0 - share",
+        "coefficients.append(left * (1.0 - share))\n        left *= share",
         _COEFFICIENTS,
     ),
     Fault("half-life in e-foldings", "coefficients.py", "-math.log(2.0) * ((after", "-1.0 * ((after", _COEFFICIENTS),
@@ -79,8 +79,22 @@ FAULTS = (
     Fault(
         "qam mixes the wrong way",
         "coefficients.py",
-        "(1.0 - rate) * stay + rate * step",
-        "rate * stay + (1.0 - rate) * step",
+        "more[1:] += rate * chances",
+        "more[:-1] += rate * chances",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "qam is computed again at each merge",
+        "coefficients.py",
+        "@lru_cache(maxsize=8)  #",
+        "@lru_cache(maxsize=0)  #",
+        _COEFFICIENTS,
+    ),
+    Fault(
+        "a kind sees times that do not ascend",
+        "coefficients.py",
+        '        if takes_times:\n            parameters["times"] = _times(',
+        '        if takes_times:\n            parameters["times"] = (lambda times, n: times or range(n))(',
         _COEFFICIENTS,
     ),
     Fault(
