@@ -51,11 +51,9 @@ def kind(function: _KindT) -> _KindT:
         number = _count(n)
         if takes_times:
             parameters["times"] = _times(parameters.get("times"), number)
-        return _summing_to_one(
-            f"the coefficients of kind {function.__name__!r}", function(number, **parameters), number
-        )
+        return _summing_to_one(f"the coefficients of kind {name!r}", function(number, **parameters), number)
 
-    KINDS[function.__name__] = gated
+    KINDS[name] = gated
     return gated  # type: ignore[return-value]
 
 

@@ -149,9 +149,10 @@ class RollingMerger:
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        if not self._snapshot_is_new or len(self.window.valid) < 2:
+        before = self.window.before_newest
+        if not self._snapshot_is_new or self.window.num_valid < 2 or before is None:
             return False
-        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress)
+        return self._merge_cadence.crossed(before.progress, self._progress)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
@@ -287,14 +288,14 @@ class RollingMerger:
         live = self._live(module)
         files = WindowFiles(folder, module)
         try:
-            self.window.go_on_from(manifest.segment, manifest.last_break)
+            self.window.resume_from(manifest.segment, manifest.last_break)
             self._counts = _counts_over_ranks(module, live)
             self._snapshots.load(manifest.snapshots, live, files)
             if self._block is not None and manifest.block is not None:
                 saved_block.load(self._block, manifest.block, live, files)
         except BaseException:
             self.close()
-            self.window.go_on_from(0, None)
+            self.window.resume_from(0, None)
             raise
         self._progress, self._phase, self.num_refused = manifest.progress, manifest.phase, manifest.num_refused
         self._lr, self._segment_lr = manifest.lr, manifest.segment_lr

@@ -75,7 +75,6 @@ class Snapshots:
         """
         self._write(self.window.next_slot(), live, source)
         self.window.add(progress, lr=lr, phase=phase)
-        self._files = {held: file for held, file in self._files.items() if held in self.window.snapshots}
         self._captured = identities(live.values())
 
     def merge_(
@@ -112,6 +111,7 @@ class Snapshots:
         Raises:
             CheckpointError: The disk refuses.
         """
+        self._files = {item: self._files[item] for item in self.window.snapshots if item in self._files}
         for item in self.window.snapshots:
             folder, _ = self._files.get(item, (None, None))
             if folder != files.folder:

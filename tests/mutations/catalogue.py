@@ -149,15 +149,29 @@ FAULTS = (
     Fault(
         "the newest snapshot leaves, not the oldest",
         "window/window.py",
-        "self.snapshots[1:] if len(self.snapshots) == self.size",
-        "self.snapshots[:-1] if len(self.snapshots) == self.size",
+        "self._held.popleft().segment",
+        "self._held.pop().segment",
         _WINDOW,
     ),
     Fault(
         "a full window writes over the newest slot",
         "window/window.py",
-        "return self.snapshots[0].slot",
-        "return self.snapshots[-1].slot",
+        "return self._held[0].slot",
+        "return self._held[-1].slot",
+        _WINDOW,
+    ),
+    Fault(
+        "each step goes through the whole window",
+        "window/window.py",
+        "return self._held[-2] if len(self._held) > 1",
+        "return self.snapshots[-2] if len(self._held) > 1",
+        _WINDOW,
+    ),
+    Fault(
+        "snapshots before a break are counted as valid",
+        "window/window.py",
+        "num_lost, self.num_valid = self.num_valid, 0",
+        "num_lost = self.num_valid",
         _WINDOW,
     ),
     Fault(
