@@ -149,7 +149,7 @@ def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:
             f"{path} is of another model: {layout.differences(bytes(pages))}. Build the model with the shapes and "
             f"dtypes it was trained with."
         )
-    return layout.tensors_over(pages)
+    return layout.tensors_over(torch.frombuffer(pages, dtype=torch.uint8))
 
 
 def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:

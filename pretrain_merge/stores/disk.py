@@ -4,7 +4,6 @@ This module knows files, threads and buffers. Files are written here and not by 
 wants the whole model in host memory at once; the format is theirs (`slot_file`), and any of its readers opens a slot.
 """
 
-import mmap
 import os
 import weakref
 import zlib
@@ -215,10 +214,10 @@ def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Ten
                 file.write(item[0].numpy().data[: item[1]])
                 free.put(item[0])
             file.flush()
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants memory it could write
+            pages = _mapped(temporary, os.fstat(file.fileno()).st_size)
             slot.tensors = slot.layout.tensors_over(pages)
             slot.readable.set()  # a merge need not wait for the disk, only for the page cache
-            slot.checksum, slot.identity = zlib.crc32(pages), snapshot_file.identity_of(temporary)
+            slot.checksum, slot.identity = zlib.crc32(pages.numpy().data), snapshot_file.identity_of(temporary)
             os.fsync(file.fileno())
         temporary.replace(slot.path)
     except Exception as error:
@@ -229,3 +228,11 @@ def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Ten
         raise
     finally:
         slot.readable.set()
+
+
+def _mapped(path: Path, num_bytes: int) -> Tensor:
+    """The bytes of a file as private pages, which keep it alive and no descriptor of it open, as `mmap.mmap` would."""
+    try:
+        return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:  # more mappings than the system allows, say
+        raise OSError(f"{path} cannot be mapped: {error}") from error

@@ -717,6 +717,14 @@ FAULTS = (
         "position = (activated - below.parameters) / (above.parameters - below.parameters)",
         _PLAN,
     ),
+    # cost that grows
+    Fault(
+        "each slot of a disk store keeps its file open",
+        "stores/disk.py",
+        "return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)",
+        "return torch.frombuffer(__import__('mmap').mmap(os.open(path, os.O_RDONLY), 0, access=3), dtype=torch.uint8)",
+        "tests/stores/test_disk_store.py",
+    ),
     # forecasts
     Fault(
         "a forecast does not follow the merged curve",

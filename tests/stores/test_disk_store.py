@@ -95,6 +95,17 @@ def files_no_larger_than(num_bytes):
 # --- files ---
 
 
+def test_a_window_of_any_size_keeps_no_file_open(new_store):
+    store = new_store()
+    before = len(os.listdir("/proc/self/fd"))
+    for slot in range(200):
+        write(store, slot, weights(slot, count=10))
+    out = list(weights(0, count=10).values())
+    store.merge_(out, range(200), [1 / 200] * 200)
+    assert out[0][0].item() == pytest.approx(99.5)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the one that is being written, perhaps
+
+
 def test_a_slot_is_a_safetensors_file_with_every_tensor_as_it_was(folder, new_store):
     generator = torch.Generator().manual_seed(0)
     tensors = {
