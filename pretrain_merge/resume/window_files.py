@@ -15,7 +15,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import sharded_folder, snapshot_file
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile
-from pretrain_merge.stores import Store
+from pretrain_merge.stores.store import Store
 
 
 class WindowFiles:

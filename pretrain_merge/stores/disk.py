@@ -24,9 +24,9 @@ from pretrain_merge.files import folder_lock, snapshot_file
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile, stage
 from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.stores.budget import HOST_STAGING
 from pretrain_merge.stores.streaming import merge_from_host_
 
-STAGING_BYTES = 32 * 2**20
 _NUM_BUFFERS = 2  # one is filled while the other is written
 
 # What a capture hands to the writer: a filled buffer and its bytes; None at the end; an error where it broke off.
@@ -63,7 +63,7 @@ class DiskStore:
         CheckpointError: The folder cannot be made or written, or another process keeps its window there.
     """
 
-    def __init__(self, folder: Path, *, staging_bytes: int = STAGING_BYTES) -> None:
+    def __init__(self, folder: Path, *, staging_bytes: int = HOST_STAGING) -> None:
         self._folder = folder.absolute()
         self._slots: dict[int, _Slot] = {}
         self._staging_bytes = max(staging_bytes // _NUM_BUFFERS, torch.float64.itemsize)

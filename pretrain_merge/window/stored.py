@@ -19,7 +19,8 @@ from pretrain_merge.resume.manifest import HeldSnapshot
 from pretrain_merge.resume.window_files import WindowFiles
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
-from pretrain_merge.stores import Store, choose_store, slot_dtype
+from pretrain_merge.stores.choose import choose_store
+from pretrain_merge.stores.store import Store, slot_dtype
 from pretrain_merge.window.window import Snapshot, Window
 
 
