@@ -21,7 +21,8 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch.utils.data import DataLoader
 
-from pretrain_merge import ModelMerging, cli, config, errors
+from pretrain_merge import ModelMerging, config, errors
+from pretrain_merge.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
