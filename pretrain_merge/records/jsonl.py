@@ -4,16 +4,13 @@ This module knows a file of lines; what a line holds is the record's business. A
 read one after another and never held together, unless a caller asks for a list.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic, untrusted
 from pretrain_merge.records.record import MergeRecord
 
-_LONGEST_LINE = 2**26  # a view of 10,000 snapshots takes some 300 kB
 _BLOCK = 2**20
 
 
@@ -21,12 +18,11 @@ def append_record(path: Path, record: MergeRecord) -> None:
     """Add one line to a `merges.jsonl`, creating the folder where needed.
 
     Raises:
-        CheckpointError: The file cannot be written, or is a link, which could lead anywhere.
+        CheckpointError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8", opener=_opened_itself) as file:
-            file.write(record.to_json() + "\n")
+        atomic.append(path, record.to_json() + "\n")
     except OSError as error:
         raise CheckpointError(
             f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
@@ -41,9 +37,8 @@ def read_records(path: Path) -> list[MergeRecord]:
         CheckpointError: The file is missing, or a line is not a record of ours.
     """
     try:
-        with path.open("rb") as file:
-            return [_parsed(path, number, line) for number, line in _lines(path, file)]
-    except OSError as error:
+        return [_parsed(path, number, line) for number, line in enumerate(untrusted.lines(path), start=1)]
+    except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
@@ -71,68 +66,46 @@ def keep_records_until(
         CheckpointError: The file cannot be read or rewritten.
     """
     source = before if before is not None and not path.exists() else path
-    temporary = path.with_name(f".{path.name}.tmp")
-    newest = 0
+    newest = stop = 0
+    kept: list[tuple[int, int]] = []  # from which byte to which: one part, unless two runs shared the file
     try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed
+        atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
         if not source.exists():
             return newest
-        with source.open("rb") as file:
-            kept: list[tuple[int, int]] = []  # from which byte to which: one part, unless two runs shared the file
-            stop = 0
-            for number, line in _lines(source, file):
-                start, stop = stop, stop + len(line)
-                if not line.endswith(b"\n"):
-                    continue
-                record = _parsed(source, number, line)
-                if record.step <= step:
-                    newest = record.step
-                    read(record)
-                    first = kept.pop()[0] if kept and kept[-1][1] == start else start
-                    kept.append((first, stop))
-            if source != path or kept != [(0, stop)]:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write_parts(file, kept, temporary)
-                temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for number, line in enumerate(untrusted.lines(source), start=1):
+            start, stop = stop, stop + len(line)
+            if not line.endswith(b"\n"):
+                continue
+            record = _parsed(source, number, line)
+            if record.step <= step:
+                newest = record.step
+                read(record)
+                first = kept.pop()[0] if kept and kept[-1][1] == start else start
+                kept.append((first, stop))
+        if source != path or kept != [(0, stop)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.draft(path) as draft:
+                draft.file.writelines(_parts(source, kept))
+    except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
     return newest
 
 
-def _opened_itself(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
-        if len(line) == _LONGEST_LINE:
-            raise _not_a_record(path, number, f"it has more than {_LONGEST_LINE} bytes")
-        yield number, line
-
-
 def _parsed(path: Path, number: int, line: bytes) -> MergeRecord:
     try:
-        return MergeRecord.from_json(line.decode("utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _not_a_record(path, number, error) from error
+        return MergeRecord.from_json(line)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}, line {number} is not a merge record ({error}). Every line is one JSON object as ModelMerging "
+            f"writes it; remove the line, or name the merges.jsonl of a run."
+        ) from error
 
 
-def _not_a_record(path: Path, number: int, why: object) -> CheckpointError:
-    return CheckpointError(
-        f"{path}, line {number} is not a merge record ({why}). Every line is one JSON object as ModelMerging writes "
-        f"it; remove the line, or name the merges.jsonl of a run."
-    )
-
-
-def _write_parts(source: BinaryIO, parts: Iterable[tuple[int, int]], target: Path) -> None:
-    with target.open("xb") as file:  # never through a link to something that lives
+def _parts(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes of a file from one place to another, and so on, in blocks."""
+    with untrusted.opened(path) as file:
         for start, stop in parts:
-            source.seek(start)
-            for size in (min(_BLOCK, stop - at) for at in range(start, stop, _BLOCK)):
-                file.write(source.read(size))
-        file.flush()
-        os.fsync(file.fileno())  # before it takes the place of the one that is whole
+            file.seek(start)
+            yield from (file.read(min(_BLOCK, stop - at)) for at in range(start, stop, _BLOCK))

@@ -6,14 +6,17 @@ records and nothing else. It knows no tensors, no trainer and no logger.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
 
+from pretrain_merge.files import untrusted
+
 RAW = "raw"
 FORECAST = "forecast"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
+_LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
 
 
@@ -108,18 +111,21 @@ class MergeRecord:
         return json.dumps(_spell_out_non_finite(asdict(self)), allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> "MergeRecord":
+    def from_json(cls, line: str | bytes) -> "MergeRecord":
         """The inverse of `to_json`.
 
         Raises:
             ValueError: The line is not JSON, or not one of our records.
         """
-        values = json.loads(line)
+        line = line.encode() if isinstance(line, str) else line
+        values = untrusted.parse_json(line)
         has_our_keys = isinstance(values, dict) and values.keys() <= _known_fields()
         if not has_our_keys or not all(isinstance(values.get(key), type_) for key, type_ in _TYPES.items()):
             raise ValueError(f"not a merge record: {line[:80]!r}")
         # a resumed run reads 100,000 lines, and hardly one of them holds such a number
-        read: Callable[[Any], Any] = _read_non_finite if '"NaN"' in line or 'Infinity"' in line else lambda value: value
+        read: Callable[[Any], Any] = (
+            _read_non_finite if b'"NaN"' in line or b'Infinity"' in line else lambda value: value
+        )
         recipes = {
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
@@ -129,9 +135,12 @@ class MergeRecord:
             for name, expected in values.pop("forecasts", {}).items()
         }
         numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        return cls(
+        record = cls(
             **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
         )
+        if not _is_sound(record):
+            raise ValueError("a value is of another type than ours, or out of range")
+        return record
 
 
 @cache
@@ -146,6 +155,34 @@ def metric_name(name: str, model: str, metric: str) -> str:
     'merge/sma/val_loss'
     """
     return f"{name}/{model}/{metric}"
+
+
+def _is_sound(record: MergeRecord) -> bool:
+    """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
+    expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
+    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since]
+    numbers = [record.spread, *record.lr, *record.raw.values(), *record.timing.values()]
+    for metrics in record.views.values():
+        numbers += metrics.values()
+    for item in expected:
+        counters.append(item.step)
+        numbers += (item.mean, item.low, item.high)
+    for recipe in record.recipes.values():
+        counters += recipe.steps
+        numbers += recipe.coefficients
+    texts = [record.phase, record.average, record.slot_dtype, *record.skipped.values()]
+    return _are_counters(counters) and _are_numbers(numbers) and all(isinstance(text, str) for text in texts)
+
+
+def _are_counters(values: Sequence[int]) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < _LARGEST
+
+
+def _are_numbers(values: Sequence[float]) -> bool:
+    types = set(map(type, values))  # a bool is not an int here
+    return types <= {int, float} and (
+        int not in types or all(abs(value) < _LARGEST for value in values if type(value) is int)
+    )
 
 
 def _spell_out_non_finite(value: Any) -> Any:

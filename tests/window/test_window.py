@@ -69,10 +69,9 @@ class Ends(deque):
 
 
 def test_a_step_of_a_run_looks_at_single_snapshots_only():
-    window, merger = Window(5), RollingMerger(window=5, every=1, merge_every=2)
-    model = nn.Linear(1, 1)
+    merger, model = RollingMerger(window=5, every=1, merge_every=2), nn.Linear(1, 1)
+    window = merger.window
     window._held = Ends()
-    merger._snapshots.window = window
     for step in range(1, 12):
         merger.observe(model, step)
         assert merger.merge_is_due() == (step % 2 == 0)
