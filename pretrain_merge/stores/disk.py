@@ -20,6 +20,7 @@ from torch import Tensor
 from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic, folder_lock, snapshot_file
+from pretrain_merge.files.atomic import Batch
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile, stage
 from pretrain_merge.kernels.weighted_sum import Spread
@@ -138,7 +139,7 @@ class DiskStore:
         """
         return parameters.same_bits(tensors, self._mapped(slot))
 
-    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+    def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.
 
         Raises:
@@ -146,9 +147,9 @@ class DiskStore:
         """
         self._finish()
         tensors, entry = self._mapped(slot), self._slots[slot]
-        kept = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity)
+        linked = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity, batch=batch)
         parts = {name: [tensor] for name, tensor in zip(entry.layout.places, tensors, strict=True)}
-        return kept or snapshot_file.write(folder, stem, entry.layout, parts)
+        return linked or snapshot_file.write(folder, stem, entry.layout, parts, batch=batch)
 
     def clear(self) -> None:
         """Delete the files of all slots, written or not, and let others use the folder."""
