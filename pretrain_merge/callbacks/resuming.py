@@ -80,7 +80,7 @@ class Start:
                     durable.refuse_lost_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
-                merger.go_on_from(state.progress)
+                merger.resume_from(state.progress)
         durable.prune()
 
     def merged_models(self) -> MergedModels:

@@ -104,7 +104,7 @@ class DiskStore:
             if buffer is None:
                 self._finish()  # raises what the writer met
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Nothing to wait for: a capture returns when it has read the last byte."""
 
     def merge_(
@@ -129,6 +129,14 @@ class DiskStore:
             CheckpointError: The slot could not be written.
         """
         parameters.copy_(out, self._mapped(slot))
+
+    def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether a slot is bit for bit what these tensors of its dtypes are.
+
+        Raises:
+            CheckpointError: The slot could not be written.
+        """
+        return parameters.same_bits(tensors, self._mapped(slot))
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.
