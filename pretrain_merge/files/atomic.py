@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT
 _LONGEST = 200  # bytes of a name inside of a temporary one; file systems take 255
-# Flushes that wait together share a commit of the file system: 1,000 small files take a tenth of the time of one by one.
+# Flushes that wait together share a commit of the file system: 1,000 small files take a tenth of the time.
 _NUM_FLUSHES = 8
 _MOST_PENDING = 2**28  # bytes of a batch that may be on their way to the disk
 
@@ -38,7 +38,7 @@ class Draft:
 
 
 class Batch:
-    """Files that are flushed together and named afterwards, so that many small ones do not wait for the disk one by one.
+    """Files that are flushed together and named afterwards: many small ones do not wait for the disk one by one.
 
     Large ones are not held back: a batch of some hundred megabytes is finished, and the next one begins.
     """

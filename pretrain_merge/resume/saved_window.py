@@ -96,7 +96,7 @@ class SavedWindow:
 
     def _save_snapshots(self, files: WindowFiles) -> tuple[SavedSnapshot, ...]:
         stored, held = self._stored, self._stored.window.snapshots
-        saved = {item: file for item in held if (file := self._files.get(item)) and file[0] == files.folder}
+        saved = {item: self._files[item] for item in held if self._files.get(item, ("",))[0] == files.folder}
         with files.together():
             for item in held:
                 if item not in saved:

@@ -76,7 +76,7 @@ class HostStore:
     def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
         """Whether a slot is bit for bit what these tensors of its dtypes are."""
         self._wait()
-        return parameters.same_bits(list(_parts(tensors)), self._slots[slot])
+        return parameters.all_same_bits(list(_parts(tensors)), self._slots[slot])
 
     def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
         """Write a slot to a file.
