@@ -1,5 +1,6 @@
 """Predicted bytes are those that stores, blocks and files really take; predicted times are bytes over rates."""
 
+import os
 import struct
 
 import pytest
@@ -101,14 +102,14 @@ def test_a_slots_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch
     module, seen = network(), []
     merger = full_window(module, store="disk", store_folder=str(tmp_path))
     merger._stored._store._finish()
-    fsync = disk.os.fsync
+    fsync = os.fsync
 
     def counted(file):
         files = [path for path in (tmp_path / "rank-0000").iterdir() if path.name != "lock"]
         seen.append(sum(path.stat().st_size for path in files))
         fsync(file)
 
-    monkeypatch.setattr(disk.os, "fsync", counted)
+    monkeypatch.setattr(os, "fsync", counted)
     merger.observe(module, WINDOW + 1)
     merger._stored._store._finish()
     one_file = (tmp_path / "rank-0000" / "slot-000.safetensors").stat().st_size
