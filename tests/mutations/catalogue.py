@@ -45,7 +45,9 @@ _SWAP = "tests/merging/test_swap.py"
 _VIEWS = "tests/merging/test_views.py"
 _WHICH = "tests/callbacks/test_which_parameters.py"
 _RECORDS = "tests/records/test_record.py"
-_ACCUMULATE = "tests/kernels/test_contract.py"
+_KERNELS = "tests/kernels/test_contract.py"
+_SPREAD = "tests/kernels/test_spread.py"
+_COMPILED = "tests/kernels/test_compiled.py"
 _EVALUATE = "tests/evaluation/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
@@ -442,29 +444,65 @@ FAULTS = (
         "kernels/reference.py",
         "torch.float64 if double else torch.float32\n    longest",
         "snapshots[0][0].dtype\n    longest",
-        _ACCUMULATE,
+        _KERNELS,
     ),
     Fault(
         "the last snapshot is left out",
         "kernels/reference.py",
         "zip(sources[1:], coefficients[1:], strict=True)",
         "zip(sources[1:-1], coefficients[1:-1], strict=True)",
-        _ACCUMULATE,
+        _KERNELS,
     ),
     Fault(
         "the spread is from zero",
         "kernels/reference.py",
-        "pivot = sources[0].to(torch.float64)",
+        "pivot = sources[0].to(torch.float64, copy=True)",
         "pivot = torch.zeros_like(sources[0], dtype=torch.float64)",
-        _ACCUMULATE,
+        _SPREAD,
     ),
     Fault(
         "bfloat16 is truncated",
         "kernels/cpu_kernel.py",
         "b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))",
         "b.lshr(bits, v.constant(I32, 16))",
-        _ACCUMULATE,
+        _KERNELS,
     ),
+    Fault(
+        "tiny deviations underflow",
+        "kernels/spread.py",
+        "num_snapshots * smallest <= self.squares",
+        "0 <= self.squares",
+        _SPREAD,
+    ),
+    Fault(
+        "a residue of rounding is a distance",
+        "kernels/spread.py",
+        "0.0 if distance < 0.0 else distance",
+        "distance",
+        _SPREAD,
+    ),
+    Fault(
+        "the spread is measured after the merge",
+        "kernels/weighted_sum.py",
+        "spread and group.replaces",
+        "False",
+        _SPREAD,
+    ),
+    Fault(
+        "whole blocks are read under a mask",
+        "kernels/cuda.py",
+        "(length if masked else block)",
+        "(length if masked else block + tl.minimum(num_snapshots, 0))",
+        _COMPILED,
+    ),
+    Fault(
+        "values in local memory",
+        "kernels/cuda.py",
+        "else (128 if spread else 64)",
+        "else (80 if spread else 40)",
+        _COMPILED,
+    ),
+    Fault("a kernel for each N", "kernels/cuda.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
     # evaluation
     Fault(
         "other random numbers at each pass",
