@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.kept_window import DurableWindow, RunState
+from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.kept_window import KeptWindow
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.folders import move_aside, remove_unpublished
@@ -41,9 +43,7 @@ class Start:
     """A run that begins, or goes on from a checkpoint.
 
     Args:
-        config: Of the callback.
-        notices: What the user was told already.
-        trainer: A Trainer before its first batch.
+        fit: One call of `Trainer.fit`.
         plain: Our state in the checkpoint; empty where there is none.
 
     Attributes:
@@ -54,14 +54,14 @@ class Start:
         CheckpointError: The state is damaged.
     """
 
-    def __init__(self, config: MergeConfig, notices: Notices, trainer: Any, plain: Mapping[str, Any]) -> None:
-        self._config, self._notices, self._trainer = config, notices, trainer
+    def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
+        self._fit, self._config, self._notices, self._trainer = fit, fit.config, fit.notices, fit.trainer
         self._has_state = bool(plain)
         with ranks.together("read the state of the run"):
             self.state = self._read(plain)
-        self.folder = run_folder(config, trainer)
+        self.folder = run_folder(fit.config, fit.trainer)
 
-    def fill(self, merger: RollingMerger, module: Any, durable: DurableWindow) -> None:
+    def fill(self, merger: RollingMerger, kept_window: KeptWindow) -> None:
         """Bring back the window that the checkpoint needs.
 
         Raises:
@@ -74,13 +74,13 @@ class Start:
         elif state.progress.step:
             try:
                 if self._has_state:
-                    durable.restore(merger, module, state)
+                    kept_window.restore(merger, self._fit.module, state)
                 else:
-                    durable.refuse_lost_state()
+                    kept_window.refuse_missing_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
                 merger.go_on_from(state.progress)
-        durable.prune()
+        kept_window.prune()
 
     def merged_models(self) -> MergedModels:
         """The folder `merged/`, with the books of the run so far. Collective."""

@@ -30,6 +30,7 @@ class RollingMerger:
     """A rolling window of snapshots of one model, and their merges.
 
     Args:
+        settings: Parsed settings; None: they are parsed from the options.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
             `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `merge_buffers`, `batch_norm`, `store`,
             `store_folder`, `slot_dtype`.
@@ -51,14 +52,13 @@ class RollingMerger:
     [[40.0, 40.0]]
     """
 
-    def __init__(self, **options: Any) -> None:
-        settings = config.build(config.WindowConfig, options)
-        self._settings = settings
-        self._cadence = config.snapshot_cadence(settings)
-        self._merge_cadence = config.merge_cadence(settings) or self._cadence
-        self._views = {view.name: view for view in config.parse_views(settings)}
+    def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:
+        parsed = settings or config.parse_window_settings(options)
+        self._settings = parsed.config
+        self._cadence, self._merge_cadence = parsed.cadence, parsed.merge_cadence
+        self._views = {view.name: view for view in parsed.views}
         self._notices = Notices()
-        self._block = BlockMean(settings.sample_every) if settings.average == "block" else None
+        self._block = BlockMean(parsed.config.sample_every) if parsed.config.average == "block" else None
         self._progress = Progress()
         self._lr: tuple[float, ...] = ()
         self._segment_lr: tuple[float, ...] = ()
@@ -67,7 +67,7 @@ class RollingMerger:
         self._spread: Spread | None = None
         self._counts: list[float] | None = None
         self._segment_of_all = 0
-        self._snapshots = Snapshots(settings)
+        self._snapshots = Snapshots(parsed.config)
         self._kept_block: tuple[Path, Progress, OpenBlock] | None = None  # as it was written last, and when
         self.num_refused = 0
 

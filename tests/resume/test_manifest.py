@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.clock import Clock
-from pretrain_merge.callbacks.kept_window import RunState
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.snapshot_file import SnapshotFile

@@ -1,0 +1,198 @@
+"""One run from its first batch to its end: steps counted, snapshots taken, merges measured and published, files kept.
+
+A `Run` is built whole or not at all, and gives back what it borrowed when it is closed. It knows the order of these
+things and nothing of how a merge is computed or measured; Lightning's hooks are `ModelMerging`'s business.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks.clock import Clock
+from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.kept_window import KeptWindow
+from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.publisher import Publisher
+from pretrain_merge.callbacks.resuming import Start
+from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.merging.rolling_merger import RollingMerger
+from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.runtime import ranks
+
+
+class Run:
+    """One call of `Trainer.fit` that trains.
+
+    Args:
+        fit: The call.
+        plain: Our state in the checkpoint, or of the `fit` before; empty where there is none.
+
+    Attributes:
+        clock: Counts steps, samples and tokens, and knows the rate of each step.
+        merger: Holds the window.
+        last_record: What was measured at the last merge point; None before the first.
+
+    Raises:
+        CheckpointError: The window cannot be restored, or the run's folder not be written.
+        ConfigError: The configuration makes other snapshots than the window holds.
+    """
+
+    clock: Clock
+    merger: RollingMerger
+
+    def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
+        self._fit = fit
+        self.last_record: MergeRecord | None = None
+        start = Start(fit, plain)
+        state, folder = start.state, start.folder
+        self._last_merge = state.last_merge  # step of the last record; what is younger is owed
+        forecasts = RunForecasts(fit.settings, fit.notices)
+        self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
+        with ExitStack() as borrowed:
+            window = fit.settings.window_in(folder, forecasts.views)
+            self.merger = borrowed.enter_context(closing(RollingMerger(window)))
+            self.merger.go_on_from(state.progress)
+            self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, state.progress, state.pending, state.lr)
+            monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
+            borrowed.enter_context(monitors.waiting())
+            with ranks.together("open the run's folder"):
+                self._open(start, forecasts, monitors, borrowed)
+            self._borrowed = borrowed.pop_all()  # given back in `close`, the last first
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The best merged model on disk."""
+        return self._merged_models.best_path
+
+    def merge_owed(self) -> None:
+        """Make the merge of a checkpoint that was saved before the merge of its step was recorded, say by a signal."""
+        trainer = self._fit.trainer
+        if self._last_merge < self.clock.progress.step and self.merger.merge_is_due():
+            self._merge_if_due()
+            if self._last_merge < self.clock.progress.step and ranks.any_rank(trainer.received_sigterm):
+                raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+
+    def step(self, batch: Any) -> None:
+        """After a batch: observe the step; at a merge point, measure and publish."""
+        progress = self.clock.batch_ends(batch, share=evaluate.data_share(self._fit.trainer))
+        if progress is not None:
+            self.merger.observe(self._fit.module, progress, lr=self.clock.lr)
+            self._merge_if_due()
+
+    def finish(self) -> None:
+        """Training has ended: save merges of the newest snapshots where the user asked for it; say why there are none.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        merger, newest = self.merger, self.merger.window.newest
+        if self._fit.config.save.at_end and newest is not None:
+            with ranks.together("save merged models at the end"), merger.swapping(self._fit.module) as put:
+                for view in merger.views:
+                    if view not in self._not_saved and merger.why_not(view) is None:
+                        self._merged_models.keep_last(self._fit.module, view, newest.progress, put(view))
+        if not self._last_merge:
+            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
+            step = self._fit.trainer.global_step
+            self._fit.notices.once("no merge", f"training ended at step {step} without a merge: {reason}")
+
+    def state(self, *, lost: str = "") -> dict[str, Any]:
+        """The state as it is now, as plain values; writes the files that it refers to.
+
+        Args:
+            lost: Why the window is not to be kept; empty: it is.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        manifest = None if lost else self._kept_window.keep(self.merger)
+        return RunState(
+            progress=self.clock.progress,
+            pending=self.clock.pending,  # of this rank: exact on resume where all ranks' batches are of one size
+            lr=self.clock.lr_by_optimizer,
+            run_folder=str(self._kept_window.run_folder),
+            window_folder=str(self._kept_window.folder),
+            window=manifest.to_plain() if manifest is not None else None,
+            lost=lost,
+            saved=self._merged_models.state(),
+            last_merge=self._last_merge,
+        ).to_plain()
+
+    def announce(self) -> None:
+        """A checkpoint that is being written will need the window that `state` kept; also after the run."""
+        self._kept_window.announce()
+
+    def close(self) -> None:
+        """Free the window and give back what was borrowed; what a checkpoint may need was kept by `state`."""
+        self._borrowed.close()
+
+    def release(self) -> None:
+        """The checkpoints of its Trainer do not matter any more."""
+        self._kept_window.release()
+
+    def _open(self, start: Start, forecasts: RunForecasts, monitors: Monitors, borrowed: ExitStack) -> None:
+        """Window, records and merged models of the run."""
+        fit, state, folder = self._fit, start.state, start.folder
+        self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
+        try:
+            borrowed.callback(self._kept_window.close)
+            start.fill(self.merger, self._kept_window)
+            self._say_what_monitors_keep(monitors, folder)
+            self._merged_models = start.merged_models()
+            is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
+            records = folder / "merges.jsonl"
+            self._publisher = Publisher(fit, forecasts, monitors, records)
+            until = state.progress.step - is_owed
+            before = start.clear(records, until=until) if fit.trainer.is_global_zero else []
+            if forecasts:
+                forecasts.resume_from(ranks.gather(before)[0])
+        except BaseException:
+            self._kept_window.release()
+            raise
+
+    def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
+        if monitors.checkpoints:
+            self._fit.notices.once(
+                "monitor",
+                f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
+                f"the best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
+            )
+
+    def _merge_if_due(self) -> None:
+        if not self.merger.merge_is_due():
+            return
+        step = self.merger.progress.step
+        # rank 0 writes and logs: the others must not go on where it could not
+        with ranks.together(f"merge at step {step}"):
+            record = self._measure()
+            if record is None and not ranks.any_rank(self._fit.trainer.received_sigterm):
+                record = self._measure()  # after a signal that lets the run go on
+            if record is not None:
+                self.last_record, self._last_merge = self._publisher.publish(record), record.step
+                return
+        self._fit.notices.once(
+            "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
+        )
+
+    def _measure(self) -> MergeRecord | None:
+        """Raw and every view on the same batches; None where a signal ended the evaluation early."""
+        fit = self._fit
+        return merge_point.measured(
+            fit.config,
+            fit.trainer,
+            fit.module,
+            self.merger,
+            evaluators=fit.evaluators,
+            notices=fit.notices,
+            keep=self._save_if_due,
+        )
+
+    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+        if view not in self._not_saved:
+            self._merged_models.keep(self._fit.module, view, self.merger.progress, recipe, metrics)
