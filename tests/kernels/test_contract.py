@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from accumulate import oracle
+from kernels import oracle
 
 from pretrain_merge.kernels.weighted_sum import Spread
 
