@@ -6,6 +6,7 @@ and never written, except while merged weights are in the model, between two bat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +21,9 @@ from pretrain_merge.callbacks.clock import TokensPerBatch
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.rehearsal import Rehearsal
-from pretrain_merge.callbacks.resuming import refill_or_raise
+from pretrain_merge.callbacks.resuming import has_begun, refill_or_raise
 from pretrain_merge.callbacks.run import Run
+from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.callbacks.run_state import refuse_unclaimed_state
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.errors import CheckpointError
@@ -35,6 +37,9 @@ if find_spec("pytorch_lightning"):
     from pytorch_lightning import Callback as _OtherCallback
 
     _CALLBACKS += (_OtherCallback,)
+
+
+_MAPPINGS = ("breaks", "save", "forecast")  # None stands for an empty one
 
 
 class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
@@ -113,14 +118,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "average": average,
             "sample_every": sample_every,
             "lr_tolerance": lr_tolerance,
-            "breaks": breaks or {},
+            "breaks": breaks,
             "merge_buffers": merge_buffers,
             "batch_norm": batch_norm,
             "store": store,
             "store_folder": store_folder,
             "slot_dtype": slot_dtype,
-            "save": save or {},
-            "forecast": forecast or {},
+            "save": save,
+            "forecast": forecast,
             "validate": validate,
             "stateful_data": stateful_data,
             "window_folder": window_folder,
@@ -129,7 +134,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         }
         if not callable(tokens_per_batch):  # the schema holds what YAML can say
             given["tokens_per_batch"] = tokens_per_batch
-        self.settings = parse_settings({key: _plain(value) for key, value in (given | options).items()})
+        self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
         self._tokens_per_batch: TokensPerBatch = tokens_per_batch
         self._evaluators = refusals.checked_evaluators(evaluators)
         self._notices = Notices()  # what the user was told; once for all runs of this callback
@@ -190,8 +195,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if stage != "fit":
             return
         refusals.refuse_strategy(trainer.strategy)
-        if trainer.global_step == 0:
-            self._state = {}  # of another Trainer's run (P24); that of a resumed run is loaded after this
+        if not trainer.fast_dev_run:
+            refuse_remote_folder(trainer)
+        if not has_begun(trainer) or self._last_run is None or self._last_run.module is not pl_module:
+            self._state = {}  # of another Trainer's run, or model (P24); that of a resumed run is loaded after this
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
@@ -199,15 +206,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         parameters.mergeable_tensors(pl_module, merge_buffers=config.merge_buffers, batch_norm=config.batch_norm)
         refusals.refuse_other_configs(config)
 
-        def run(users_run: Callable[[], None]) -> None:
-            # Lightning runs no hook of training where a resumed run has no step left, and this one may owe its last
-            # merge; a process that was killed at its end also left a lock and the files of a disk store
-            users_run()
-            if self._run is None and self._state and trainer.ckpt_path is not None and not trainer.fast_dev_run:
-                self.on_train_start(trainer, pl_module)
-                self.on_train_end(trainer, pl_module)
-
-        self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", run))
+        self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one; makes the merge that its checkpoint owes."""
@@ -224,9 +223,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
         if self._run is not None:
-            optimizers = [getattr(item, "optimizer", item) for item in trainer.optimizers]
-            index = next((i for i, item in enumerate(optimizers) if item is optimizer), len(optimizers))
-            self._run.clock.optimizer_steps(index, optimizer)
+            self._run.optimizer_steps(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Observe the step; at a merge point, measure and publish."""
@@ -286,6 +283,14 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """The state of the run that is resumed."""
         self._state = dict(state_dict)
 
+    def _fit(self, trainer: Any, pl_module: Any, users_run: Callable[[], None]) -> None:
+        users_run()
+        # Lightning runs no hook of training where a resumed run has no step left, and this one may owe its last
+        # merge; a process that was killed at its end also left a lock and the files of a disk store
+        if self._run is None and self._state and trainer.ckpt_path is not None and not trainer.fast_dev_run:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+
     def _remember(self, *, lost: str = "") -> None:
         """The state as it is now; writes the files that it refers to, unless the window is to be lost."""
         if self._run is not None:
@@ -299,8 +304,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 run.close()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, is_mapping: bool) -> Any:
     """Mappings and sequences as the schema takes them. Text is not a list of letters: it is refused as a whole."""
+    if value is None and is_mapping:
+        return {}
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -14,8 +14,9 @@ from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
-from pretrain_merge.callbacks.resuming import run_folder
+from pretrain_merge.callbacks.run_folder import run_folder
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merged_models.retention import refuse_unmeasured
 from pretrain_merge.merging.rolling_merger import RollingMerger
@@ -40,12 +41,15 @@ class Rehearsal:
     best_model_path: Path | None = None
 
     def __init__(self, fit: Fit) -> None:
-        self._fit = fit
+        self._fit, self.module = fit, fit.module
         self._is_over = False
         self.last_record: MergeRecord | None = None
         forecasts = RunForecasts(fit.settings, fit.notices)
-        self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress())
+        share = evaluate.data_share(fit.trainer)
+        self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)
         with ExitStack() as borrowed:
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            self.optimizer_steps = borrowed.enter_context(steps)
             window = fit.settings.window_in(run_folder(fit.config, fit.trainer), forecasts.views)
             window = replace(
                 window,
@@ -69,7 +73,7 @@ class Rehearsal:
             ConfigError: `save.best` names a metric that was not measured.
         """
         fit = self._fit
-        if self.clock.batch_ends(batch, share=evaluate.data_share(fit.trainer)) is None or self._is_over:
+        if self.clock.batch_ends(batch) is None or self._is_over:
             return
         self._is_over = True
         for step in range(1, fit.config.window + 1):

@@ -17,8 +17,10 @@ from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.kept_window import KeptWindow
 from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.resuming import Start
+from pretrain_merge.callbacks.run_folder import RunFolder
 from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
@@ -47,7 +49,7 @@ class Run:
     merger: RollingMerger
 
     def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
-        self._fit = fit
+        self._fit, self.module = fit, fit.module
         self.last_record: MergeRecord | None = None
         start = Start(fit, plain)
         state, folder = start.state, start.folder
@@ -58,7 +60,16 @@ class Run:
             window = fit.settings.window_in(folder, forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
             self.merger.go_on_from(state.progress)
-            self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, state.progress, state.pending, state.lr)
+            self.clock = Clock(
+                fit.settings.cadences,
+                fit.tokens_per_batch,
+                state.progress,
+                state.pending,
+                state.lr,
+                share=evaluate.data_share(fit.trainer),
+            )
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            self.optimizer_steps = borrowed.enter_context(steps)
             monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             with ranks.together("open the run's folder"):
@@ -80,7 +91,7 @@ class Run:
 
     def step(self, batch: Any) -> None:
         """After a batch: observe the step; at a merge point, measure and publish."""
-        progress = self.clock.batch_ends(batch, share=evaluate.data_share(self._fit.trainer))
+        progress = self.clock.batch_ends(batch)
         if progress is not None:
             self.merger.observe(self._fit.module, progress, lr=self.clock.lr)
             self._merge_if_due()
@@ -116,6 +127,7 @@ class Run:
             progress=self.clock.progress,
             pending=self.clock.pending,  # of this rank: exact on resume where all ranks' batches are of one size
             lr=self.clock.lr_by_optimizer,
+            identity=self._identity,
             run_folder=str(self._kept_window.run_folder),
             window_folder=str(self._kept_window.folder),
             window=manifest.to_plain() if manifest is not None else None,
@@ -139,17 +151,19 @@ class Run:
     def _open(self, start: Start, forecasts: RunForecasts, monitors: Monitors, borrowed: ExitStack) -> None:
         """Window, records and merged models of the run."""
         fit, state, folder = self._fit, start.state, start.folder
+        files = None
+        if fit.trainer.is_global_zero:
+            files = RunFolder(folder)
+            borrowed.callback(files.close)
         self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
-            self._merged_models = start.merged_models()
             is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
-            records = folder / "merges.jsonl"
-            self._publisher = Publisher(fit, forecasts, monitors, records)
-            until = state.progress.step - is_owed
-            before = start.clear(records, until=until) if fit.trainer.is_global_zero else []
+            self._identity, before = start.open_folder(files, until=state.progress.step - is_owed)
+            self._merged_models = start.merged_models()
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
             if forecasts:
                 forecasts.resume_from(ranks.gather(before)[0])
         except BaseException:

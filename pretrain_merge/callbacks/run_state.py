@@ -18,6 +18,7 @@ class RunState:
         progress: Counters.
         pending: Samples and tokens of a rank that are not yet in `progress`.
         lr: Learning rates of the last step, by optimizer.
+        identity: That of the run, by which it finds its files again.
         run_folder: Where the records are.
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
@@ -29,6 +30,7 @@ class RunState:
     progress: Progress
     pending: Mapping[str, int] = field(default_factory=dict)
     lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    identity: str = ""
     run_folder: str = ""
     window_folder: str = ""
     window: Mapping[str, Any] | None = None
