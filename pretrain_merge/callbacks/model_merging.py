@@ -6,6 +6,7 @@ and never written, except while merged weights are in the model, between two bat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +40,7 @@ if find_spec("pytorch_lightning"):
     _CALLBACKS += (_OtherCallback,)
 
 
-_MAPPINGS = ("breaks", "save", "forecast")  # None stands for an empty one
+_MAPPINGS = ("breaks", "parameters", "save", "forecast")  # None stands for an empty one
 
 
 class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
@@ -62,6 +63,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             or a function of the batch.
         lr_tolerance: Relative change of a learning rate that counts as a break.
         breaks: What counts as a break: {"lr": False} for runs whose learning rate decays.
+        parameters: Which parameters are merged, by patterns of their names: {include, exclude}.
         merge_buffers: Patterns of float buffers that are merged like parameters.
         batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
         store: Where snapshots lie: "device", "host", "disk", or "auto", which chooses by free memory.
@@ -94,6 +96,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         tokens_per_batch: int | str | Callable[[Any], int] = "input_ids",
         lr_tolerance: float = 1e-3,
         breaks: Mapping[str, bool] | None = None,
+        parameters: Mapping[str, Sequence[str]] | None = None,
         merge_buffers: Sequence[str] = (),
         batch_norm: str = "refuse",
         store: str = "auto",
@@ -119,6 +122,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "sample_every": sample_every,
             "lr_tolerance": lr_tolerance,
             "breaks": breaks,
+            "parameters": parameters,
             "merge_buffers": merge_buffers,
             "batch_norm": batch_norm,
             "store": store,
@@ -203,9 +207,13 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         config = self.config
-        parameters.mergeable_tensors(pl_module, merge_buffers=config.merge_buffers, batch_norm=config.batch_norm)
+        parameters.mergeable_tensors(
+            pl_module,
+            merge_buffers=config.merge_buffers,
+            batch_norm=config.batch_norm,
+            **asdict(config.parameters),
+        )
         refusals.refuse_other_configs(config)
-
         self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -15,7 +15,7 @@ from pretrain_merge.callbacks.run_folder import RunFolder, files_of, run_folder
 from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.files.folders import remove_unpublished
+from pretrain_merge.files.atomic import remove_leftovers
 from pretrain_merge.merged_models.retention import MergedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, keep_records_until
@@ -80,7 +80,7 @@ class Start:
                     kept_window.refuse_missing_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
-                merger.go_on_from(state.progress)
+                merger.resume_from(state.progress)
         kept_window.prune()
 
     def open_folder(self, files: RunFolder | None, *, until: int) -> tuple[str, list[MergeRecord]]:
@@ -96,7 +96,7 @@ class Start:
         identity, kept = "", []
         self._merged_before = self.folder / "merged"
         if files is not None:
-            remove_unpublished(files.merged)
+            remove_leftovers(files.merged)
             if not self._goes_on:
                 identity = files.begin(self._notices)
             else:

@@ -59,7 +59,8 @@ class Run:
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
-            self.merger.go_on_from(state.progress)
+            self.merger.watch(fit.module, fit.trainer.optimizers)
+            self.merger.resume_from(state.progress)
             self.clock = Clock(
                 fit.settings.cadences,
                 fit.tokens_per_batch,
@@ -104,10 +105,10 @@ class Run:
         """
         merger, newest = self.merger, self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
-            with ranks.together("save merged models at the end"), merger.swapping(self._fit.module) as put:
+            with ranks.together("save merged models at the end"), merger.swap(self._fit.module) as merge_view:
                 for view in merger.views:
                     if view not in self._not_saved and merger.why_not(view) is None:
-                        self._merged_models.keep_last(self._fit.module, view, newest.progress, put(view))
+                        self._merged_models.keep_last(self._fit.module, view, newest.progress, merge_view(view))
         if not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             step = self._fit.trainer.global_step

@@ -20,6 +20,7 @@ from pretrain_merge.config.schema import (
     BreakConfig,
     ForecastConfig,
     MergeConfig,
+    ParametersConfig,
     SaveConfig,
     WindowConfig,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Forecast",
     "ForecastConfig",
     "MergeConfig",
+    "ParametersConfig",
     "SaveConfig",
     "Settings",
     "View",
