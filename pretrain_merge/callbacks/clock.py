@@ -30,6 +30,7 @@ class Clock:
 
     Attributes:
         num_batches: How many it has seen.
+        num_steps: In how many of them an optimizer stepped.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Clock:
         self._failure: ProgressError | None = None
         self._share = share
         self._lr_listed = self._listed()
-        self.num_batches = 0
+        self.num_batches = self.num_steps = 0
         self.progress = start
 
     @property
@@ -109,6 +110,7 @@ class Clock:
         if not self._stepped:
             return None
         self._stepped = False
+        self.num_steps += 1
         after = replace(self.progress, step=self.progress.step + 1)
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
         if self._required or self._snapshots.crossed(self.progress, after):

@@ -223,7 +223,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         fit = Fit(self.settings, self._tokens_per_batch, self._evaluators, self._notices, trainer, pl_module)
         self._last_run = None
         self._run = self._last_run = Rehearsal(fit) if trainer.fast_dev_run else Run(fit, self._state)
-        self._run.merge_owed()
+        self._run.catch_up()
         if self._phase_to_come not in (None, self._run.merger.phase):
             self._run.merger.mark_phase(self._phase_to_come)
         self._phase_to_come = None

@@ -63,7 +63,7 @@ class Rehearsal:
             self._publisher = Publisher(fit, forecasts, monitors)
             self._borrowed = borrowed.pop_all()
 
-    def merge_owed(self) -> None:
+    def catch_up(self) -> None:
         """Nothing is resumed."""
 
     def step(self, batch: Any) -> None:

@@ -4,7 +4,7 @@ A `Run` is built whole or not at all, and gives back what it borrowed when it is
 things and nothing of how a merge is computed or measured; Lightning's hooks are `ModelMerging`'s business.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
@@ -51,6 +52,9 @@ class Run:
     def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
         self._fit, self.module = fit, fit.module
         self.last_record: MergeRecord | None = None
+        # P32: the module's own hook runs after ours, and may clip or project
+        self._may_change_weights_after_us = not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")
+        self._is_unobserved = False  # a step that was counted, while the module's own hook has not run yet
         start = Start(fit, plain)
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
@@ -71,6 +75,9 @@ class Run:
             )
             steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
             self.optimizer_steps = borrowed.enter_context(steps)
+            if self._may_change_weights_after_us:
+                loop = fit.trainer.fit_loop.epoch_loop
+                borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
             monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             with ranks.together("open the run's folder"):
@@ -82,20 +89,23 @@ class Run:
         """The best merged model on disk."""
         return self._merged_models.best_path
 
-    def merge_owed(self) -> None:
-        """Make the merge of a checkpoint that was saved before the merge of its step was recorded, say by a signal."""
-        trainer = self._fit.trainer
+    def catch_up(self) -> None:
+        """Make the snapshot and the merge that the checkpoint owes: it was saved before they were, say by a signal."""
+        if self.merger.progress.step < self.clock.progress.step:
+            self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
         if self._last_merge < self.clock.progress.step and self.merger.merge_is_due():
             self._merge_if_due()
-            if self._last_merge < self.clock.progress.step and ranks.any_rank(trainer.received_sigterm):
+            if self._last_merge < self.clock.progress.step and ranks.any_rank(self._fit.trainer.received_sigterm):
                 raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
 
     def step(self, batch: Any) -> None:
-        """After a batch: observe the step; at a merge point, measure and publish."""
-        progress = self.clock.batch_ends(batch)
-        if progress is not None:
-            self.merger.observe(self._fit.module, progress, lr=self.clock.lr)
-            self._merge_if_due()
+        """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
+        if self.clock.batch_ends(batch) is None:
+            return
+        if self._may_change_weights_after_us:
+            self._is_unobserved = True
+        else:
+            self._observe()
 
     def finish(self) -> None:
         """Training has ended: save merges of the newest snapshots where the user asked for it; say why there are none.
@@ -110,9 +120,9 @@ class Run:
                     if view not in self._not_saved and merger.why_not(view) is None:
                         self._merged_models.keep_last(self._fit.module, view, newest.progress, merge_view(view))
         if not self._last_merge:
-            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
-            step = self._fit.trainer.global_step
-            self._fit.notices.once("no merge", f"training ended at step {step} without a merge: {reason}")
+            self._fit.notices.once(
+                "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
+            )
 
     def state(self, *, lost: str = "") -> dict[str, Any]:
         """The state as it is now, as plain values; writes the files that it refers to.
@@ -170,6 +180,25 @@ class Run:
         except BaseException:
             self._kept_window.release()
             raise
+
+    def _why_no_merge(self) -> str:
+        if self.clock.num_batches and not self.clock.num_steps:
+            return (
+                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. Steps "
+                f"count where an optimizer of torch steps, or one of the Trainer's through Lightning."
+            )
+        return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
+
+    def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:
+        """After the module's own hook, before validation."""
+        if self._is_unobserved:
+            self._is_unobserved = False
+            self._observe()
+        advance_end(*arguments)
+
+    def _observe(self) -> None:
+        self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
+        self._merge_if_due()
 
     def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
         if monitors.checkpoints:
