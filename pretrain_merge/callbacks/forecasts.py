@@ -1,18 +1,18 @@
 """The forecasts that a run was asked for, at each of its merge points.
 
-This module knows the key `forecast` of the configuration and keeps the run's records; how an annealed loss follows from
-records is `pretrain_merge.forecast`'s business.
+This module knows the key `forecast` of the configuration and the run's history; how an annealed loss follows from it is
+`pretrain_merge.forecast`'s business.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.config import Forecast, Settings, View
 from pretrain_merge.errors import ConfigError, ForecastError
-from pretrain_merge.forecast import Calibration, forecast_anneal, spans
+from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
 from pretrain_merge.records import FORECAST, Expected, MergeRecord
+from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
 
 
@@ -41,7 +41,9 @@ class RunForecasts:
                 f"Choose another name for the view."
             )
         self._notices = notices
-        self._history: list[MergeRecord] = []
+        self._histories = {
+            forecast.config.metric: RunHistory(forecast.config.metric) for forecast in settings.forecasts.values()
+        }  # on rank 0
 
     def __bool__(self) -> bool:
         """Whether there is anything to forecast."""
@@ -59,30 +61,41 @@ class RunForecasts:
         }
         return tuple(View(f"sma{number}", "sma", number) for number in sorted(needed - measured))
 
-    def resume_from(self, records: Sequence[MergeRecord]) -> None:
-        """The records of a resumed run so far."""
-        self._history = list(records)
+    def append(self, record: MergeRecord) -> None:
+        """The next record of the run, on rank 0; a resumed run begins with those before."""
+        for history in self._histories.values():
+            history.append(record)
 
     def with_forecasts(self, record: MergeRecord) -> MergeRecord:
-        """The record of this merge point with its forecasts; what is refused is said once, with the reason."""
+        """The record of this merge point with its forecasts; what is refused is said once, with the reason. Collective.
+
+        Rank 0 alone has read what a resumed run measured before, and all take what follows from it.
+        """
         if not self:
             return record
-        self._history.append(record)
+        expected, refused = ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]
+        for name, reason in refused.items():
+            self._notices.once(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
+        refusals = {f"{FORECAST}/{name}": reason for name, reason in refused.items()}
+        return replace(record, forecasts=expected, skipped={**record.skipped, **refusals})
+
+    def _asked(self, record: MergeRecord) -> tuple[dict[str, dict[str, Expected]], dict[str, str]]:
+        """What is expected by name and metric, and what is refused, by name."""
+        self.append(record)
         expected: dict[str, dict[str, Expected]] = {}
         refused: dict[str, str] = {}
         for name, forecast in self._settings.forecasts.items():
             try:
-                expected[name] = {forecast.config.metric: self._expected(name, forecast)}
+                expected[name] = {forecast.config.metric: self._expected(name, forecast, record)}
             except ForecastError as error:
-                refused[f"{FORECAST}/{name}"] = str(error)
-                self._notices.once(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {error}")
-        return replace(record, forecasts=expected, skipped={**record.skipped, **refused})
+                refused[name] = str(error)
+        return expected, refused
 
-    def _expected(self, name: str, forecast: Forecast) -> Expected:
+    def _expected(self, name: str, forecast: Forecast, record: MergeRecord) -> Expected:
         config = forecast.config
-        return forecast_anneal(
-            self._history,
-            steps=self._steps(forecast),
+        return forecast_of(
+            self._histories[config.metric].now(),
+            steps=self._steps(forecast, record),
             shape=config.shape,
             kind=config.kind,
             metric=config.metric,
@@ -90,12 +103,12 @@ class RunForecasts:
             calibration=self._calibrations[name],
         ).expected
 
-    def _steps(self, forecast: Forecast) -> int:
+    def _steps(self, forecast: Forecast, record: MergeRecord) -> int:
         """Length of the anneal in steps, also where snapshots are counted in tokens or samples."""
         intervals, every = forecast.num_intervals, self._settings.cadence.every
         if every.unit == "steps":
             return round(intervals * every.amount)
-        taken = max((recipe.steps for recipe in self._history[-1].recipes.values()), key=len, default=())
+        taken = max((recipe.steps for recipe in record.recipes.values()), key=len, default=())
         if len(taken) < 2:
             raise ForecastError("no snapshots were merged, so that an interval's length in steps is not known.")
         return max(1, round(intervals * (taken[-1] - taken[0]) / (len(taken) - 1)))

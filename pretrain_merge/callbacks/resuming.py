@@ -3,7 +3,7 @@
 This module knows what may have become of a run's files between two processes, and says so. It knows no hooks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,18 @@ class Start:
                 merger.resume_from(state.progress)
         kept_window.prune()
 
-    def open_folder(self, files: RunFolder | None, *, until: int) -> tuple[str, list[MergeRecord]]:
+    def open_folder(self, files: RunFolder | None, *, until: int, read: Callable[[MergeRecord], object]) -> str:
         """Make the folder this run's own: what is of another run, or lies ahead, goes aside. Collective.
 
         Args:
             files: The folder, on rank 0.
             until: The last step whose record stays.
+            read: Called on rank 0 with each record that stays.
 
         Returns:
-            The run's identity, and on rank 0 the records that stay.
+            The run's identity.
         """
-        identity, kept = "", []
+        identity = ""
         self._merged_before = self.folder / "merged"
         if files is not None:
             remove_leftovers(files.merged)
@@ -104,9 +105,9 @@ class Start:
                 identity = files.resume(state.identity, self._notices)
                 before = files_of(state.identity, Path(state.run_folder)) if state.run_folder else None
                 records, self._merged_before = before or (files.records, files.merged)
-                kept = self._cut(files.records, until, before=records)
+                self._cut(files.records, until, before=records, read=read)
         identity, self._merged_before = ranks.gather((identity, self._merged_before))[0]
-        return identity, kept
+        return identity
 
     def merged_models(self) -> MergedModels:
         """The folder `merged/` that was opened, with the books of the run so far. Collective."""
@@ -116,16 +117,15 @@ class Start:
             models.go_on_from(state.saved, self._merged_before)
         return models
 
-    def _cut(self, records: Path, until: int, *, before: Path) -> list[MergeRecord]:
+    def _cut(self, records: Path, until: int, *, before: Path, read: Callable[[MergeRecord], object]) -> None:
         state = self.state
-        kept = keep_records_until(records, until, before=before)
-        if min(state.last_merge, until) > (kept[-1].step if kept else 0):
+        newest = keep_records_until(records, until, before=before, read=read)
+        if min(state.last_merge, until) > newest:
             self._notices.once(
                 "records",
                 f"{records} lacks merges up to step {state.last_merge}, which were made: it was moved, or cut when the "
                 f"run was resumed from an earlier checkpoint.",
             )
-        return kept
 
     def _read(self, plain: Mapping[str, Any]) -> RunState:
         trainer = self._trainer

@@ -23,6 +23,7 @@ from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.resuming import Start
 from pretrain_merge.callbacks.run_folder import RunFolder
 from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, Recipe
@@ -115,10 +116,13 @@ class Run:
         """
         merger, newest = self.merger, self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
-            with ranks.together("save merged models at the end"), merger.swap(self._fit.module) as merge_view:
-                for view in merger.views:
-                    if view not in self._not_saved and merger.why_not(view) is None:
-                        self._merged_models.keep_last(self._fit.module, view, newest.progress, merge_view(view))
+            try:
+                with ranks.together("save merged models at the end"), merger.swap(self.module) as merge_view:
+                    for view in merger.views:
+                        if view not in self._not_saved and merger.why_not(view) is None:
+                            self._merged_models.keep_last(self.module, view, newest.progress, merge_view(view))
+            except WindowNotReadyError as error:  # another callback changed the model when training ended
+                self._fit.notices.once("end", f"no merged model is saved at the end: {error}")
         if not self._last_merge:
             self._fit.notices.once(
                 "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
@@ -172,11 +176,10 @@ class Run:
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
             is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
-            self._identity, before = start.open_folder(files, until=state.progress.step - is_owed)
+            until = state.progress.step - is_owed
+            self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
             self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
-            if forecasts:
-                forecasts.resume_from(ranks.gather(before)[0])
         except BaseException:
             self._kept_window.release()
             raise
@@ -184,8 +187,8 @@ class Run:
     def _why_no_merge(self) -> str:
         if self.clock.num_batches and not self.clock.num_steps:
             return (
-                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. Steps "
-                f"count where an optimizer of torch steps, or one of the Trainer's through Lightning."
+                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
+                f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
             )
         return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
 

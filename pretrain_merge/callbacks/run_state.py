@@ -18,25 +18,25 @@ class RunState:
         progress: Counters.
         pending: Samples and tokens of a rank that are not yet in `progress`.
         lr: Learning rates of the last step, by optimizer.
-        identity: That of the run, by which it finds its files again.
         run_folder: Where the records are.
         window_folder: Where the files of the window are.
         window: Its manifest; None where it was not kept.
         lost: Why it was not kept.
         saved: Which merged models are on disk for which reason; None where the run ended before it found out.
         last_merge: Step of the last merge that was recorded; 0 before the first.
+        identity: That of the run, by which it finds its files again; empty where it is not known.
     """
 
     progress: Progress
     pending: Mapping[str, int] = field(default_factory=dict)
     lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    identity: str = ""
     run_folder: str = ""
     window_folder: str = ""
     window: Mapping[str, Any] | None = None
     lost: str = ""
     saved: SavedModels | None = None
     last_merge: int = 0
+    identity: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """As Lightning's checkpoints take it."""

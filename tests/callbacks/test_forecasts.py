@@ -125,8 +125,6 @@ def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
     keys = {"window": 5, "every": "100 tokens", "forecast": {"now": {"steps": "200 tokens", "kind": "nowcast"}}}
     settings = parse_settings(keys)
     forecasts = RunForecasts(settings, Notices())
-    forecasts.resume_from([])
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
-    forecasts.with_forecasts(record)
-    assert forecasts._steps(settings.forecasts["now"]) == 40
+    assert forecasts._steps(settings.forecasts["now"], record) == 40
