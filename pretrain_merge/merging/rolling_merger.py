@@ -65,8 +65,8 @@ class RollingMerger:
         self._stored = StoredWindow(values)  # which snapshots are held, and their bytes
         self._breaks = Breaks(self._stored.window, self._block, values, notices)  # rate, phase, refusals
         # fills the window from the live model, on all ranks or on none; knows which tensors are merged
-        self._capture = Capture(values, self._stored, self._block, self._breaks, notices)
-        self._saved = SavedWindow(values, self._block, self._breaks, self._capture)  # which files hold the snapshots
+        self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices)
+        self._saved = SavedWindow(parsed, self._block, self._breaks, self._capture)  # which files hold the snapshots
         self._progress = Progress()  # counters of the last observed step
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot

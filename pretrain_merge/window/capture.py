@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain_merge import parameters
 from pretrain_merge.cadence import Progress
-from pretrain_merge.config import WindowConfig, snapshot_cadence
+from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import ProgressError
 from pretrain_merge.parameters import Trained
 from pretrain_merge.runtime import ranks, signals
@@ -39,15 +39,15 @@ class Capture:
 
     def __init__(
         self,
-        settings: WindowConfig,
+        settings: WindowSettings,
         stored: StoredWindow,
         block: BlockMean | None,
         breaks: Breaks,
         notices: Notices,
     ) -> None:
-        self._cadence = snapshot_cadence(settings)
+        self._cadence, values = settings.cadence, settings.config
         self.trained = Trained(
-            merge_buffers=settings.merge_buffers, batch_norm=settings.batch_norm, **asdict(settings.parameters)
+            merge_buffers=values.merge_buffers, batch_norm=values.batch_norm, **asdict(values.parameters)
         )
         self.stored = stored
         self._block = block
