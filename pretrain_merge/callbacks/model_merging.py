@@ -27,7 +27,8 @@ from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadenc
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.evaluation.evaluate import Evaluator
-from pretrain_merge.merged_models.retention import MergedModels, refuse_unmeasured
+from pretrain_merge.merged_models.merged import try_saving
+from pretrain_merge.merged_models.retention import MergedModels, refuse_unmeasured, will_save
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, Recipe, append_record
 from pretrain_merge.records.loggers import Tracker
@@ -194,6 +195,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             **asdict(self.config.parameters),
         )
         _refuse_other_configs(self.config)
+        if will_save(self.config.save):
+            try_saving(pl_module)
         self._watch_for_a_complete_run(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -247,7 +250,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
                 with ranks.together("save merged models at the end"), merger.swap(pl_module) as merge_view:
                     for view in merger.views:
                         if view not in self._forecasts.views and merger.why_not(view) is None:
-                            models.keep_last(pl_module, view, newest.progress, merge_view(view))
+                            models.save_last(pl_module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._notices.once("end", f"no merged model is saved at the end: {error}")
         if merger is not None and not self._last_merge:
@@ -412,7 +415,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
         def keep(view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
             if models is not None and view not in self._forecasts.views:
-                models.keep(pl_module, view, merger.progress, recipe, metrics)
+                models.save_if_due(pl_module, view, merger.progress, recipe, metrics)
 
         return merge_point.measured(
             self.config, trainer, pl_module, merger, evaluators=self._evaluators, notices=self._notices, keep=keep

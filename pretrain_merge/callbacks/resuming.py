@@ -88,7 +88,7 @@ class Start:
         state = self.state
         models = MergedModels(self.folder / "merged", self._config.save, asdict(self._config), state.progress)
         if state.saved is not None:
-            models.go_on_from(state.saved, Path(state.run_folder) / "merged")
+            models.resume_from(state.saved, Path(state.run_folder) / "merged")
         return models
 
     def clear(self, records: Path, *, until: int) -> list[MergeRecord]:
