@@ -28,6 +28,8 @@ from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.callbacks.run_state import refuse_unclaimed_state
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.merged_models.merged import try_saving
+from pretrain_merge.merged_models.retention import will_save
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
@@ -214,6 +216,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             **asdict(config.parameters),
         )
         refusals.refuse_other_configs(config)
+        if will_save(config.save):
+            try_saving(pl_module)
         self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
