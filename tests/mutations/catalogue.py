@@ -761,8 +761,8 @@ FAULTS = (
     Fault(
         "records after the resumed step stay",
         "records/jsonl.py",
-        "                if record.step <= step:",
-        "                if True:",
+        "            if record.step <= step:",
+        "            if True:",
         "tests/records/test_jsonl.py tests/system/test_killed_runs.py",
     ),
     # the demo's check
@@ -982,8 +982,8 @@ FAULTS = (
     Fault(
         "a resumed run holds all records in memory",
         "records/jsonl.py",
-        "            for number, line in _lines(source, file):",
-        "            for number, line in list(_lines(source, file)):",
+        "for number, line in enumerate(untrusted.lines(source), start=1):",
+        "for number, line in list(enumerate(untrusted.lines(source), start=1)):",
         "tests/records/test_jsonl.py",
     ),
     Fault(
@@ -1003,7 +1003,7 @@ FAULTS = (
     Fault(
         "a resumed run forecasts without the records before",
         "records/jsonl.py",
-        "                    read(record)\n",
+        "                read(record)\n",
         "",
         "tests/callbacks/test_forecasts.py",
     ),
