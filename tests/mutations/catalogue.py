@@ -431,8 +431,8 @@ FAULTS = (
     Fault(
         "merges are due without regard to merge_every",
         "merging/rolling_merger.py",
-        "return self._merge_cadence.crossed(",
-        "return self._cadence.crossed(",
+        "self._merge_cadence.crossed(",
+        "self._views._cadence.crossed(",
         _MERGER,
     ),
     Fault(
