@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain_merge import config
 from pretrain_merge.cadence import Progress
@@ -126,6 +126,10 @@ class RollingMerger:
         """
         self._capture.trained.watch(module, optimizers)
 
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The live tensors that merges are written into, by name; of sharded parameters the shards."""
+        return self._capture.trained.tensors(module)
+
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
         self._progress = progress
@@ -155,9 +159,10 @@ class RollingMerger:
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        if not self._snapshot_is_new or len(self.window.valid) < 2:
+        before = self.window.before_newest
+        if not self._snapshot_is_new or self.window.num_valid < 2 or before is None:
             return False
-        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress)
+        return self._merge_cadence.crossed(before.progress, self._progress)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
