@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pretrain_merge"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-PUBLIC_NAMES = ["ModelMerging", "RollingMerger", "errors", "forecast_anneal", "load_merged"]
+PUBLIC_NAMES = [
+    "ModelMerging",
+    "RollingMerger",
+    "errors",
+    "forecast_anneal",
+    "load_merged",
+    "merge_checkpoints",
+    "save_merged",
+]
 OPTIONAL = {"matplotlib", "llvmlite", "triton", "transformers", "rich"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "wandb", "numba"} | OPTIONAL
 NO_TENSORS = [

@@ -1,0 +1,184 @@
+"""The files of a merged checkpoint: which tensors go where, and each file written, read back and checksummed.
+
+This module knows the layout of safetensors and a folder that is being filled. A file has its real name only when all of
+it is on the disk, and a note beside it with its checksum; so a merge that was killed goes on behind the last one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files.folders import sync
+from pretrain_merge.offline.safetensors_format import header_of
+from pretrain_merge.offline.tensors import Kind
+
+INDEX = "model.safetensors.index.json"
+LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
+_NOTE = ".done.json"
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written: its tensors, those of large elements first, so that all are aligned."""
+
+    file: str
+    kinds: Mapping[str, Kind]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(kind.num_bytes for kind in self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a finished file.
+
+    Attributes:
+        num_bytes: Its size.
+        sha256: Of all its bytes, as they were read back.
+        distance: The part of its tensors in the squared distance of the sources from their mean.
+        norm: The part in the squared norm of the mean.
+    """
+
+    num_bytes: int
+    sha256: str
+    distance: float
+    norm: float
+
+
+def divide(kinds: Mapping[str, Kind], largest: int, stem: str = "model") -> list[Shard]:
+    """Tensors over files of at most `largest` bytes, in their order; a larger tensor has a file of its own."""
+    groups: list[list[str]] = [[]]
+    room = largest
+    for name, kind in kinds.items():
+        if groups[-1] and kind.num_bytes > room:
+            groups.append([])
+            room = largest
+        groups[-1].append(name)
+        room -= kind.num_bytes
+    names = [sorted(group, key=lambda name: -kinds[name].dtype.itemsize) for group in groups]
+    if len(names) == 1:
+        return [Shard(f"{stem}.safetensors", {name: kinds[name] for name in names[0]})]
+    return [
+        Shard(f"{stem}-{number:05d}-of-{len(names):05d}.safetensors", {name: kinds[name] for name in group})
+        for number, group in enumerate(names, 1)
+    ]
+
+
+def finished(folder: Path, shard: Shard) -> Written | None:
+    """What an earlier process wrote of a shard, if that is whole and its checksum still holds."""
+    try:
+        written = Written(**json.loads((folder / f"{shard.file}{_NOTE}").read_text(encoding="utf-8")))
+        path = folder / shard.file
+        if path.stat().st_size == written.num_bytes and _sha256(path) == written.sha256:
+            return written
+    except (OSError, ValueError, TypeError):
+        pass
+    return None
+
+
+def remove_notes(folder: Path) -> None:
+    """Before a folder is published."""
+    for note in folder.glob(f"*{_NOTE}"):
+        note.unlink()
+
+
+class ShardWriter:
+    """Writes one file from its first byte to its last; use as a context manager.
+
+    Args:
+        folder: Where it goes.
+        shard: What it holds.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._path = folder / shard.file
+        self._temporary = folder / f".{shard.file}.tmp"
+        starts, end = {}, 0
+        for name, kind in shard.kinds.items():
+            starts[name] = (kind, end)
+            end += kind.num_bytes
+        self._header = header_of(starts)
+        self._expected = len(self._header) + end
+        self._hash = hashlib.sha256()
+        self._done = 0
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self._temporary.unlink(missing_ok=True)
+            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self.write(memoryview(self._header))
+        except OSError as error:
+            raise self._failure(error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes, read them back, and compare.
+
+        Raises:
+            CheckpointError: The disk refuses, or gives back something else.
+        """
+        try:
+            sent = 0
+            while sent < len(data):
+                sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
+            for start in range(0, len(data), _BLOCK):
+                block = data[start : start + _BLOCK]
+                found = os.pread(self._descriptor, len(block), self._done + start)
+                if found != block:
+                    raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
+                self._hash.update(found)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._done += len(data)
+
+    def finish(self, distance: float, norm: float) -> Written:
+        """Flush the file, note its checksum and give it its name.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        assert self._done == self._expected, f"{self._done} bytes were written and {self._expected} planned"
+        written = Written(self._done, self._hash.hexdigest(), distance, norm)
+        note = self._path.with_name(f"{self._path.name}{_NOTE}")
+        try:
+            os.fsync(self._descriptor)
+            self._temporary.replace(self._path)
+            note.write_text(json.dumps(asdict(written)), encoding="utf-8")  # one that is cut off is not believed
+            sync(note)
+            sync(self._path.parent)
+        except OSError as error:
+            raise self._failure(error) from error
+        return written
+
+    def _failure(self, error: OSError) -> CheckpointError:
+        if isinstance(error, CheckpointError):
+            return error
+        return CheckpointError(
+            f"cannot write {self._path}: {error}. Free space there and run the same command again, or choose another "
+            f"folder."
+        )
+
+
+def index_of(shards: Sequence[Shard]) -> str:
+    """The JSON that says which file holds which tensor."""
+    weight_map = {name: shard.file for shard in shards for name in shard.kinds}
+    total = sum(shard.num_bytes for shard in shards)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
