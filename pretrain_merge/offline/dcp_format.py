@@ -105,6 +105,7 @@ def open_folder(place: str) -> Source:
             f"{path} is damaged, or of a storage other than DCP's own ({type(error).__name__}: {error}). Copy the "
             f"folder again."
         ) from error
+    _refuse_short_files(chunks)
     for name, kind in kinds.items():
         boxes = [Block("", 0, offsets, shape) for offsets, shape, _ in chunks[name]]
         if whole_shape(place, name, boxes) != kind.shape:
@@ -156,6 +157,18 @@ def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...],
         boxes = [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
         found[str(name)] = (Kind(_numbers(entry.size), dtype), list(dict.fromkeys(boxes)))
     return found
+
+
+def _refuse_short_files(chunks: Mapping[str, Sequence[_Chunk]]) -> None:
+    needed: dict[str, int] = {}
+    for of_tensor in chunks.values():
+        for _, _, (file, start, length) in of_tensor:
+            needed[file] = max(needed.get(file, 0), start + length)
+    for file, end in needed.items():
+        size = size_of(file)
+        if size is None or size < end:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(f"{file} {found}, and its metadata need {end}. Copy the folder again.")
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.offline import agreement, rates, recognise, shards
 from pretrain_merge.offline.agreement import OnMissing, Output
 from pretrain_merge.offline.files import Files, size_of
-from pretrain_merge.offline.partial import fingerprint, locked, prepare, publish
+from pretrain_merge.offline.partial import fingerprint, locked, prepare, publish, removed_if_empty
 from pretrain_merge.offline.recipe import Recipe, ViewLike, make_recipe
 from pretrain_merge.offline.shards import LARGEST_FILE, Shard, Written
 from pretrain_merge.offline.stream import BUFFERS, Streamer
@@ -215,7 +215,7 @@ class _Job:
             with ranks.together(f"prepare {partial}"):
                 if ranks.rank() == 0:
                     prepare(partial, self._identity())
-            with ranks.together(f"write {partial}"):
+            with removed_if_empty(partial), ranks.together(f"write {partial}"):
                 own = self._write(partial, device, progress)
             written = {name: item for of_rank in ranks.gather(own) for name, item in of_rank.items()}
             about = self._provenance(written)

@@ -33,7 +33,7 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
     text = json.dumps(identity, indent=1, sort_keys=True)
     plan = partial / _PLAN
     try:
-        if not plan.exists() or plan.read_text(encoding="utf-8") != text:
+        if not plan.exists() or plan.read_bytes() != text.encode():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             temporary = partial / f".{_PLAN}.tmp"
@@ -59,6 +59,17 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def removed_if_empty(partial: Path) -> Iterator[None]:
+    """After an error nothing stays but finished files, which the next try goes on behind."""
+    try:
+        yield
+    except BaseException:
+        if ranks.rank() == 0 and not shards.notes(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def publish(partial: Path, out: Path) -> None:
     """Flush everything, and give the folder its name.
 
@@ -66,7 +77,8 @@ def publish(partial: Path, out: Path) -> None:
         CheckpointError: The disk refuses, or something is at that name by now.
     """
     try:
-        shards.remove_notes(partial)
+        for note in shards.notes(partial):
+            note.unlink()
         (partial / _PLAN).unlink(missing_ok=True)
         for path in sorted(partial.iterdir()):
             sync(path)

@@ -96,7 +96,7 @@ def _view(view: ViewLike) -> View:
         weights = [float(weight) for weight in view]
     except (TypeError, ValueError) as error:
         raise CoefficientError(f"view is {view!r}; allowed is a view, or a list of numbers that sum to 1.") from error
-    return View("custom", "custom", len(weights), {"weights": weights})
+    return View("custom", "custom", params={"weights": weights})
 
 
 def _in_order(sources: Sequence[Source], *, keep_order: bool) -> tuple[list[Source], tuple[int, ...] | None]:

@@ -83,10 +83,9 @@ def finished(folder: Path, shard: Shard) -> Written | None:
     return None
 
 
-def remove_notes(folder: Path) -> None:
-    """Before a folder is published."""
-    for note in folder.glob(f"*{_NOTE}"):
-        note.unlink()
+def notes(folder: Path) -> list[Path]:
+    """What says which files are finished; none in a published folder."""
+    return sorted(folder.glob(f"*{_NOTE}"))
 
 
 class ShardWriter:

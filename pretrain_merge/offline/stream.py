@@ -151,7 +151,10 @@ class Streamer:
             for target, total in zip(out, sums, strict=True):
                 target.copy_(total)
         assert part is not None
-        if not (math.isfinite(part.squared_distance) and math.isfinite(part.squared_norm)):
+        is_finite = math.isfinite(part.squared_distance) and math.isfinite(part.squared_norm)
+        # the only dtype that is narrower in range than what a mean of others needs
+        narrow = [target for target in out if target.dtype is torch.float16]
+        if not is_finite or not all(bool(target.isfinite().all()) for target in narrow):
             self._refuse_non_finite(merged)
         return part
 

@@ -89,7 +89,10 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
         storages: dict[str, Any] = {}
         content = _unpickled(pickled, records, storages)
         places = {
-            storage._untyped_storage._cdata: _data_start(window, records[f"data/{key}"])
+            storage._untyped_storage._cdata: (
+                _data_start(window, records[f"data/{key}"]),
+                records[f"data/{key}"].file_size,
+            )
             for key, storage in storages.items()
         }
         return Archive(content, {id(item): _block(path, start, item, places) for item in _tensors_in(content)})
@@ -190,13 +193,13 @@ def _tensors_in(content: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor.is_meta and tensor.layout is torch.strided]
 
 
-def _block(path: str, start: int, tensor: Tensor, places: Mapping[int, int]) -> Block:
-    storage = tensor.untyped_storage()
+def _block(path: str, start: int, tensor: Tensor, places: Mapping[int, tuple[int, int]]) -> Block:
+    # not the storage's own size: torch lets it grow where a tensor is said to be larger
+    place, num_bytes = places[tensor.untyped_storage()._cdata] if tensor.numel() else (0, 0)
     first = tensor.storage_offset() * tensor.itemsize
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and not 0 <= first + reach * tensor.itemsize < storage.nbytes():
+    if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} reaches beyond its storage")
-    place = places[storage._cdata] if tensor.numel() else 0
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
     return Block(path, start + place + int(first), (0,) * tensor.dim(), tuple(tensor.shape), strides)
 
