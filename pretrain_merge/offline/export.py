@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic
 from pretrain_merge.offline import recognise, safetensors_format, torch_format
 from pretrain_merge.offline.files import Files, is_remote, size_of
 from pretrain_merge.offline.merge import merge_sources
@@ -197,17 +197,14 @@ class _Mapped:
 
 
 def _save(content: Mapping[str, Any], target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content), temporary)
-        sync(temporary)
-        with Files() as files:  # what was written can be read, before it has its name
-            torch_format.open_archive(str(temporary), files, 0, temporary.stat().st_size)
-        temporary.rename(target)
-        sync(target.parent)
+        atomic.make_folder(target.parent)
+        with atomic.draft(target) as draft:
+            torch.save(dict(content), draft.file)
+            draft.file.flush()
+            with Files() as files:  # what was written can be read, before it has its name
+                torch_format.open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot write {target}: {error}. Free space there, or choose another place.") from error

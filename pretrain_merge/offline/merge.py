@@ -17,6 +17,7 @@ import torch
 
 from pretrain_merge._version import __version__
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.files import atomic
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.offline import agreement, rates, recognise, shards
 from pretrain_merge.offline.agreement import OnMissing, Output
@@ -264,19 +265,16 @@ class _Job:
         return {"files": files, "about": about}
 
     def _finish(self, partial: Path, about: Mapping[str, Any]) -> None:
-        for leftover in partial.glob(".*.tmp"):
-            leftover.unlink()
         for stem in ("model", "optimizer"):
             of_stem = [shard for shard in self.shards if shard.file.startswith(stem)]
             if len(of_stem) > 1:
-                (partial / shards.INDEX.replace("model", stem)).write_text(shards.index_of(of_stem), encoding="utf-8")
+                atomic.write(partial / shards.INDEX.replace("model", stem), shards.index_of(of_stem))
         newest = self.recipe.sources[-1]
         with Files() as files:
             for companion in newest.companions:
                 content = files.read(companion, 0, size_of(companion) or 0)
-                (partial / companion.rpartition("/")[2]).write_bytes(content)
-        text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-        (partial / PROVENANCE).write_text(text, encoding="utf-8")
+                atomic.write(partial / companion.rpartition("/")[2], content)
+        atomic.write(partial / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
 
     def _provenance(self, written: Mapping[str, Written]) -> dict[str, Any]:
         newest = self.recipe.sources[-1]

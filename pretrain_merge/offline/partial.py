@@ -4,15 +4,14 @@ This module knows names and renames, and which earlier work may be gone on with:
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import folder_lock
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic, folder_lock
+from pretrain_merge.files.atomic import sync
 from pretrain_merge.offline import shards
 from pretrain_merge.offline.files import is_remote, size_of
 from pretrain_merge.runtime import ranks
@@ -34,12 +33,9 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
     plan = partial / _PLAN
     try:
         if not plan.exists() or plan.read_bytes() != text.encode():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            temporary = partial / f".{_PLAN}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            sync(temporary)
-            temporary.replace(plan)
+            atomic.delete(partial)
+            atomic.make_folder(partial)
+            atomic.write(plan, text)
     except OSError as error:
         raise CheckpointError(f"cannot write {partial}: {error}. Choose another folder.") from error
 
@@ -66,7 +62,7 @@ def removed_if_empty(partial: Path) -> Iterator[None]:
         yield
     except BaseException:
         if ranks.rank() == 0 and not shards.notes(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+            atomic.delete(partial)
         raise
 
 
@@ -79,7 +75,8 @@ def publish(partial: Path, out: Path) -> None:
     try:
         for note in shards.notes(partial):
             note.unlink()
-        (partial / _PLAN).unlink(missing_ok=True)
+        (partial / _PLAN).unlink()
+        atomic.remove_leftovers(partial)
         for path in sorted(partial.iterdir()):
             sync(path)
         sync(partial)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files.atomic import sync
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.tensors import Source
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files.untrusted import MOST_BYTES, parse_json
 from pretrain_merge.offline.files import Files, join, size_of
 from pretrain_merge.offline.tensors import Block, Kind, Source
 
@@ -88,11 +89,11 @@ def read_json(path: str) -> Any:
         CheckpointError: It cannot be read.
         ValueError: It is not JSON.
     """
+    size = size_of(path) or 0
+    if size > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
     with Files() as files:
-        try:
-            return json.loads(files.read(path, 0, size_of(path) or 0))
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+        return parse_json(files.read(path, 0, size))
 
 
 def header_of(entries: Mapping[str, tuple[Kind, int]]) -> bytes:

@@ -7,12 +7,15 @@ it is on the disk, and a note beside it with its checksum; so a merge that was k
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic
+from pretrain_merge.files.untrusted import opened, read_json
+from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline.safetensors_format import header_of
 from pretrain_merge.offline.tensors import Kind
 
@@ -74,10 +77,10 @@ def divide(kinds: Mapping[str, Kind], largest: int, stem: str = "model") -> list
 def finished(folder: Path, shard: Shard) -> Written | None:
     """What an earlier process wrote of a shard, if that is whole and its checksum still holds."""
     try:
-        written = Written(**json.loads((folder / f"{shard.file}{_NOTE}").read_text(encoding="utf-8")))
         path = folder / shard.file
-        if path.stat().st_size == written.num_bytes and _sha256(path) == written.sha256:
-            return written
+        before = Written(**read_json(_note_of(path), is_ours=True))
+        if path.stat().st_size == before.num_bytes and _sha256(path) == before.sha256:
+            return before
     except (OSError, ValueError, TypeError):
         pass
     return None
@@ -89,83 +92,72 @@ def notes(folder: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Writes one file from its first byte to its last; use as a context manager.
+    """Appends to one file that is being written.
 
     Args:
-        folder: Where it goes.
+        descriptor: Of the file.
+        path: The name that it will have.
         shard: What it holds.
+
+    Attributes:
+        spread: Of its tensors; to be set before the end.
     """
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
-        self._path = folder / shard.file
-        self._temporary = folder / f".{shard.file}.tmp"
+    def __init__(self, descriptor: int, path: Path, shard: Shard) -> None:
+        self.spread = Spread(0.0, 0.0)
+        self._descriptor, self._path = descriptor, path
         starts, end = {}, 0
         for name, kind in shard.kinds.items():
             starts[name] = (kind, end)
             end += kind.num_bytes
-        self._header = header_of(starts)
-        self._expected = len(self._header) + end
+        header = header_of(starts)
+        self._expected = len(header) + end
         self._hash = hashlib.sha256()
         self._done = 0
-
-    def __enter__(self) -> "ShardWriter":
-        try:
-            self._temporary.unlink(missing_ok=True)
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            self.write(memoryview(self._header))
-        except OSError as error:
-            raise self._failure(error) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self.write(memoryview(header))
 
     def write(self, data: memoryview) -> None:
         """Append bytes, read them back, and compare.
 
         Raises:
-            CheckpointError: The disk refuses, or gives back something else.
+            OSError: The disk refuses, or gives back something else.
         """
-        try:
-            sent = 0
-            while sent < len(data):
-                sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
-            for start in range(0, len(data), _BLOCK):
-                block = data[start : start + _BLOCK]
-                found = os.pread(self._descriptor, len(block), self._done + start)
-                if found != block:
-                    raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
-                self._hash.update(found)
-        except OSError as error:
-            raise self._failure(error) from error
+        sent = 0
+        while sent < len(data):
+            sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
+        for start in range(0, len(data), _BLOCK):
+            block = data[start : start + _BLOCK]
+            found = os.pread(self._descriptor, len(block), self._done + start)
+            if found != block:
+                raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
+            self._hash.update(found)
         self._done += len(data)
 
-    def finish(self, distance: float, norm: float) -> Written:
-        """Flush the file, note its checksum and give it its name.
-
-        Raises:
-            CheckpointError: The disk refuses.
-        """
+    def result(self) -> Written:
+        """What is known of the file, when all of it was written."""
         assert self._done == self._expected, f"{self._done} bytes were written and {self._expected} planned"
-        written = Written(self._done, self._hash.hexdigest(), distance, norm)
-        note = self._path.with_name(f"{self._path.name}{_NOTE}")
-        try:
-            os.fsync(self._descriptor)
-            self._temporary.replace(self._path)
-            note.write_text(json.dumps(asdict(written)), encoding="utf-8")  # one that is cut off is not believed
-            sync(note)
-            sync(self._path.parent)
-        except OSError as error:
-            raise self._failure(error) from error
-        return written
+        return Written(self._done, self._hash.hexdigest(), *self.spread)
 
-    def _failure(self, error: OSError) -> CheckpointError:
+
+@contextmanager
+def written(folder: Path, shard: Shard) -> Iterator[ShardWriter]:
+    """A file that takes its name, and gets its note, when the block ends.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    path = folder / shard.file
+    try:
+        with atomic.draft(path) as draft:
+            writer = ShardWriter(draft.file.fileno(), path, shard)
+            yield writer
+        atomic.write(_note_of(path), json.dumps(asdict(writer.result())))
+    except OSError as error:
         if isinstance(error, CheckpointError):
-            return error
-        return CheckpointError(
-            f"cannot write {self._path}: {error}. Free space there and run the same command again, or choose another "
-            f"folder."
-        )
+            raise
+        raise CheckpointError(
+            f"cannot write {path}: {error}. Free space there and run the same command again, or choose another folder."
+        ) from error
 
 
 def index_of(shards: Sequence[Shard]) -> str:
@@ -175,9 +167,13 @@ def index_of(shards: Sequence[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_NOTE}")
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, is_ours=True) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

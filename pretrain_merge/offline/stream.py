@@ -19,7 +19,7 @@ from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
 from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.pieces import Buffer, Piece, Reader, batches
-from pretrain_merge.offline.shards import Shard, ShardWriter, Written
+from pretrain_merge.offline.shards import Shard, Written, written
 from pretrain_merge.offline.tensors import Source
 
 BUFFERS = 96 * 2**20  # bytes of all buffers together
@@ -76,7 +76,7 @@ class Streamer:
             MergeInputError: A tensor is not finite.
         """
         total = Spread(0.0, 0.0)
-        with ShardWriter(folder, shard) as writer:
+        with written(folder, shard) as writer:
             planned = list(batches(shard.kinds, batch_length(len(self._coefficients))))
             reading = self._start_reading(planned[0], outputs, 0) if planned else []
             writing: Future[None] | None = None
@@ -98,7 +98,8 @@ class Streamer:
                     writing.result()
             finally:
                 _wait([*reading, *([writing] if writing is not None else [])])
-            return writer.finish(total.squared_distance, total.squared_norm)
+            writer.spread = total
+        return writer.result()
 
     def _start_reading(self, batch: Sequence[Piece], outputs: Mapping[str, Output], number: int) -> list[Future[int]]:
         buffers = self._sets[number % 2]

@@ -11,9 +11,9 @@ from offline import writers
 
 from pretrain_merge import merge_checkpoints
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic
 from pretrain_merge.offline import shards
 from pretrain_merge.offline.merge import merge_checkpoints as merge
-from pretrain_merge.offline.shards import ShardWriter
 
 SIZE = 400  # bytes of a file, so that there are several
 
@@ -34,26 +34,23 @@ def places(folder):
     return sorted(folder.glob("*.safetensors"))
 
 
-def merge_and_die(folder, point, number):
-    """Merges, and dies at the given call of a function, before or after it."""
-    owner, name, when = {
-        "in the middle of a file": (ShardWriter, "write", "before"),
-        "before a file has its name": (ShardWriter, "finish", "before"),
-        "between a file and its note": (Path, "write_text", "before"),
-        "behind a file": (ShardWriter, "finish", "after"),
-        "before the folder has its name": (Path, "rename", "before"),
-        "behind the folder's name": (Path, "rename", "after"),
-    }[point]
+def merge_and_die(folder, moment, number):
+    """Merges, and is killed before or behind the so-and-so-many-th call of what changes the disk.
+
+    `publish` gives names: 1 the plan, then by turns a file and its note, at last the provenance.
+    """
+    owner, name = {"write": (shards.ShardWriter, "write"), "publish": (atomic, "publish"), "rename": (Path, "rename")}[
+        moment.split()[1]
+    ]
     real, left = getattr(owner, name), [int(number)]
 
     def dying(*arguments, **options):
         left[0] -= 1
-        if left[0] == 0 and when == "before":
+        if left[0] == 0 and moment.startswith("before"):
             os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **options)
+        real(*arguments, **options)
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return result
 
     setattr(owner, name, dying)
     merge(places(Path(folder)), Path(folder) / "out", largest_file=SIZE)
@@ -64,17 +61,19 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("point", "number", "kept"),
+    ("moment", "number", "kept"),
     [
-        ("in the middle of a file", 3, 1),
-        ("before a file has its name", 2, 1),
-        ("between a file and its note", 3, 1),
-        ("behind a file", 3, 3),
-        ("before the folder has its name", 1, 0),
+        ("before publish", 1, 0),
+        ("behind write", 3, 1),
+        ("before publish", 4, 1),
+        ("behind publish", 4, 1),  # a file without its note
+        ("behind publish", 5, 2),
+        ("before publish", 10, 4),
+        ("before rename", 1, 0),  # the folder is complete, but for its name; its notes are gone
     ],
 )
-def test_a_killed_merge_leaves_no_folder_and_its_rerun_ends_with_equal_bytes(folder, caplog, point, number, kept):
-    code, output = run_forked(merge_and_die, str(folder), point, str(number))
+def test_a_killed_merge_leaves_no_folder_and_its_rerun_ends_with_equal_bytes(folder, caplog, moment, number, kept):
+    code, output = run_forked(merge_and_die, str(folder), moment, str(number))
     assert code == -signal.SIGKILL, output
     assert not (folder / "out").exists()
     with caplog.at_level("INFO"):
@@ -86,20 +85,32 @@ def test_a_killed_merge_leaves_no_folder_and_its_rerun_ends_with_equal_bytes(fol
 
 
 def test_a_merge_killed_behind_the_last_rename_is_complete(folder):
-    code, output = run_forked(merge_and_die, str(folder), "behind the folder's name", "1")
+    code, output = run_forked(merge_and_die, str(folder), "behind rename", "1")
     assert code == -signal.SIGKILL, output
     merge_checkpoints(places(folder), folder / "other", largest_file=SIZE)
     assert contents(folder / "out") == contents(folder / "other")
 
 
-def killed(folder):
-    code, output = run_forked(merge_and_die, str(folder), "behind a file", "2")
-    assert code == -signal.SIGKILL, output
+@pytest.fixture
+def partial(folder, monkeypatch):
+    """What is left of a merge that an error broke off behind its second file: the same as after a kill."""
+    calls = []
+
+    def failing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise OSError(5, "Input/output error")
+        real(*arguments, **options)
+
+    real = atomic.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "publish", failing)
+        with pytest.raises(CheckpointError, match="Input/output"):
+            merge_checkpoints(places(folder), folder / "out", largest_file=SIZE)
     return folder / ".out.partial"
 
 
-def test_a_finished_file_that_was_damaged_since_is_written_again(folder):
-    partial = killed(folder)
+def test_a_finished_file_that_was_damaged_since_is_written_again(folder, partial):
     path = min(partial.glob("model-*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -110,8 +121,7 @@ def test_a_finished_file_that_was_damaged_since_is_written_again(folder):
 
 
 @pytest.mark.parametrize("change", ["view", "source", "plan"])
-def test_files_of_another_merge_are_not_gone_on_with(folder, change):
-    partial = killed(folder)
+def test_files_of_another_merge_are_not_gone_on_with(folder, partial, change):
     view = "wma" if change == "view" else "sma"
     if change == "source":
         writers.safetensors_file(folder, 2, tensors(7))
