@@ -43,7 +43,7 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     Raises:
         ConfigError: An unknown kind or parameter, two views of one name, or more snapshots than the window holds.
     """
-    views = tuple(_parse_view(value, f"views[{index}]") for index, value in enumerate(config.views))
+    views = tuple(parse_view(value, f"views[{index}]") for index, value in enumerate(config.views))
     names = [view.name for view in views]
     if not views or len(set(names)) < len(names):
         raise ConfigError(f"views: {names} must be at least one view, each with a name of its own; set `name`.")
@@ -52,7 +52,12 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     return views
 
 
-def _parse_view(value: object, key: str) -> View:
+def parse_view(value: object, key: str) -> View:
+    """One view in any of its forms.
+
+    Raises:
+        ConfigError: It is not one.
+    """
     if isinstance(value, str):
         return _parse_shorthand(value, key)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not NAME.fullmatch(value["name"]):
