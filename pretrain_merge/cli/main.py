@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from pretrain_merge.cli.export import export
 from pretrain_merge.cli.forecast import forecast
+from pretrain_merge.cli.merge import as_one_list, merge
 from pretrain_merge.cli.plan import plan
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError, printable
 
@@ -79,7 +81,12 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
-        auto_cli([demo, report, forecast, plan], as_positional=True, prog="pretrain-merge")
+        auto_cli(
+            [demo, report, forecast, plan, merge, export],
+            args=as_one_list(sys.argv[1:]),
+            as_positional=True,
+            prog="pretrain-merge",
+        )
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
