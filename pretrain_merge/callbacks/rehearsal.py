@@ -47,7 +47,7 @@ class Rehearsal:
         share = evaluate.data_share(fit.trainer)
         self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)
         with ExitStack() as borrowed:
-            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             window = fit.settings.window_in(run_folder(fit.config, fit.trainer), forecasts.views)
             window = replace(

@@ -74,7 +74,7 @@ class Run:
                 state.lr,
                 share=evaluate.data_share(fit.trainer),
             )
-            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             if self._may_change_weights_after_us:
                 loop = fit.trainer.fit_loop.epoch_loop

@@ -95,6 +95,8 @@ def _listed(lr: Sequence[float]) -> str:
 
 
 def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
+    if lr == reference:
+        return False  # as on almost every step
     if len(lr) != len(reference):
         return True
     return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))
