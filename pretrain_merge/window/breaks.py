@@ -10,6 +10,8 @@ from pretrain_merge.runtime.log import Notices
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.window import Window
 
+_IN_A_ROW = 10  # a few falls are a schedule of steps, whose stretches may yet be long
+
 
 class Breaks:
     """The breaks of one window, each said once and only where it costs snapshots.
@@ -33,6 +35,7 @@ class Breaks:
         self._settings = settings
         self._notices = notices
         self.segment_lr: tuple[float, ...] = ()
+        self._num_falls = 0  # breaks in a row by a rate that fell, without a merge between
         self.phase = ""
         self.num_refused = 0
 
@@ -44,9 +47,21 @@ class Breaks:
         """Break where the rates of this step are not those that the segment began with."""
         if self._settings.breaks.lr and _differs(lr, self.segment_lr, self._settings.lr_tolerance):
             if self.segment_lr:
+                self._say_if_it_decays(step, lr)
                 changed = f"learning rate changed from {_listed(self.segment_lr)} to {_listed(lr)}"
                 self.at(step, changed, said_as="lr")
             self.segment_lr = lr
+
+    def _say_if_it_decays(self, step: int, lr: tuple[float, ...]) -> None:
+        falls = max(lr, default=0.0) < max(self.segment_lr)
+        self._num_falls = self._num_falls + 1 if falls and self._window.num_valid < 2 else 0  # else merges were made
+        if self._num_falls == _IN_A_ROW:
+            self._notices.once(
+                "decays",
+                f"step {step}: the learning rate fell {_IN_A_ROW} times in a row without two snapshots between. "
+                f"It decays, so nothing is merged. Set breaks: {{lr: off}} to merge across its changes, or merge where "
+                f"the rate is constant.",
+            )
 
     def at_phase(self, step: int, name: str) -> None:
         """Break because the user said that something changed."""
@@ -80,6 +95,8 @@ def _listed(lr: Sequence[float]) -> str:
 
 
 def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
+    if lr == reference:
+        return False  # as on almost every step
     if len(lr) != len(reference):
         return True
     return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))
