@@ -899,6 +899,48 @@ FAULTS = (
     ),
     # cost that grows
     Fault(
+        "each save looks at all checkpoints",
+        "resume/sidecar.py",
+        "_NUM_LOOKED_AT = 64",
+        "_NUM_LOOKED_AT = 10**9",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "each save writes the needs of all checkpoints",
+        "resume/needs.py",
+        "if self._num_lines > max(_LEAST_LINES, 2 * len(self._needs)):",
+        "if True:",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a run that was killed forgets what its last checkpoints need",
+        "resume/needs.py",
+        "            needs |= {checkpoint: names} if names else {}",
+        "            needs |= {}",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a report prints every merge of a long run",
+        "records/tables.py",
+        "rows = measured if at_most is None else",
+        "rows = measured if True else",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "the smallest accuracy is the best",
+        "records/tables.py",
+        'sign = 1.0 if mode == "min" else -1.0',
+        "sign = 1.0",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "every rank holds the records of a resumed run",
+        "callbacks/forecasts.py",
+        "ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]",
+        "self._asked(record)",
+        "tests/callbacks/test_forecasts.py",
+    ),
+    Fault(
         "each file of a window waits for the disk alone",
         "resume/window_files.py",
         "return store.save(slot, self.folder, stem, batch=self._batch)",
