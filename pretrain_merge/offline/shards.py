@@ -22,7 +22,7 @@ from pretrain_merge.offline.tensors import Kind
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 _NOTE = ".done.json"
-_BLOCK = 2**22
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class ShardWriter:
         while sent < len(data):
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
         for start in range(0, len(data), _BLOCK):
-            block = data[start : start + _BLOCK]
+            block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
             found = os.pread(self._descriptor, len(block), self._done + start)
             if found != block:
                 raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
