@@ -125,15 +125,17 @@ class Share:
     Attributes:
         percent: Of the count, 0.001 to 50.
         unit: What is counted.
+        stride: How many of these points make one: with 10, every tenth counts.
 
     >>> Share.parse("1%")
-    Share(percent=1.0, unit='steps')
+    Share(percent=1.0, unit='steps', stride=1)
     >>> [Share(10.0).reached(k) for k in (1, 10, 11, 20, 40)]  # one by one up to step 10, then a tenth apart
     [1, 10, 12, 28, 201]
     """
 
     percent: float
     unit: Unit = "steps"
+    stride: int = 1
 
     def __str__(self) -> str:
         return f"{self.percent:g}% of {self.unit}"
@@ -158,17 +160,17 @@ class Share:
         """How many points lie behind a count; 0 at the origin and before it."""
         share = self.percent / 100.0
         if count * share <= 1.0:
-            return max(count, 0)
-        return math.floor((1.0 + math.log(count * share)) / share)
+            return max(count, 0) // self.stride
+        return math.floor((1.0 + math.log(count * share)) / share) // self.stride
 
     def reached(self, index: int) -> int:
         """The first count at which so many points lie behind; 10**15 at the most, beyond which no run counts."""
-        share = self.percent / 100.0
-        if index * share <= 1.0:
-            return index
-        if index * share - 1.0 > math.log(_FURTHEST * share):
+        share, points = self.percent / 100.0, index * self.stride
+        if points * share <= 1.0:
+            return points
+        if points * share - 1.0 > math.log(_FURTHEST * share):
             return _FURTHEST
-        count = math.ceil(math.exp(index * share - 1.0) / share)
+        count = math.ceil(math.exp(points * share - 1.0) / share)
         # the exponential rounds: look at the neighbours, so that this is the inverse of `index` to the last count
         while self.index(count) < index:
             count += 1
@@ -231,6 +233,14 @@ class Cadence:
     def index(self, progress: Progress, *, since: Progress = Progress()) -> int:
         """How many whole intervals lie behind: k for the block ((k-1)V, kV] that ends here or ended last."""
         return self._index(progress.count(self.every.unit), since)
+
+    def is_beyond(self, progress: Progress, *, since: Progress = Progress()) -> bool:  # noqa: B008
+        """Whether the last point lies behind, and not at, these counters."""
+        count = progress.count(self.every.unit)
+        if isinstance(self.every, Share):
+            count -= since.count(self.every.unit)
+            return count > self.every.reached(self.every.index(count))
+        return count % self.every.amount > 0
 
     def _index(self, count: int, since: Progress) -> int:
         if isinstance(self.every, Share):

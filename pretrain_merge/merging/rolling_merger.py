@@ -148,7 +148,7 @@ class RollingMerger:
         before, self._progress = self._progress, self._progress.followed_by(progress)
         # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(self._progress.step, self._lr)
+        self._breaks.at_new_lr(self._progress, self._lr)
         self._snapshot_is_new = False
         self._snapshot_is_new = self._capture.observe(module, before, self._progress, lr=self._lr)
         return self._snapshot_is_new
@@ -157,7 +157,7 @@ class RollingMerger:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
         if not self._snapshot_is_new or len(self.window.valid) < 2:
             return False
-        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress)
+        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress, since=self.window.since)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
@@ -206,7 +206,7 @@ class RollingMerger:
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
-        self._breaks.at_phase(self._progress.step, name)
+        self._breaks.at_phase(self._progress, name)
 
     def manifest(self, module: nn.Module, folder: Path) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
