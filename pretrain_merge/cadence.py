@@ -234,7 +234,7 @@ class Cadence:
         """How many whole intervals lie behind: k for the block ((k-1)V, kV] that ends here or ended last."""
         return self._index(progress.count(self.every.unit), since)
 
-    def is_beyond(self, progress: Progress, *, since: Progress = Progress()) -> bool:  # noqa: B008
+    def is_beyond(self, progress: Progress, *, since: Progress = Progress()) -> bool:
         """Whether the last point lies behind, and not at, these counters."""
         count = progress.count(self.every.unit)
         if isinstance(self.every, Share):
