@@ -13,9 +13,9 @@ from typing import Any
 from pretrain_merge import parameters
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.files.fingerprints import Fingerprints
 from pretrain_merge.merged_models.retention import SavedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.files.fingerprints import Fingerprints
 from pretrain_merge.resume.manifest import Manifest, sealed, unsealed
 from pretrain_merge.resume.sidecar import WindowFolder
 from pretrain_merge.runtime import ranks

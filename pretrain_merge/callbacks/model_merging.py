@@ -24,7 +24,7 @@ from pretrain_merge.callbacks.kept_window import DurableWindow, RunState, refuse
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.resuming import Start, refill_or_raise, run_folder
 from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
-from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError
+from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.merged_models.retention import MergedModels, refuse_unmeasured
@@ -243,10 +243,13 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         merger, models = self._merger, self._merged_models
         newest = merger.window.newest if merger is not None else None
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
-            with ranks.together("save merged models at the end"), merger.swap(pl_module) as merge_view:
-                for view in merger.views:
-                    if view not in self._forecasts.views and merger.why_not(view) is None:
-                        models.keep_last(pl_module, view, newest.progress, merge_view(view))
+            try:
+                with ranks.together("save merged models at the end"), merger.swap(pl_module) as merge_view:
+                    for view in merger.views:
+                        if view not in self._forecasts.views and merger.why_not(view) is None:
+                            models.keep_last(pl_module, view, newest.progress, merge_view(view))
+            except WindowNotReadyError as error:  # another callback changed the model when training ended
+                self._notices.once("end", f"no merged model is saved at the end: {error}")
         if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")

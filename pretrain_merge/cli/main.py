@@ -9,7 +9,7 @@ from typing import Literal
 
 from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.cli.plan import plan
-from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
+from pretrain_merge.errors import MissingDependencyError, PretrainMergeError, printable
 
 
 def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -44,8 +44,10 @@ def report(run: Path, metric: str = "val_loss", picture: Path | None = None) -> 
     records = read_records(path)
     table, figure = merges_table(records, metric), plots.curves(records, metric=metric)
     target = picture or path.with_name("report.png")
-    figure.savefig(target)
-    Console(highlight=False).print(table, f"Curves: {target}", sep="\n", soft_wrap=True)
+    plots.save(figure, target)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"Curves: {printable(target)}", soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain_merge.config import yaml_file
 from pretrain_merge.errors import ConfigError, nearest
 
 _ConfigT = TypeVar("_ConfigT")
@@ -21,11 +22,11 @@ def read(values: object) -> Mapping[Any, Any]:
     """A mapping, an OmegaConf config or the YAML file of a path, as plain values.
 
     Raises:
-        ConfigError: It cannot be read, or is no mapping.
+        ConfigError: It cannot be read, or is not a mapping.
     """
     try:
         if isinstance(values, str | Path):
-            values = OmegaConf.load(values)
+            values = yaml_file.load(Path(values))
         container = (
             OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values  # P12
         )
@@ -38,7 +39,7 @@ def read(values: object) -> Mapping[Any, Any]:
             raise
         raise ConfigError(f"{values}: not YAML ({' '.join(str(error).split())}). Give a YAML file of keys.") from error
     if not isinstance(container, Mapping):
-        raise ConfigError(f"configuration: {container!r} is no mapping of keys to values.")
+        raise ConfigError(f"configuration: {container!r} is not a mapping of keys to values.")
     return container
 
 

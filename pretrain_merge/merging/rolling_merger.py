@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain_merge import config
 from pretrain_merge.cadence import Progress
@@ -125,6 +125,10 @@ class RollingMerger:
         layers are frozen and unfrozen by turns (GANs), so that the set is whole from the first snapshot on.
         """
         self._capture.trained.watch(module, optimizers)
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The live tensors that merges are written into, by name; of sharded parameters the shards."""
+        return self._capture.trained.tensors(module)
 
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""

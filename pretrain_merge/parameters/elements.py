@@ -19,7 +19,7 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def same_bits(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+def all_same_bits(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether tensors hold the same bits, so that NaN equals itself by its payload, and -0.0 is not 0.0.
 
     One pass over both, which ends at the first difference: 1.4 copies on a CPU. What lies on another device passes

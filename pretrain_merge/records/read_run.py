@@ -67,8 +67,8 @@ def _source(path: Path) -> Path:
     elif path.is_file() and path.suffix in (".jsonl", ".csv", ".wandb"):
         return path
     raise CheckpointError(
-        f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one of "
-        f"these files."
+        f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one "
+        f"of these files."
     )
 
 

@@ -218,7 +218,9 @@ def _is_sound(record: MergeRecord) -> bool:
     expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
     recipes = record.recipes.values()
     return (
-        _are_counters([*counters, *(item.step for item in expected), *(step for item in recipes for step in item.steps)])
+        _are_counters(
+            [*counters, *(item.step for item in expected), *(step for item in recipes for step in item.steps)]
+        )
         and _are_numbers([record.spread, *record.lr, *record.raw.values(), *record.timing.values()])
         and all(_are_numbers(metrics.values()) for metrics in record.views.values())
         and all(_are_numbers(item.coefficients) for item in recipes)

@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pretrain_merge.errors import ConfigError, MissingDependencyError
+from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
+
+
+_LONGEST_NAME = 120
 
 
 def merges_table(
@@ -45,14 +49,22 @@ def merges_table(
         raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
     shown = list(dict.fromkeys(view for record in measured for view in record.views)) if views is None else views
     forecast_column = [f"forecast:\n{forecast}"] if forecast else []
-    table = Table(title=title, title_justify="left")
+    table = Table(title=as_text(title) if title else None, title_justify="left")
     for column in ("step", "raw", *shown, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):
-        table.add_column(column, justify="right")
+        table.add_column(as_text(column), justify="right")
     for record in measured:
         closed = [percent(gap_closed[record.step]) if record.step in gap_closed else ""] if gap_closed else []
         expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
         table.add_row(*_row(record, metric, shown), *expected, *closed)
     return table
+
+
+def as_text(name: str) -> "Text":
+    """A name from a file, shown as it is: it may look like rich's markup, or like a command to the terminal."""
+    from rich.text import Text
+
+    shown = printable(name, keep="\n")
+    return Text(shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…")
 
 
 def percent(share: float | None) -> str:

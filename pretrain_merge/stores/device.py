@@ -53,7 +53,7 @@ class DeviceStore:
 
     def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
         """Whether a slot is bit for bit what these tensors of its dtypes are."""
-        return parameters.same_bits(tensors, self._slots[slot])
+        return parameters.all_same_bits(tensors, self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.

@@ -136,7 +136,7 @@ class DiskStore:
         Raises:
             CheckpointError: The slot could not be written.
         """
-        return parameters.same_bits(tensors, self._mapped(slot))
+        return parameters.all_same_bits(tensors, self._mapped(slot))
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.

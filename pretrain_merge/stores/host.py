@@ -75,7 +75,7 @@ class HostStore:
     def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
         """Whether a slot is bit for bit what these tensors of its dtypes are."""
         self._wait()
-        return parameters.same_bits(list(_parts(tensors)), self._slots[slot])
+        return parameters.all_same_bits(list(_parts(tensors)), self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.

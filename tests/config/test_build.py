@@ -250,7 +250,7 @@ def test_blocks_that_no_sample_falls_into_are_refused():
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [
-        ("- sma\n- wma\n", ["is no mapping of keys to values"]),
+        ("- sma\n- wma\n", ["is not a mapping of keys to values"]),
         ("window: [", ["merge.yaml: not YAML", "Give a YAML file"]),
         ("window: 4\nwindow: 5\n", ["merge.yaml: not YAML", "duplicate key"]),
         ("window: ${save.keep\n", ["window"]),

@@ -18,7 +18,7 @@ from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.merged_models.retention import MergedModels, SavedModels
-from pretrain_merge.resume.manifest import SavedSnapshot, Manifest, SavedBlock, sealed
+from pretrain_merge.resume.manifest import Manifest, SavedBlock, SavedSnapshot, sealed
 from pretrain_merge.window.window import Break
 
 FILE = SnapshotFile("snapshot-00000004-0a1b2c3d.safetensors", 256, 0x0A1B2C3D)
