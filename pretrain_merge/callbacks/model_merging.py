@@ -372,9 +372,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             self._records_path = folder / "merges.jsonl"
             self._merged_models = start.merged_models()
             until = state.progress.step - is_owed
-            before = start.clear(self._records_path, until=until) if trainer.is_global_zero else []
-        if self._forecasts:
-            self._forecasts.go_on_from(ranks.gather(before)[0])
+            if trainer.is_global_zero:
+                start.clear(self._records_path, until=until, read=self._forecasts.append)
         if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
             self._merge_if_due(trainer, pl_module, merger)
             if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):

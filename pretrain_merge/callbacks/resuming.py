@@ -3,7 +3,7 @@
 This module knows what may have become of a run's files between two processes, and says so. It knows no hooks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,13 @@ class Start:
             models.go_on_from(state.saved, Path(state.run_folder) / "merged")
         return models
 
-    def clear(self, records: Path, *, until: int) -> list[MergeRecord]:
+    def clear(self, records: Path, *, until: int, read: Callable[[MergeRecord], object]) -> None:
         """Make the folder this run's own, on rank 0: what is of another run, or lies ahead, goes aside.
 
         Args:
             records: The file that records are appended to.
             until: The last step whose record stays.
-
-        Returns:
-            The records that stay.
+            read: Called with each record that stays.
         """
         state = self.state
         remove_leftovers(self.folder / "merged")
@@ -107,15 +105,14 @@ class Start:
             for path in (records, self.folder / "merged"):
                 if aside := move_aside(path):
                     self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
-            return []
-        kept = keep_records_until(records, until, before=Path(state.run_folder) / records.name)
-        if min(state.last_merge, until) > (kept[-1].step if kept else 0):
+            return
+        newest = keep_records_until(records, until, before=Path(state.run_folder) / records.name, read=read)
+        if min(state.last_merge, until) > newest:
             self._notices.once(
                 "records",
                 f"{records} lacks merges up to step {state.last_merge}, which were made: it was moved, or cut when the "
                 f"run was resumed from an earlier checkpoint.",
             )
-        return kept
 
     def _read(self, plain: Mapping[str, Any]) -> RunState:
         trainer = self._trainer

@@ -159,9 +159,10 @@ class RollingMerger:
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        if not self._snapshot_is_new or len(self.window.valid) < 2:
+        before = self.window.before_newest
+        if not self._snapshot_is_new or self.window.num_valid < 2 or before is None:
             return False
-        return self._merge_cadence.crossed(self.window.snapshots[-2].progress, self._progress, since=self.window.since)
+        return self._merge_cadence.crossed(before.progress, self._progress, since=self.window.since)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.

@@ -95,13 +95,15 @@ class SavedWindow:
         self._breaks.restore(manifest.segment_lr, manifest.phase, manifest.num_refused)
 
     def _save_snapshots(self, files: WindowFiles) -> tuple[SavedSnapshot, ...]:
-        stored = self._stored
-        for item in stored.window.snapshots:
-            if item not in self._files or self._files[item][0] != files.folder:
-                stem = f"snapshot-{item.progress.step:08d}"
-                file = files.keep(stored.open_store(), item.slot, stem, stored.slot_kinds)
-                self._files[item] = (files.folder, file)
-        self._files = {item: self._files[item] for item in stored.window.snapshots}
+        stored, held = self._stored, self._stored.window.snapshots
+        saved = {item: self._files[item] for item in held if self._files.get(item, ("",))[0] == files.folder}
+        with files.together():
+            for item in held:
+                if item not in saved:
+                    stem = f"snapshot-{item.progress.step:08d}"
+                    file = files.save(stored.open_store(), item.slot, stem, stored.slot_kinds)
+                    saved[item] = (files.folder, file)
+        self._files = {item: saved[item] for item in held}
         return tuple(
             SavedSnapshot(item.segment, item.progress, item.lr, item.phase, file)
             for item, (_, file) in self._files.items()

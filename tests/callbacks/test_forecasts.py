@@ -124,8 +124,6 @@ def test_a_forecast_that_is_refused_says_why_once_and_in_every_record(tmp_path, 
 def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
     config = MergeConfig(window=5, every="100 tokens", forecast={"now": {"steps": "200 tokens", "kind": "nowcast"}})
     forecasts = RunForecasts(config, Notices())
-    forecasts.go_on_from([])
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
-    forecasts.added_to(record)
-    assert forecasts._steps(next(iter(forecasts._forecasts.values()))) == 40
+    assert forecasts._steps(next(iter(forecasts._forecasts.values())), record) == 40

@@ -16,9 +16,7 @@ from pretrain_merge.cadence import Quantity
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.merged_models.merged import save_merged
 from pretrain_merge.plan import HARDWARE, Hardware, Layout, Measured, Merging, Model, Question, Training, make_plan
-from pretrain_merge.plan import costs as planned
-from pretrain_merge.plan.times import HOST_SHARE
-from pretrain_merge.stores import choose, disk, streaming
+from pretrain_merge.stores import choose
 
 WINDOW = 3
 STEP = 2.0
@@ -196,17 +194,12 @@ def test_replicas_each_have_a_window_and_are_saved_once():
 # --- where it goes ---
 
 
-def test_shares_and_buffers_are_those_of_the_stores():
-    assert (planned.DEVICE_SHARE, HOST_SHARE) == (choose._DEVICE_SHARE, choose._HOST_SHARE)
-    assert (planned.DEVICE_STAGING, planned.HOST_STAGING) == (streaming.STAGING_BYTES, disk.STAGING_BYTES)
-
-
 @given(st.integers(10**4, 10**9), st.integers(10**4, 10**10), st.integers(10**6, 10**11))
 def test_auto_is_what_the_stores_would_choose(elements, device, host):
     hardware = Measured(device_bytes=device, host_bytes=host).over(GPU)
     plan = asked(Model("a test", ((elements, 1),), elements), hardware=hardware, store="auto")
     free = {name: place.free for name, place in plan.places.items()}
-    chosen, _ = choose._fastest_with_room(plan.window_bytes, free["device"], free["host"], "a folder")
+    chosen, _ = choose._chosen(plan.window_bytes, free["device"], free["host"], has_disk=True)
     assert plan.store == chosen
 
 
