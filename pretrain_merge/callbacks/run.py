@@ -59,7 +59,7 @@ class Run:
         start = Start(fit, plain)
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
-        forecasts = RunForecasts(fit.settings, fit.notices)
+        forecasts = fit.forecasts.of_a_run()
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
@@ -74,7 +74,7 @@ class Run:
                 state.lr,
                 share=evaluate.data_share(fit.trainer),
             )
-            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             if self._may_change_weights_after_us:
                 loop = fit.trainer.fit_loop.epoch_loop
@@ -101,7 +101,7 @@ class Run:
 
     def step(self, batch: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
-        if self.clock.batch_ends(batch) is None:
+        if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
             return
         if self._may_change_weights_after_us:
             self._is_unobserved = True
@@ -190,6 +190,13 @@ class Run:
                 f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
                 f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
             )
+        last, num_valid = self.merger.window.last_break, self.merger.window.num_valid
+        if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
+            across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
+            return (
+                f"a view needs two snapshots at least, and the window held {num_valid} since the break at step "
+                f"{last.step} ({last.reason}). {across if last.reason.startswith('learning rate') else ''}"
+            ).strip()
         return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
 
     def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:

@@ -466,7 +466,7 @@ FAULTS = (
     ),
     Fault(
         "bfloat16 is truncated",
-        "kernels/cpu_kernel.py",
+        "kernels/cpu_vectors.py",
         "b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))",
         "b.lshr(bits, v.constant(I32, 16))",
         _KERNELS,
@@ -494,19 +494,19 @@ FAULTS = (
     ),
     Fault(
         "whole blocks are read under a mask",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "(length if masked else block)",
         "(length if masked else block + tl.minimum(num_snapshots, 0))",
         _COMPILED,
     ),
     Fault(
         "values in local memory",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "else (128 if spread else 64)",
         "else (80 if spread else 40)",
         _COMPILED,
     ),
-    Fault("a kernel for each N", "kernels/cuda.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
+    Fault("a kernel for each N", "kernels/cuda_kernel.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
     # evaluation
     Fault(
         "other random numbers at each pass",
