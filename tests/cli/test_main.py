@@ -126,6 +126,13 @@ def test_the_best_view_is_the_largest_of_a_metric_that_should_be_large(metric, m
     assert ("red" in cells[3]) == (mode is None)
 
 
+def test_a_view_that_is_not_a_number_is_never_the_best():
+    nan = float("nan")
+    table = merges_table([record(1, 2.0, sma=nan, sma4=2.1), record(2, 2.0, sma=nan)], "val_loss")
+    assert [list(column.cells)[0] for column in table.columns][2:] == ["[red]nan[/]", "[red]2.1000[/]", "+5.0%"]
+    assert list(table.columns[-1].cells)[1] == ""
+
+
 def test_a_report_reads_what_a_logger_wrote(monkeypatch, capsys, tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "step,merge/step,merge/raw/val_loss,merge/sma/val_loss,merge/window\n9,10,2.0,1.9,2\n19,20,1.8,1.7,3\n"
