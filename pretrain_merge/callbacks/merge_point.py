@@ -63,6 +63,7 @@ def measured(
         evaluators=evaluators,
         validate=config.validate,
         stateful_data=config.stateful_data,
+        merged=merger.tensors(module).values(),
         notices=notices,
     )
     try:

@@ -112,6 +112,10 @@ class RollingMerger:
         """Names of the configured views."""
         return tuple(self._views)
 
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The live tensors that merges are written into, by name."""
+        return self._live(module)
+
     def go_on_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
         self._progress = progress
