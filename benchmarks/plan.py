@@ -148,7 +148,7 @@ def _operations(case: Case, module: nn.Module, folder: Path, num_snapshots: int)
     if case.store == "disk":
 
         def settle() -> None:  # not part of what a run waits for
-            merger._snapshots._store._finish()  # type: ignore[union-attr]
+            merger._stored._store._finish()  # type: ignore[union-attr]
 
         written = rates.into_file(_num_bytes(module), folder / "written")
         return written | {"capture": capture, "settle": settle, "merge": merge}, merger.close

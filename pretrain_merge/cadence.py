@@ -52,6 +52,20 @@ class Progress:
         """The counter of one unit."""
         return {"steps": self.step, "samples": self.samples, "tokens": self.tokens}[unit]
 
+    def followed_by(self, given: "Progress | int") -> "Progress":
+        """The counters after a further step; an integer is a number of steps.
+
+        Raises:
+            ProgressError: A counter went backwards.
+        """
+        after = given if isinstance(given, Progress) else Progress(step=given)
+        if after.step <= self.step or after.samples < self.samples or after.tokens < self.tokens:
+            raise ProgressError(
+                f"observe() was given {after} after {self}. Steps must grow and other counters must not shrink; call "
+                f"it once after each optimizer step with totals since the start of the run."
+            )
+        return after
+
 
 @dataclass(frozen=True)
 class Quantity:

@@ -21,9 +21,16 @@ A message says what was given, what is allowed and what to do.
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_TEXT = 10_000  # characters; the reasons of many ranks fit
 
 class PretrainMergeError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Its text never holds a control character: names and reasons in it may come from files that others wrote.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class ConfigError(PretrainMergeError, ValueError):
@@ -68,6 +75,26 @@ class CheckpointError(PretrainMergeError, OSError):
 
 class MissingDependencyError(PretrainMergeError, ImportError):
     """An optional library is needed here; the message names the extra that installs it."""
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    """Text that a terminal shows and does not obey: what is not printable is spelled out, what is endless shortened.
+
+    >>> printable("loss\\x1b[2J")
+    'loss\\\\x1b[2J'
+
+    Args:
+        text: Whatever a file, a path or somebody else's error says.
+        keep: Characters that stay as they are.
+    """
+    text = str(text)
+    if len(text) > _LONGEST_TEXT:
+        text = f"{text[: _LONGEST_TEXT // 2]} … {text[-_LONGEST_TEXT // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in keep else ascii(character)[1:-1] for character in text
+    )
 
 
 def nearest(given: object, known: Iterable[str]) -> str | None:

@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 import shlex
+import tomllib
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,8 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch.utils.data import DataLoader
 
-from pretrain_merge import ModelMerging, cli, config, errors
+from pretrain_merge import ModelMerging, config, errors
+from pretrain_merge.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -246,3 +248,24 @@ def test_every_link_and_command_leads_somewhere(path):
     assert [target for target in LINK.findall(text) if not (path.parent / target).exists()] == []
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:^|`)(?:\w+=\S+ )?make ([a-z]+)", text, re.M)) <= targets
+
+
+def test_the_layers_of_the_architecture_page_are_those_of_the_contract():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = {int(row[1]): re.findall(r"`(\w+)`", row[2]) for row in re.finditer(r"^\| (\d+) \| (.+) \|$", page, re.M)}
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert len(contract) == 10
+    assert [rows[number] for number in range(10, 0, -1)] == [re.findall(r"\w+", layer) for layer in contract]
+
+
+def cited_pitfalls() -> set[int]:
+    files = [path for folder in ("pretrain_merge", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    return {int(number) for path in files for number in re.findall(r"\bP(\d{1,2})\b", path.read_text(encoding="utf-8"))}
+
+
+def test_every_pitfall_that_the_code_cites_has_its_row():
+    page = (ROOT / "docs/lightning-pitfalls.md").read_text(encoding="utf-8")
+    rows = [int(number) for number in re.findall(r"^\| P(\d+) \|", page, re.M)]
+    assert sorted(rows) == sorted(set(rows))
+    assert cited_pitfalls() <= set(rows)
+    assert {6, 18} <= cited_pitfalls()  # so the search finds them

@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pretrain_merge import parameters
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.merged_models.retention import SavedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
+from pretrain_merge.files.fingerprints import Fingerprints
 from pretrain_merge.resume.manifest import Manifest, sealed, unsealed
-from pretrain_merge.resume.sidecar import Sidecar
+from pretrain_merge.resume.sidecar import WindowFolder
 from pretrain_merge.runtime import ranks
 
 
@@ -107,10 +106,12 @@ class DurableWindow:
     def __init__(self, trainer: Any, run_folder: Path, folder: Path) -> None:
         self._trainer = trainer
         self.run_folder, self.folder = run_folder.absolute(), folder.absolute()
-        self._sidecar = Sidecar(folder) if trainer.is_global_zero else None
+        self._sidecar = WindowFolder(folder) if trainer.is_global_zero else None
         self._held: list[str] = []
         self._checkpoint = ""
         self._root = Path(trainer.default_root_dir).absolute()
+        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+        self._fingerprints = Fingerprints(self.folder, [trainer.default_root_dir, trainer.ckpt_path, *folders])
         self._users_save = trainer.save_checkpoint
         trainer.save_checkpoint = self._save_checkpoint
 
@@ -130,7 +131,7 @@ class DurableWindow:
     def announce(self) -> None:
         """A checkpoint that is being written will need what `keep` made durable."""
         if self._sidecar is not None and self._checkpoint:
-            self._sidecar.announce(self._checkpoint, self._held, self._there(self._checkpoint))
+            self._sidecar.register(self._checkpoint, self._held, self._fingerprints.of(self._checkpoint))
 
     def refuse_lost_state(self) -> None:
         """Tell a checkpoint of a run without ModelMerging from one that lost the state of ours that it had.
@@ -168,7 +169,7 @@ class DurableWindow:
     def prune(self) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, self._there)
+            self._sidecar.prune(self._held, self._fingerprints.of)
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -184,6 +185,7 @@ class DurableWindow:
             self._trainer.save_checkpoint = self._users_save
 
     def _save_checkpoint(self, filepath: Any, *arguments: Any, **options: Any) -> None:
+        self._fingerprints.trust(filepath)
         self._checkpoint = self._key(filepath)
         try:
             self._users_save(filepath, *arguments, **options)
@@ -202,16 +204,6 @@ class DurableWindow:
         )
         return os.path.relpath(path, self.folder) if together else str(path)
 
-    def _there(self, key: str) -> str | None:
-        """The file of a checkpoint in words; None where there is none."""
-        try:
-            filesystem, path = fsspec.core.url_to_fs(key if "://" in key else os.path.normpath(self.folder / key))
-            return repr(filesystem.info(path))
-        except FileNotFoundError:
-            return None
-        except Exception:
-            return "unknown"  # so nothing that it needs may go
-
     def _found(self, state: RunState) -> tuple[Manifest, Path]:
         if state.window is None:
             raise CheckpointError(state.lost or "the checkpoint was written without one.")
@@ -223,7 +215,7 @@ class DurableWindow:
         if folder == self.folder:
             self._held = [file.name for file in manifest.files]
             if self._sidecar is not None and self._trainer.ckpt_path:  # it may have been moved or renamed
-                self._sidecar.announce(self._key(self._trainer.ckpt_path), self._held)
+                self._sidecar.register(self._key(self._trainer.ckpt_path), self._held)
 
     def _find(self, manifest: Manifest, state: RunState) -> Path:
         """The first folder that has all files: of this run, as recorded, or beside the checkpoint that was moved."""

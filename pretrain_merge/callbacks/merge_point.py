@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain_merge import parameters
 from pretrain_merge.config import MergeConfig
-from pretrain_merge.evaluation import evaluate
+from pretrain_merge.evaluation import evaluate, reduction
 from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.evaluation.loaders import EvaluationInterrupted
 from pretrain_merge.evaluation.reduction import How, Part
@@ -21,7 +21,6 @@ from pretrain_merge.records import MergeRecord, Recipe
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import Notices
 
-_SPREAD = ("spread: squared distance", "spread: squared norm")
 Keep = Callable[[str, Recipe, Mapping[str, float]], None]
 
 
@@ -55,7 +54,6 @@ def measured(
         notices.once(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
-    spread = float("nan")
     stopwatch = _Stopwatch()
     isolated = evaluate.isolated(
         trainer,
@@ -69,17 +67,17 @@ def measured(
     try:
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
         with signals.held(), isolated as measure:
-            with merger.swapping(module) as put:
+            with merger.swap(module) as merge_view:
                 raw = measure("raw")
                 stopwatch.lap("evaluate_raw")
                 for view in ready:
-                    recipes[view] = put(view)
+                    recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
-                    metrics[view] = measure(view, _spread_parts(module, merger))
-                    spread = _spread(metrics[view])
+                    metrics[view] = measure(view)
                     stopwatch.lap(f"evaluate_{view}")
                     keep(view, recipes[view], metrics[view])
                     stopwatch.lap(f"save_{view}")
+            spread = _spread(module, merger) if recipes else float("nan")
             stopwatch.lap("restore")
     except EvaluationInterrupted:
         return None
@@ -108,15 +106,12 @@ def measured(
     )
 
 
-def _spread_parts(module: Any, merger: RollingMerger) -> dict[str, Part]:
-    """This rank's sums, to be added over ranks together with the metrics: a merge itself communicates nothing."""
+def _spread(module: Any, merger: RollingMerger) -> float:
+    """That of the whole model. A merge itself communicates nothing: two numbers of each rank are added up here."""
     sums = merger.spread_sums or Spread(0.0, 0.0)
     how: How = "sum" if parameters.is_sharded(module) else "mean"
-    return {name: Part(value, how=how) for name, value in zip(_SPREAD, sums, strict=True)}
-
-
-def _spread(metrics: dict[str, float]) -> float:
-    return Spread(*(metrics.pop(name) for name in _SPREAD)).relative_rms
+    parts = {name: Part(value, how=how) for name, value in zip(Spread._fields, sums, strict=True)}
+    return Spread(**reduction.over_ranks(parts)).relative_rms
 
 
 class _Stopwatch:

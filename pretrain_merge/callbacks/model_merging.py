@@ -71,6 +71,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             or a function of the batch.
         lr_tolerance: Relative change of a learning rate that counts as a break.
         breaks: What counts as a break: {"lr": False} for runs whose learning rate decays.
+        parameters: Which parameters are merged, by patterns of their names: {include, exclude}.
         merge_buffers: Patterns of float buffers that are merged like parameters.
         batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
         store: Where snapshots lie: "device", "host", "disk", or "auto", which chooses by free memory.
@@ -103,6 +104,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         tokens_per_batch: int | str | Callable[[Any], int] = "input_ids",
         lr_tolerance: float = 1e-3,
         breaks: Mapping[str, bool] | None = None,
+        parameters: Mapping[str, Sequence[str]] | None = None,
         merge_buffers: Sequence[str] = (),
         batch_norm: str = "refuse",
         store: str = "auto",
@@ -119,7 +121,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         **options: NoReturn,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in {item.name for item in fields(MergeConfig)}}
-        empty: dict[str, Any] = {"breaks": breaks, "save": save, "forecast": forecast}
+        empty: dict[str, Any] = {"breaks": breaks, "parameters": parameters, "save": save, "forecast": forecast}
         given |= {key: {} if value is None else value for key, value in empty.items()} | options
         if callable(tokens_per_batch):  # the schema holds what YAML can say
             given.pop("tokens_per_batch")
@@ -186,7 +188,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         parameters.mergeable_tensors(
-            pl_module, merge_buffers=self.config.merge_buffers, batch_norm=self.config.batch_norm
+            pl_module,
+            merge_buffers=self.config.merge_buffers,
+            batch_norm=self.config.batch_norm,
+            **asdict(self.config.parameters),
         )
         _refuse_other_configs(self.config)
         self._watch_for_a_complete_run(trainer, pl_module)
@@ -200,7 +205,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         state, folder = start.state, start.folder
         self._clock = Clock(self._cadences(), self._tokens_per_batch, state.progress, state.pending, state.lr)
         self._merger = RollingMerger(**self._window_options(folder))
-        self._merger.go_on_from(state.progress)
+        self._merger.watch(pl_module, trainer.optimizers)
+        self._merger.resume_from(state.progress)
         self.last_record = self._records_path = self._merged_models = None
         self._tracker = Tracker()
         self._forecasts = RunForecasts(self.config, self._notices)
@@ -237,10 +243,10 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         merger, models = self._merger, self._merged_models
         newest = merger.window.newest if merger is not None else None
         if merger is not None and models is not None and self.config.save.at_end and newest is not None:
-            with ranks.together("save merged models at the end"), merger.swapping(pl_module) as put:
+            with ranks.together("save merged models at the end"), merger.swap(pl_module) as merge_view:
                 for view in merger.views:
                     if view not in self._forecasts.views and merger.why_not(view) is None:
-                        models.keep_last(pl_module, view, newest.progress, put(view))
+                        models.keep_last(pl_module, view, newest.progress, merge_view(view))
         if merger is not None and not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")

@@ -12,7 +12,8 @@ from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.kept_window import DurableWindow, RunState
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.files.folders import move_aside, remove_unpublished
+from pretrain_merge.files.atomic import remove_leftovers
+from pretrain_merge.files.folders import move_aside
 from pretrain_merge.merged_models.retention import MergedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, keep_records_until
@@ -79,7 +80,7 @@ class Start:
                     durable.refuse_lost_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
-                merger.go_on_from(state.progress)
+                merger.resume_from(state.progress)
         durable.prune()
 
     def merged_models(self) -> MergedModels:
@@ -101,7 +102,7 @@ class Start:
             The records that stay.
         """
         state = self.state
-        remove_unpublished(self.folder / "merged")
+        remove_leftovers(self.folder / "merged")
         if state.progress.step == 0:
             for path in (records, self.folder / "merged"):
                 if aside := move_aside(path):

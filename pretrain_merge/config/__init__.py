@@ -13,6 +13,7 @@ from pretrain_merge.config.schema import (
     BreakConfig,
     ForecastConfig,
     MergeConfig,
+    ParametersConfig,
     SaveConfig,
     WindowConfig,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "BreakConfig",
     "ForecastConfig",
     "MergeConfig",
+    "ParametersConfig",
     "SaveConfig",
     "View",
     "WindowConfig",

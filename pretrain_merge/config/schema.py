@@ -25,6 +25,20 @@ class BreakConfig:
 
 
 @dataclass
+class ParametersConfig:
+    """Which of the parameters that train are merged, by patterns (as in fnmatch) of their names.
+
+    Attributes:
+        include: Those that may be merged.
+        exclude: Those that are not, although included: they stay raw in every evaluation. One name of a tied parameter
+            is enough.
+    """
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+
+
+@dataclass
 class SaveConfig:
     """Which merged models are written to disk.
 
@@ -80,6 +94,7 @@ class WindowConfig:
         sample_every: With "block": steps between the models that enter the mean.
         lr_tolerance: Relative change of a learning rate that counts as a break.
         breaks: What counts as a break.
+        parameters: Which parameters are merged, by name.
         merge_buffers: Patterns (as in fnmatch) of float buffers that are merged like parameters.
         batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
         store: Where snapshots lie: "device", "host", "disk", or "auto", which chooses by free memory.
@@ -96,6 +111,7 @@ class WindowConfig:
     sample_every: int = 1
     lr_tolerance: float = 1e-3
     breaks: BreakConfig = field(default_factory=BreakConfig)
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
     merge_buffers: list[str] = field(default_factory=list)
     batch_norm: str = "refuse"
     store: str = "auto"

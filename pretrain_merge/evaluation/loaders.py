@@ -56,7 +56,7 @@ class RepeatedLoaders:
         return int(total) if math.isfinite(total) else None
 
     def combined(self, *, on_batch: Callable[[], object]) -> Any:
-        """A new `CombinedLoader`; it reads the same batches as every other if the loaders' state is put back between."""
+        """A new `CombinedLoader`; reads what every other one reads, if the loaders' state is put back in between."""
         combined = type(self._combined)(self._combined.iterables, self._combined._mode)
         combined.flattened = [
             _RepeatedLoader(loader, index, self._fingerprints, on_batch)

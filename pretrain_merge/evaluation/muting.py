@@ -14,9 +14,12 @@ from types import FunctionType
 from typing import Any
 
 # what methods that record something begin with, in Lightning's loggers and in the clients beneath them
-_WRITES = tuple(
-    ["add", "after_save", "alert", "append", "assign", "close", "create", "define", "delete", "display", "emit", "end", "finalize", "finish", "histogram", "image", "line", "link", "log", "mark", "plot", "pop", "publish", "push", "put", "record", "remove", "report", "save", "scatter", "send", "set", "stop", "text", "track", "unwatch", "update", "upload", "upsert", "use_", "watch", "write"]
-)
+_WRITES = (
+    "add", "after_save", "alert", "append", "assign", "close", "create", "define", "delete", "display", "emit",
+    "end", "finalize", "finish", "histogram", "image", "line", "link", "log", "mark", "plot", "pop", "publish",
+    "push", "put", "record", "remove", "report", "save", "scatter", "send", "set", "stop", "text", "track",
+    "unwatch", "update", "upload", "upsert", "use_", "watch", "write",
+)  # fmt: skip
 _MODULES = ("wandb", "mlflow")  # whose functions act on the current run
 
 
@@ -24,6 +27,7 @@ class Nothing:
     """What a muted method returns: it can be called, waited for, indexed and entered like what it stands for."""
 
     def __call__(self, *_: Any, **__: Any) -> "Nothing":
+        """Nothing again."""
         return self
 
     def __getattr__(self, name: str) -> "Nothing":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic
 
 _NAME = "lock"
 
@@ -51,7 +52,7 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False) -> bool:
         held.num_holders += 1
         return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(folder)
         _held_here[folder] = _locked(folder, remedy)
     except OSError as error:
         if isinstance(error, CheckpointError):
@@ -90,8 +91,9 @@ def _locked(folder: Path, remedy: str) -> _Held:
         os.close(descriptor)  # the holder before removed the file between our two calls
     holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     try:
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        if os.fstat(descriptor).st_nlink == 1:  # else a second name of something that is not ours to overwrite
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
     except OSError:
         os.close(descriptor)
         raise

@@ -1,12 +1,14 @@
 """Folders that appear whole or not at all. This module knows files and renames, and nothing of weights."""
 
 import os
-import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic
+from pretrain_merge.files.atomic import sync
 
 
 @contextmanager
@@ -22,56 +24,55 @@ def published(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: The target exists, or the disk refuses.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise CheckpointError(f"{target} exists and is never overwritten. Move it away, or write to another folder.")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = atomic.temporary_beside(target)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        atomic.make_folder(target.parent)
+        temporary.mkdir()
         yield temporary
+        mode = _mode_of_new_files(temporary)
         for path in sorted(temporary.rglob("*"), reverse=True):
+            if path.is_file():
+                path.chmod(mode)  # P38
             sync(path)
         sync(temporary)
         temporary.rename(target)
         sync(target.parent)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        atomic.delete(temporary)
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot write {target}: {error}. Free space there, or choose another folder.") from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        atomic.delete(temporary)
         raise
-
-
-def remove_unpublished(folder: Path) -> None:
-    """Delete what a killed process was filling in a folder; nobody else may be writing there."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
     """Delete a folder; where that is broken off, what is left does not look complete and goes with the next run."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = atomic.temporary_beside(folder)
     with suppress(OSError):
         folder.rename(temporary)
-        shutil.rmtree(temporary)
+    atomic.delete(temporary)
 
 
 def move_aside(path: Path) -> Path | None:
     """Give what an earlier run left at this path a number; returns its new name, or None where there was nothing."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
     return path.rename(aside)
 
 
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _mode_of_new_files(folder: Path) -> int:
+    """What the umask, or the folder's own rule, gives to a new file; to ask for the umask is to change it for a moment."""
+    probe = folder / ".mode"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        os.fsync(descriptor)
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
     finally:
         os.close(descriptor)
+        probe.unlink()

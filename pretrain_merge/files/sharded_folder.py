@@ -5,7 +5,6 @@ same point. What a folder must hold is listed in it, and the checksum of that li
 """
 
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain_merge.errors import CheckpointError, RankError
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic, untrusted
+from pretrain_merge.files.atomic import sync
 from pretrain_merge.files.snapshot_file import SnapshotFile, is_ours
 from pretrain_merge.runtime import ranks
 
@@ -87,8 +87,9 @@ def _together(what: str, do: Callable[[], _T]) -> _T:
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    atomic.make_folder(folder.parent)
+    atomic.delete(folder)
+    folder.mkdir()
 
 
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
@@ -100,32 +101,36 @@ def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
 
 
 def _publish(temporary: Path, target: Path, text: bytes) -> None:
-    (temporary / _PARTS).write_bytes(text)
-    sync(temporary / _PARTS)
-    sync(temporary)
-    shutil.rmtree(target, ignore_errors=True)  # the same bytes by its name, or damaged ones
+    atomic.write(temporary / _PARTS, text)
+    atomic.delete(target)  # the same bytes by its name, or damaged ones
     temporary.rename(target)
     sync(target.parent)
 
 
 def _check(path: Path, file: SnapshotFile) -> None:
     if not is_ours(file.name) or path.is_symlink() or not path.is_dir():
-        raise ValueError("it is no folder of a snapshot.")
-    text = (path / _PARTS).read_bytes()
+        raise ValueError("it is not a folder of a snapshot.")
+    text = untrusted.read_bytes(path / _PARTS, is_ours=True)
     if (len(text), zlib.crc32(text)) != (file.num_bytes, file.crc32):
         raise ValueError(f"{_PARTS} is damaged. Copy the folder again from where it is whole.")
-    parts: list[_Part] = json.loads(text)
-    if {name for name, _, _ in parts} != {item.name for item in path.iterdir()} - {_PARTS}:
+    parts: list[_Part] = untrusted.parse_json(text)
+    if not _are_parts(parts) or {name for name, _, _ in parts} != {item.name for item in path.iterdir()} - {_PARTS}:
         raise ValueError(f"it does not hold the files of {_PARTS}. Copy the folder again from where it is whole.")
     for name, num_bytes, checksum in parts[ranks.rank() :: ranks.num_ranks()]:
         part = path / name
-        if part.is_symlink() or part.stat().st_size != num_bytes or _checksum(part) != checksum:
+        if part.lstat().st_size != num_bytes or _checksum(part) != checksum:
             raise ValueError(f"{name} is damaged. Copy the folder again from where it is whole.")
+
+
+def _are_parts(parts: object) -> bool:
+    return isinstance(parts, list) and all(
+        isinstance(part, list) and len(part) == 3 and all(map(isinstance, part, (str, int, int))) for part in parts
+    )
 
 
 def _checksum(path: Path) -> int:
     checksum = 0
-    with path.open("rb") as file:
+    with untrusted.opened(path, is_ours=True) as file:
         while block := file.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
     return checksum

@@ -7,10 +7,8 @@ its own checksum, so a name stands for the same bytes for ever and is never writ
 import mmap
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic, untrusted
 from pretrain_merge.files.layout import Layout
 
 _STAGING_BYTES = 16 * 2**20
@@ -57,29 +55,20 @@ def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequenc
     Raises:
         CheckpointError: The disk refuses.
     """
-    temporary = folder / f".{stem}.{os.getpid()}.tmp"
     try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # never through a link to something that lives
+        atomic.make_folder(folder)
+        with atomic.draft(folder / stem) as draft:
             num_bytes = checksum = 0
             for piece in _pieces(layout, tensors):
-                file.write(piece)
+                draft.file.write(piece)
                 num_bytes, checksum = num_bytes + len(piece), zlib.crc32(piece, checksum)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = _entry(stem, num_bytes, checksum)
-        temporary.replace(folder / entry.name)
-        sync(folder)
+            entry = _entry(stem, num_bytes, checksum)
+            draft.target = folder / entry.name
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {folder / stem} for the window: {error}. Free space there, or set window_folder to another "
             f"folder."
         ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return entry
 
 
@@ -98,21 +87,18 @@ def link(
     Returns:
         The file under its new name; None where the file system has no links, or another one lies there.
     """
-    temporary = folder / f".{stem}.{os.getpid()}.tmp"
+    temporary = atomic.temporary_beside(folder / stem)
     try:
-        temporary.unlink(missing_ok=True)
+        atomic.make_folder(folder)
         os.link(path, temporary, follow_symlinks=False)
         if identity_of(temporary) != identity:
-            temporary.unlink()
             return None
         entry = _entry(stem, temporary.stat().st_size, checksum)
-        temporary.replace(folder / entry.name)
-        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
-        sync(folder)
+        atomic.publish(temporary, folder / entry.name)
     except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         return None
+    finally:
+        atomic.delete(temporary)  # also afterwards: a rename between two names of one file does nothing
     return entry
 
 
@@ -156,18 +142,15 @@ def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:
     if not is_ours(file.name):
         raise CheckpointError(f"{file.name!r} is no name of a snapshot file. The checkpoint is damaged.")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != file.num_bytes or file.num_bytes <= 0:
+        with untrusted.opened(path, is_ours=True) as opened:
+            num_bytes = os.fstat(opened.fileno()).st_size
+            if num_bytes != file.num_bytes or num_bytes <= 0:
                 raise CheckpointError(
-                    f"{path} has {status.st_size} bytes, and {file.num_bytes} were written. Copy it again from where "
-                    f"it is whole."
+                    f"{path} has {num_bytes} bytes, and {file.num_bytes} were written. Copy it again from where it is "
+                    f"whole."
                 )
             # private: torch wants memory it could write
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-        finally:
-            os.close(descriptor)
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise

@@ -9,16 +9,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain_merge.errors import CheckpointError, ForecastError
+from pretrain_merge.files import atomic, untrusted
 from pretrain_merge.forecast.law import DOUBTS, TERMS, Reading
 
 SHIPPED = Path(__file__).with_name("calibration.json")
 LEAST_ERROR = 1e-4  # of the loss: no forecast is surer
+_MOST_BYTES = 2**20  # a calibration has 3,000
+_LARGEST = 1e12  # of a number in it
 _WIDEST = 4.0  # times the interval: farther outside of what was calibrated nothing is said
 
 
@@ -95,7 +99,7 @@ class Calibration:
             CheckpointError: The disk refuses.
         """
         try:
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            atomic.write(path, json.dumps(asdict(self), indent=1) + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that exists.") from error
 
@@ -104,17 +108,15 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: The file is missing or is no calibration.
+            CheckpointError: The file is missing or is not a calibration.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = untrusted.read_json(path, at_most=_MOST_BYTES)
             calibration = cls(**{key: _tuples(value) for key, value in values.items()})
-            sizes = [len(calibration.coefficients), *map(len, calibration.prior), len(calibration.errors)]
-            if sizes != [len(TERMS), *[len(TERMS)] * len(TERMS), len(DOUBTS)]:
-                raise ValueError(f"{sizes} numbers, for another law")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _refuse_impossible(calibration)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is no calibration: {error}. Name a file that `Calibration.save` wrote, or give none for the "
+                f"{path} is not a calibration: {error}. Name a file that `Calibration.save` wrote, or give none for the "
                 f"one that ships."
             ) from error
         return calibration
@@ -124,6 +126,24 @@ class Calibration:
 def shipped() -> Calibration:
     """The calibration that comes with the package."""
     return Calibration.load(SHIPPED)
+
+
+def _refuse_impossible(item: Calibration) -> None:
+    """Raise a ValueError for what no fit gives: every number in it goes into every forecast."""
+    vectors = (item.coefficients, *item.prior, item.errors, item.levels, item.quantiles, item.shares, (item.longest,))
+    if not isinstance(item.source, str) or type(item.num_runs) is not int:
+        raise ValueError("num_runs is to be a whole number, and source a text")
+    if not all(type(number) in (int, float) and abs(number) < _LARGEST for vector in vectors for number in vector):
+        raise ValueError("its values are to be finite numbers")
+    sizes = [len(item.coefficients), *map(len, item.prior), len(item.errors), len(item.shares)]
+    if sizes != [len(TERMS), *[len(TERMS)] * len(TERMS), len(DOUBTS), 2]:
+        raise ValueError(f"{sizes} numbers, for another law")
+    if not item.levels or len(item.levels) != len(item.quantiles):
+        raise ValueError("it has to have a quantile for each level")
+    if not all(lower < upper for lower, upper in pairwise(item.levels)) or item.shares[0] > item.shares[1]:
+        raise ValueError("levels and shares are to ascend")
+    if min(*item.levels, *item.shares, item.longest) <= 0 or min(*item.errors, *item.quantiles) < 0:
+        raise ValueError("levels, shares and longest are to be positive, errors and quantiles not negative")
 
 
 def _tuples(value: Any) -> Any:

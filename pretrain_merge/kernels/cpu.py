@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain_merge.kernels import reference
 from pretrain_merge.kernels.cpu_kernel import Kernel, compile_kernel
 from pretrain_merge.kernels.llvm import converts_float16
-from pretrain_merge.kernels.spread import Spread
+from pretrain_merge.kernels.spread import Spread, Sums
 from pretrain_merge.kernels.tables import SUMS_WIDTH, address_table, item_table
 
 if not converts_float16():
@@ -41,6 +42,7 @@ def merge_(
 
     Args:
         out: CPU tensors to be written. Each is one block of memory with the snapshots' tensors (`inputs.is_one_block`).
+            With `spread`, none is a snapshot's tensor.
         snapshots: N sequences as long as `out`, oldest first.
         coefficients: N numbers.
         double: Accumulate in float64. Required where `out` or a snapshot holds a float64 tensor.
@@ -68,8 +70,11 @@ def merge_(
     _run(_kernel(double, spread), arguments, num_threads)
     if not spread:
         return None
-    squares, squared_mean_deviation, squared_norm = (math.fsum(column) for column in sums.T)
-    return Spread(squares / len(snapshots) - squared_mean_deviation, squared_norm)
+    total = Sums(*(math.fsum(column) for column in sums.T))
+    elements = sum(tensor.numel() for tensor in out)
+    if double or total.are_trustworthy(num_snapshots=len(snapshots), num_elements=elements):
+        return total.spread(len(snapshots))
+    return reference.measure(snapshots)
 
 
 def _run(kernel: Kernel, arguments: tuple[int, ...], num_threads: int) -> None:

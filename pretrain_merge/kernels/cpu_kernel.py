@@ -48,6 +48,7 @@ from pretrain_merge.kernels.llvm import (
 from pretrain_merge.kernels.tables import CODES, ITEM_WIDTH, SUMS_WIDTH
 
 _LANES = 32
+_SUM_LANES = 8  # of the spread's float64 sums: two AVX2 registers each
 _GROUP = 12
 _BUFFER = 16 * 1024  # bytes
 
@@ -87,6 +88,14 @@ class _Vectors(NamedTuple):
 
     def constant(self, scalar: Value, value: float) -> Value:
         return ir.Constant(self.of(scalar), [value] * self.lanes)
+
+    def halved(self) -> "_Vectors":
+        """Of half the lanes."""
+        return self._replace(lanes=max(1, self.lanes // 2))
+
+    def narrowed(self) -> "_Vectors":
+        """Of the lanes that sums for the spread have."""
+        return self._replace(lanes=min(self.lanes, _SUM_LANES))
 
     @property
     def codes(self) -> Sequence[int]:
@@ -160,7 +169,7 @@ def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Val
     v = _Vectors(b, DOUBLE if double else FLOAT, lanes, spread)
     length = _BUFFER // v.size // (2 if spread else 1)
     buffers = [stack(b, ir.ArrayType(v.scalar, length)) for _ in range(2 if spread else 1)]
-    sums = [variable(b, v.constant(DOUBLE, 0.0)) for _ in range(SUMS_WIDTH)] if spread else []
+    sums = [variable(b, v.narrowed().constant(DOUBLE, 0.0)) for _ in range(SUMS_WIDTH)] if spread else []
     with loop(b, begin, end, length) as block:
         block_end = minimum(b, b.add(block, integer(length)), end)
         with loop(b, integer(0), row.num_snapshots, _GROUP) as group:
@@ -169,8 +178,9 @@ def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Val
                 waiting = [element(b, buffer, b.sub(position, block), v.size) for buffer in buffers]
                 _emit_vector(v, row, position, (group, group_end), waiting, sums)
     if spread:
-        wide = v.of(DOUBLE)
-        add_lanes = ir.Function(module, ir.FunctionType(DOUBLE, [DOUBLE, wide]), f"llvm.vector.reduce.fadd.v{lanes}f64")
+        wide = v.narrowed().of(DOUBLE)
+        name = f"llvm.vector.reduce.fadd.v{wide.count}f64"
+        add_lanes = module.globals.get(name) or ir.Function(module, ir.FunctionType(DOUBLE, [DOUBLE, wide]), name)
         for k, total in enumerate(sums):
             slot = element(b, item_sums, integer(k), 8)
             b.store(b.call(add_lanes, [b.load(slot, typ=DOUBLE), b.load(total, typ=wide)]), slot)
@@ -192,7 +202,7 @@ def _emit_vector(
         for total, slot in zip(totals, waiting, strict=True):
             b.store(b.load(slot, typ=v.of(v.scalar), align=v.alignment), total)
     pivot = _emit_load(v, row, integer(0), position) if v.spread else None
-    squares = variable(b, v.constant(v.scalar, 0.0))
+    squares = variable(b, v.halved().constant(v.scalar, 0.0))
     with loop(b, *group, 1) as snapshot:
         value = _emit_load(v, row, snapshot, position)
         coefficient = b.load(element(b, row.coefficients, snapshot, v.size), typ=v.scalar)
@@ -200,10 +210,12 @@ def _emit_vector(
         if v.spread:
             deviation = b.fsub(value, pivot)
             b.store(b.fadd(b.load(totals[1], typ=deviation.type), deviation), totals[1])
-            _accumulate(b, squares, deviation, deviation)
+            # Halves together: one accumulator less for each, and the loop's sums stay in AVX2's 16 registers.
+            square = _squared_halves(v, deviation)
+            b.store(b.fadd(b.load(squares, typ=square.type), square), squares)
     results = [b.load(total, typ=v.of(v.scalar)) for total in totals]
     if v.spread:
-        _accumulate(b, sums[0], _widen(v, b.load(squares, typ=v.of(v.scalar))), v.constant(DOUBLE, 1.0))
+        _add_up(v.halved(), sums[0], b.load(squares, typ=v.halved().of(v.scalar)))
     with b.if_else(b.icmp_signed("<", group[1], row.num_snapshots)) as (to_be_continued, complete):
         with to_be_continued:
             for result, slot in zip(results, waiting, strict=True):
@@ -211,10 +223,10 @@ def _emit_vector(
         with complete:
             _emit_store(v, row, position, results[0])
             if v.spread:
-                count = _broadcast(v, b.sitofp(row.num_snapshots, v.scalar))
-                mean_deviation = b.fdiv(results[1], count)
-                for total, part in zip(sums[1:], (mean_deviation, b.fadd(mean_deviation, pivot)), strict=True):
-                    _accumulate(b, total, _widen(v, part), _widen(v, part))
+                share = b.fdiv(ir.Constant(v.scalar, 1.0), b.sitofp(row.num_snapshots, v.scalar))
+                mean = b.fadd(b.fmul(results[1], _broadcast(v, share), flags=_FUSED), pivot, flags=_FUSED)
+                for total, part in zip(sums[1:], (results[1], mean), strict=True):
+                    _add_up(v, total, b.fmul(part, part))
 
 
 def _emit_load(v: _Vectors, row: _Row, snapshot: Value, position: Value) -> Value:
@@ -267,8 +279,31 @@ def _accumulate(b: Builder, total: Value, left: Value, right: Value) -> None:
     b.store(b.fadd(b.load(total, typ=left.type), product, flags=_FUSED), total)
 
 
-def _widen(v: _Vectors, value: Value) -> Value:
-    return value if v.scalar == DOUBLE else v.b.fpext(value, v.of(DOUBLE))
+def _squared_halves(v: _Vectors, value: Value) -> Value:
+    if v.lanes == 1:
+        return v.b.fmul(value, value)
+    lower, upper = _halves(v, value)
+    return v.b.fadd(v.b.fmul(lower, lower, flags=_FUSED), v.b.fmul(upper, upper, flags=_FUSED), flags=_FUSED)
+
+
+def _halves(v: _Vectors, value: Value) -> tuple[Value, Value]:
+    lanes = v.lanes // 2
+    lower, upper = (ir.Constant(ir.VectorType(I32, lanes), list(range(k, k + lanes))) for k in (0, lanes))
+    return v.b.shuffle_vector(value, value, lower), v.b.shuffle_vector(value, value, upper)
+
+
+def _add_up(v: _Vectors, total: Value, value: Value) -> None:
+    """Add a vector to a float64 sum of fewer lanes.
+
+    Halves are added in the vector's own type first. Widening every lane would cost more than all else that the spread
+    does, and hold a merge of 16-bit snapshots up by half.
+    """
+    b = v.b
+    while v.lanes > _SUM_LANES:
+        value = b.fadd(*_halves(v, value))
+        v = v.halved()
+    wide = value if v.scalar == DOUBLE else b.fpext(value, v.of(DOUBLE))
+    b.store(b.fadd(b.load(total, typ=wide.type), wide), total)
 
 
 def _broadcast(v: _Vectors, scalar: Value) -> Value:

@@ -8,7 +8,7 @@ Knows addresses, dtypes and launches. Written for the bandwidth of an H100 (3.35
   mask, because a mask of unknown length would break the wide loads into single elements; only the last block of a
   tensor has one.
 - Snapshots are read in **groups of 4** whose loads do not wait for each other, so a program has 8 to 16 KiB under way.
-  Two programs on an SM suffice, and 8 or more fit. The last group is filled up with loads that are switched off, so one
+  Two programs on an SM suffice, and 8 fit, 4 with the spread. The last group is filled up with loads that are switched off, so one
   compiled kernel serves every N; unrolled over N, a window that grows from 2 to 10 snapshots would compile nine.
 - Addresses, N and coefficients are data, not constants: hundreds of small tensors cost one launch per combination of
   dtypes. Items are small enough that those of a 110M model (6,700) fill 132 SMs several times over, and large enough
@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pretrain_merge.kernels.spread import Spread
+from pretrain_merge.kernels import reference
+from pretrain_merge.kernels.spread import Spread, Sums
 from pretrain_merge.kernels.tables import address_table, item_table
 
 # Triton's interpreter runs kernels on CPU tensors; it is chosen by this variable when the kernel below is defined.
@@ -57,7 +58,7 @@ def merge_(
 
     Args:
         out: Tensors of one device to be written. Each is one block of memory with the snapshots' tensors
-            (`inputs.is_one_block`).
+            (`inputs.is_one_block`). With `spread`, none is a snapshot's tensor.
         snapshots: N sequences as long as `out`, oldest first.
         coefficients: N numbers.
         double: Accumulate in float64. Required where `out` or a snapshot holds a float64 tensor.
@@ -91,11 +92,14 @@ def merge_(
                 block=_BLOCK,
                 group=_GROUP,
                 num_warps=_NUM_WARPS,
+                maxnreg=_registers(double=double, spread=spread),
                 enable_fp_fusion=True,  # one rounding per term instead of two
             )
         if spread:
-            squares, squared_mean_deviation, squared_norm = sums.sum(dim=0).tolist()
-            total = total + Spread(squares / len(snapshots) - squared_mean_deviation, squared_norm)
+            added = Sums(*sums.sum(dim=0).tolist())
+            elements = sum(target.numel() for target in targets)
+            trusted = double or added.are_trustworthy(num_snapshots=len(snapshots), num_elements=elements)
+            total = total + (added.spread(len(snapshots)) if trusted else reference.measure(sources))
     return total if spread else None
 
 
@@ -112,11 +116,23 @@ def _group_by_instructions(
     return groups
 
 
+def _registers(*, double: bool, spread: bool) -> int:
+    """Registers that a thread may take: all that it needs, and no more.
+
+    Left to itself, ptxas rounds down to the next occupancy and puts a few values into local memory, which is as slow as
+    the snapshots. An SM has 65,536: 8, 5, 4 and 3 programs of 128 threads then fit, and two keep the memory busy.
+    """
+    if double:
+        return 168 if spread else 96
+    return 128 if spread else 64
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# N is data: Triton would compile once more for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["num_snapshots"])  # type: ignore[untyped-decorator]
 def _merge_items(  # type: ignore[no-untyped-def]
     rows,
     items,
@@ -138,7 +154,7 @@ def _merge_items(  # type: ignore[no-untyped-def]
     length = (tl.load(items + 3 * item + 2) - begin).to(tl.int32)
     whole = length // block * block
     squares = tl.zeros((), tl.float64)
-    squared_mean_deviation = tl.zeros((), tl.float64)
+    squared_deviation = tl.zeros((), tl.float64)
     squared_norm = tl.zeros((), tl.float64)
     for start in range(0, whole, block):
         first, second, third = _merge_block(
@@ -147,7 +163,7 @@ def _merge_items(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         if spread:
             squares += first
-            squared_mean_deviation += second
+            squared_deviation += second
             squared_norm += third
     if whole < length:
         first, second, third = _merge_block(
@@ -156,11 +172,11 @@ def _merge_items(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         if spread:
             squares += first
-            squared_mean_deviation += second
+            squared_deviation += second
             squared_norm += third
     if spread:
         tl.store(sums + 3 * item, squares)
-        tl.store(sums + 3 * item + 1, squared_mean_deviation)
+        tl.store(sums + 3 * item + 1, squared_deviation)
         tl.store(sums + 3 * item + 2, squared_norm)
 
 
@@ -212,11 +228,11 @@ def _merge_block(  # type: ignore[no-untyped-def]
     second = tl.zeros((), tl.float64)
     third = tl.zeros((), tl.float64)
     if spread:
-        mean_deviation = deviations / num_snapshots
-        mean = (mean_deviation + pivot).to(tl.float64)
-        first += tl.sum(squares.to(tl.float64))
-        second += tl.sum(mean_deviation.to(tl.float64) * mean_deviation.to(tl.float64))
-        third += tl.sum(mean * mean)
+        mean = deviations / num_snapshots + pivot
+        # A tree of a block's 1024 in their own type, then float64: widening each of them costs registers.
+        first += tl.sum(squares).to(tl.float64)
+        second += tl.sum(deviations * deviations).to(tl.float64)
+        third += tl.sum(mean * mean).to(tl.float64)
     return first, second, third
 
 

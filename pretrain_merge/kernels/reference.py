@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pretrain_merge.kernels.spread import Spread
+from pretrain_merge.kernels.spread import Spread, Sums
 
 # Elements per chunk. On the CPU the two float32 buffers are 1 MiB for each thread, the size of its L2 cache, up to a
 # chunk of 4 MiB. On a device, where each operation is a launch, that chunk at once. Never more than 40 MiB, the
@@ -40,7 +40,7 @@ def merge_(
         The spread over all tensors if it was asked for, else None.
     """
     device, dtype = out[0].device, torch.float64 if double else torch.float32
-    longest = min(_CHUNK_PER_THREAD * torch.get_num_threads(), _LONGEST_CHUNK) if out[0].is_cpu else _LONGEST_CHUNK
+    longest = _longest_chunk(out[0])
     length = min(longest, max(target.numel() for target in out))
     total, converted = torch.empty(2, length, dtype=dtype, device=device)
     measured = Spread(0.0, 0.0)
@@ -55,6 +55,20 @@ def merge_(
     return measured if spread else None
 
 
+def measure(snapshots: Sequence[Sequence[Tensor]]) -> Spread:
+    """The spread alone, in float64, of any dtypes and strides: what kernels turn to where float32 cannot hold it."""
+    longest = _longest_chunk(snapshots[0][0])
+    measured = Spread(0.0, 0.0)
+    for sources in zip(*snapshots, strict=True):
+        for source_chunks in _chunks(list(sources), longest):
+            measured = measured + _chunk_spread(source_chunks)
+    return measured
+
+
+def _longest_chunk(tensor: Tensor) -> int:
+    return min(_CHUNK_PER_THREAD * torch.get_num_threads(), _LONGEST_CHUNK) if tensor.is_cpu else _LONGEST_CHUNK
+
+
 def _sum_into(total: Tensor, converted: Tensor, sources: Sequence[Tensor], coefficients: Sequence[float]) -> None:
     # A product first, not zero plus a product: one snapshot with coefficient 1 then comes back bit for bit, -0.0
     # included.
@@ -65,20 +79,17 @@ def _sum_into(total: Tensor, converted: Tensor, sources: Sequence[Tensor], coeff
 
 
 def _chunk_spread(sources: Sequence[Tensor]) -> Spread:
-    """Deviations are from the oldest snapshot, not from zero: weights are far from zero and close to each other."""
     num_snapshots = len(sources)
-    pivot = sources[0].to(torch.float64)
+    pivot = sources[0].to(torch.float64, copy=True)
     sum_of_deviations = torch.zeros_like(pivot)
     sum_of_squares = torch.zeros_like(pivot)
     for source in sources[1:]:
         deviation = source.to(torch.float64) - pivot
         sum_of_deviations.add_(deviation)
         sum_of_squares.addcmul_(deviation, deviation)
-    mean_deviation = sum_of_deviations.div_(num_snapshots)
-    # (1/N) sum_j (x_j - mean)^2 = (1/N) sum_j d_j^2 - (mean d)^2 with d_j = x_j - x_0. As d_0 = 0, the difference keeps
-    # at least 1/N of its first term, so at most log2(N) bits cancel.
-    distance = sum_of_squares.div_(num_snapshots).addcmul_(mean_deviation, mean_deviation, value=-1.0).sum()
-    return Spread(distance.item(), (pivot + mean_deviation).square().sum().item())
+    squares, squared_deviation = sum_of_squares.sum().item(), sum_of_deviations.square().sum().item()
+    mean = pivot.add_(sum_of_deviations, alpha=1 / num_snapshots)
+    return Sums(squares, squared_deviation, mean.square_().sum().item()).spread(num_snapshots)
 
 
 def _chunks(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:

@@ -16,8 +16,7 @@ Table = npt.NDArray[np.int64]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 ITEM_WIDTH = 3
-# What a kernel leaves per item for the spread: sums of squared deviations, of squared mean deviations, of squared
-# means.
+# What a kernel leaves per item for the spread: the fields of `spread.Sums`.
 SUMS_WIDTH = 3
 
 

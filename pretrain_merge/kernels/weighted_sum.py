@@ -72,11 +72,10 @@ def weighted_sum_(
     check_merge(out, snapshots, coefficients)
     multipliers = [float(coefficient) for coefficient in coefficients]
     total = Spread(0.0, 0.0)
-    counts = None if isinstance(spread, bool) else spread
-    for group, rows in _group_rows(out, snapshots, backend, counts).items():
+    for group, rows in _group_rows(out, snapshots, backend, spread).items():
         targets = [out[i] for i in rows]
         sources = [[snapshot[i] for i in rows] for snapshot in snapshots]
-        part = group.merge(targets, sources, multipliers, double=group.double, spread=spread is not False)
+        part = _merge_group(group, targets, sources, multipliers, spread=spread is not False)
         increment_version(targets)  # kernels write through addresses, which autograd cannot see
         if part is not None:
             total = total + part.times(group.share)
@@ -98,16 +97,41 @@ class _Merge(Protocol):
 
 
 class _Group(NamedTuple):
-    """What rows must have in common to be merged by one call."""
+    """What rows must have in common to be merged by one call.
+
+    Attributes:
+        merge: The backend.
+        device: Of all tensors.
+        double: Accumulate in float64.
+        share: How much the rows count in the spread.
+        replaces: The outputs are snapshots' own tensors, and the spread is asked for.
+    """
 
     merge: _Merge
     device: torch.device
     double: bool
     share: float
+    replaces: bool
+
+
+def _merge_group(
+    group: _Group,
+    out: Sequence[Tensor],
+    snapshots: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float],
+    *,
+    spread: bool,
+) -> Spread | None:
+    if not (spread and group.replaces):
+        return group.merge(out, snapshots, coefficients, double=group.double, spread=spread)
+    # A kernel may have to measure once more, and would find the merge where the snapshot was.
+    measured = reference.measure(snapshots)
+    group.merge(out, snapshots, coefficients, double=group.double, spread=False)
+    return measured
 
 
 def _group_rows(
-    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], backend: Backend, counts: Sequence[float] | None
+    out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], backend: Backend, spread: bool | Sequence[float]
 ) -> dict[_Group, list[int]]:
     groups: dict[_Group, list[int]] = {}
     for i, target in enumerate(out):
@@ -116,8 +140,9 @@ def _group_rows(
         if not is_one_block(target, sources):
             merge = reference.merge_
         double = accumulator_dtype(target, sources) is torch.float64
-        share = 1.0 if counts is None else counts[i]
-        groups.setdefault(_Group(merge, target.device, double, share), []).append(i)
+        share = 1.0 if isinstance(spread, bool) else spread[i]
+        replaces = spread is not False and any(source.data_ptr() == target.data_ptr() for source in sources)
+        groups.setdefault(_Group(merge, target.device, double, share, replaces), []).append(i)
     return groups
 
 

@@ -22,7 +22,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.folders import published
 from pretrain_merge.merged_models import whole_weights
 from pretrain_merge.merged_models.whole_weights import LARGEST_FILE, WEIGHTS, Weights
-from pretrain_merge.parameters.live import plain_name
+from pretrain_merge.parameters.shards import plain_name
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
 

@@ -1,25 +1,20 @@
-"""The live model on this rank: which tensors are merged, and the shards that they are."""
+"""The live model on this rank: which tensors are merged, the shards that they are, and their places in memory."""
 
-from pretrain_merge.parameters.live import (
-    all_finite,
-    as_shards,
-    copy_,
-    identities,
-    is_sharded,
-    mergeable_tensors,
-    plain_name,
-    reshard,
-    whole_sizes,
-)
+from pretrain_merge.parameters.elements import all_finite, copy_, same_bits
+from pretrain_merge.parameters.live import Trained, mergeable_tensors
+from pretrain_merge.parameters.places import Places
+from pretrain_merge.parameters.shards import as_shards, is_sharded, plain_name, reshard, whole_sizes
 
 __all__ = [
+    "Places",
+    "Trained",
     "all_finite",
     "as_shards",
     "copy_",
-    "identities",
     "is_sharded",
     "mergeable_tensors",
     "plain_name",
     "reshard",
+    "same_bits",
     "whole_sizes",
 ]

@@ -1,30 +1,72 @@
-"""Rank-local parameters: which tensors of a module are merged, and moving them to and from a snapshot.
+"""Which tensors of a live model are merged, and what is refused because it could not be merged exactly.
 
 This module knows modules and tensors. It knows nothing of when a snapshot is due, where it is stored or how snapshots
 are weighted. Everything is local to this rank: merging is elementwise, so shards are all it needs (DESIGN, "shard").
 """
 
 import fnmatch
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
-from pretrain_merge.errors import UnsupportedModelError
-
-try:  # a torch built without distributed has no FSDP modules to reshard or to refuse
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-except ImportError:  # pragma: no cover
-    FSDPModule = FullyShardedDataParallel = None  # type: ignore[assignment,misc]
+from pretrain_merge.errors import UnsupportedModelError, nearest
+from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PLAIN_TYPES = (nn.Parameter, Tensor, DTensor, nn.Buffer)
+_ALL = ("*",)
+_NUM_NAMED = 8  # parameters that a message lists
+
+
+class Trained:
+    """The set of parameters that are merged: those that train, or once did when this looked.
+
+    `requires_grad` at one moment does not define it (P36): a GAN freezes one half while the other steps, and callbacks
+    unfreeze layers after training has begun. So what was merged stays merged, and the set only grows.
+
+    Args:
+        **options: Of `mergeable_tensors`, but for `also`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._names: set[str] = set()
+        self._optimizers: tuple[Any, ...] = ()
+
+    def watch(self, module: nn.Module, optimizers: Iterable[Any]) -> None:
+        """Look when training starts, and remember whose state says what is stepped."""
+        self._optimizers = tuple(optimizers)
+        self.look(module)
+
+    def remember(self, names: Iterable[str]) -> None:
+        """Parameters that a run before merged."""
+        self._names.update(names)
+
+    def look(self, module: nn.Module) -> None:
+        """Remember what requires a gradient now, or has been stepped."""
+        stepped = {id(parameter) for item in self._optimizers for parameter in getattr(item, "state", ())}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad or id(parameter) in stepped:
+                self._names.add(plain_name(name))
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The local tensors to be merged, by name; see `mergeable_tensors`."""
+        self.look(module)
+        return mergeable_tensors(module, also=self._names, **self._options)
 
 
 def mergeable_tensors(
-    module: nn.Module, *, merge_buffers: Sequence[str] = (), batch_norm: str = "refuse"
+    module: nn.Module,
+    *,
+    merge_buffers: Sequence[str] = (),
+    batch_norm: str = "refuse",
+    include: Sequence[str] = _ALL,
+    exclude: Sequence[str] = (),
+    also: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The local tensors that snapshots hold, by name: trainable float parameters, each once, and chosen buffers.
 
@@ -36,146 +78,122 @@ def mergeable_tensors(
         module: The live model.
         merge_buffers: Patterns (as in fnmatch) of float buffers that are merged like parameters.
         batch_norm: "refuse", "live" or "merge", for running statistics of BatchNorm layers.
+        include: Patterns of parameters that may be merged.
+        exclude: Patterns of parameters that are not; one name of a tied parameter is enough.
+        also: Names of parameters that are merged although they require no gradient now.
 
     Raises:
         UnsupportedModelError: A parameter cannot be merged exactly, or a pattern matches nothing; names the way out.
     """
-    _refuse_fsdp1(module)
+    refuse_fsdp1(module)
     reshard(module)
+    parameters = [(plain_name(name), item) for name, item in module.named_parameters(remove_duplicate=False)]
+    wanted = _matching([name for name, _ in parameters], include, exclude)
+    left_out = {id(parameter) for name, parameter in parameters if name not in wanted}
+    trained = [(name, item) for name, item in parameters if item.requires_grad or name in also]
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            local = _local(plain_name(name), parameter)
+    for name, parameter in trained:
+        if id(parameter) not in left_out:
+            local = _local(name, parameter)
             # P22: two Parameter objects over one storage are tied as much as one object under two names
-            identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (name,)
+            identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
             if identity not in seen:
                 seen.add(identity)
-                tensors[plain_name(name)] = local
+                tensors[name] = local
     tensors |= _chosen_buffers(module, merge_buffers, batch_norm)
     if not tensors:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no trainable float parameters, so there is nothing to merge. Set "
-            f"requires_grad=True on the parameters that train before fit, or remove the callback."
-        )
+        raise UnsupportedModelError(_why_nothing(module, [name for name, _ in trained]))
+    _refuse_overlaps(tensors)
     return tensors
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` put in.
-
-    >>> plain_name("model._orig_mod.layers.0.weight")
-    'model.layers.0.weight'
-    """
-    return name.replace("_orig_mod.", "")
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether this rank holds only a part of some trainable parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters() if parameter.requires_grad)
-
-
-def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Local tensors as the parts of whole parameters that they are: DTensors over the same memory where sharded.
-
-    Args:
-        module: The live model, whose parameters tell how they are sharded.
-        tensors: By the names of `mergeable_tensors`, in the shapes of its tensors and any dtype.
-    """
-    parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
-    return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
-
-
-def whole_sizes(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[int]:
-    """Elements of the whole parameters of which local tensors are parts, in their order."""
-    return [tensor.numel() for tensor in as_shards(module, tensors).values()]
-
-
-def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor):
-        return tensor
-    return DTensor.from_local(
-        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-def reshard(module: nn.Module) -> None:
-    """Drop gathered parameters of FSDP2, so that the shards are what the next forward uses (P18)."""
-    if FSDPModule is not None:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
-
-
-@torch.no_grad()
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensor by tensor, in one multi-tensor call."""
-    torch._foreach_copy_(list(targets), list(sources))
-
-
-def identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Which memory, and how often it was written: equal as long as nobody touched the very same tensors."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-
-
-@torch.no_grad()
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite, from one reduction that allocates nothing (`isfinite`: 16.8 copies).
-
-    On a CPU the extremes, which propagate NaN: half a copy in float32, two thirds in 16 bits, where norms take 2 to 13.
-    Elsewhere one fused norm of all tensors, and the extremes only where squares of finite values overflow.
-    """
-    groups: dict[tuple[torch.device, bool], list[Tensor]] = {}
-    for tensor in (tensor for tensor in tensors if tensor.numel()):
-        groups.setdefault((tensor.device, tensor.dtype == torch.float64), []).append(tensor)
-    return all(
-        (device.type != "cpu" and _norms_are_finite(group)) or all(map(_extremes_are_finite, group))
-        for (device, _), group in groups.items()
-    )
-
-
-def _extremes_are_finite(tensor: Tensor) -> bool:
-    lowest, highest = tensor.aminmax()
-    return math.isfinite(lowest.item()) and math.isfinite(highest.item())
-
-
-def _norms_are_finite(tensors: list[Tensor]) -> bool:
-    # float32: the norm of a finite float16 tensor can exceed what float16 holds; torch refuses it for float64
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return bool(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).isfinite().all())
-
-
-def _refuse_fsdp1(module: nn.Module) -> None:
-    if FullyShardedDataParallel is not None:
-        for name, part in module.named_modules():
-            if isinstance(part, FullyShardedDataParallel):
+def _matching(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if pattern != "*" and not fnmatch.filter(names, pattern):
+                meant = f"; did you mean {near!r}?" if (near := nearest(pattern, names)) else "."
                 raise UnsupportedModelError(
-                    f"module {name!r} is wrapped in FSDP1 (FullyShardedDataParallel), whose parameters are views of a "
-                    f"flat one and move, also with use_orig_params=True. Use FSDP2: fully_shard, and "
-                    f"ModelParallelStrategy in a Trainer."
+                    f"parameters.{key}: {pattern!r} matches no parameter{meant} "
+                    f"Allowed: patterns (as in fnmatch) of names such as {', '.join(map(repr, names[:_NUM_NAMED]))}."
                 )
+    included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
+    return included - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+
+
+def _why_nothing(module: nn.Module, trained: Sequence[str]) -> str:
+    if not trained:
+        return (
+            f"{type(module).__name__} has no trainable float parameters, so there is nothing to merge. Set "
+            f"requires_grad=True on the parameters that train before fit, or remove the callback."
+        )
+    return (
+        f"parameters: all {len(trained)} trainable parameters of {type(module).__name__} are left out. Allowed: "
+        f"patterns that leave one or more, such as {trained[0]!r}. Narrow `exclude`, or widen `include`."
+    )
+
+
+def _refuse_overlaps(tensors: Mapping[str, Tensor]) -> None:
+    """Memory that two tensors share in part, or in two shapes, would be merged twice."""
+    spans = [
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in tensors.items()
+        if tensor.numel()
+    ]
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(spans)):
+        if device == other_device and start < end:
+            raise UnsupportedModelError(
+                f"{name!r} {tuple(tensors[name].shape)} and {other!r} {tuple(tensors[other].shape)} share memory, in "
+                f"part or under two shapes, so a merge would write it twice. Allowed: tied parameters of one shape. "
+                f"Make one of them a tensor of its own with .clone() when the model is built, or use one Parameter "
+                f"and take the other's view of it in forward."
+            )
 
 
 def _local(name: str, tensor: Tensor) -> Tensor:
-    inner = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    if type(tensor) not in _PLAIN_TYPES or type(inner) not in _PLAIN_TYPES or hasattr(tensor, "ds_id"):
-        raise UnsupportedModelError(
-            f"parameter {name!r} is a {type(inner).__name__}, whose elements cannot be read and written in place. "
-            f"Allowed: plain parameters and DTensor shards. Use FSDP2 (ModelParallelStrategy) instead of FSDP1 or "
-            f"DeepSpeed ZeRO-3, and keep quantised parameters frozen (requires_grad=False)."
-        )
-    if tensor.dtype not in _MERGEABLE_DTYPES:
-        raise UnsupportedModelError(
-            f"parameter {name!r} has dtype {tensor.dtype}. Allowed: float64, float32, bfloat16, float16. Train it in "
-            f"one of these, or freeze it (requires_grad=False)."
-        )
-    if tensor.is_meta:
-        raise UnsupportedModelError(
-            f"parameter {name!r} is on the meta device and holds no values. Materialise the model in configure_model."
-        )
+    if reason := _why_not_mergeable(tensor):
+        raise UnsupportedModelError(f"parameter {name!r} {reason}")
     with torch.no_grad():  # under grad mode to_local() is an autograd view with a version counter of its own
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         return local if local.is_contiguous() else _in_memory_order(name, local)
+
+
+def _why_not_mergeable(tensor: Tensor) -> str | None:
+    """What a parameter is that is not dense memory of floats, what is allowed, and the way out."""
+    kind = type(local_part(tensor))
+    if hasattr(tensor, "ds_id"):
+        return (
+            "is partitioned by DeepSpeed ZeRO-3, so its elements cannot be read and written in place. Allowed: plain "
+            "parameters and DTensor shards. Use FSDP2 (ModelParallelStrategy) instead of DeepSpeed ZeRO-3."
+        )
+    if is_lazy(tensor):
+        return (
+            f"is a {kind.__name__} of a lazy layer, which has no shape before its first forward. Allowed: parameters "
+            f"that are initialised. Run one batch through the module before fit, or give the layer its sizes."
+        )
+    if tensor.layout is not torch.strided:
+        return (
+            f"is sparse or packed ({tensor.layout}), so its elements have no fixed place. Allowed: dense parameters. "
+            f"Make it dense with .to_dense(), freeze it (requires_grad=False), or leave it out (parameters.exclude)."
+        )
+    if not is_plain(local_part(tensor)):
+        base = kind.__mro__[1].__name__
+        return (
+            f"is a {kind.__name__}, a subclass of {base}, whose elements may not be what is read and written in place. "
+            f"Allowed: plain parameters and DTensor shards (FSDP2). Make it an nn.Parameter, or keep it frozen "
+            f"(requires_grad=False), as quantised parameters are."
+        )
+    if tensor.dtype not in _MERGEABLE_DTYPES:
+        return (
+            f"has dtype {tensor.dtype}. Allowed: float64, float32, bfloat16, float16. Train it in one of these, or "
+            f"freeze it (requires_grad=False)."
+        )
+    if tensor.is_meta:
+        return (
+            "is on the meta device and holds no values. Allowed: parameters with memory. Materialise the model in "
+            "configure_model."
+        )
+    return None
 
 
 def _in_memory_order(name: str, tensor: Tensor) -> Tensor:

@@ -79,11 +79,16 @@ class Layout:
 
     def elements_of_all_ranks(self, shapes: Sequence[Shape]) -> int:
         """Elements that all ranks hold together, replicas counted."""
-        return self.replicate * self.tensor * sum(self.elements(shapes, rank) for rank in range(self.shard))
+        # each row is on one of the shards; no loop over ranks, of which somebody may name any number
+        sharded = sum(self._rows(shape) * math.prod(shape[1:]) if shape else self.shard for shape in shapes)
+        return self.replicate * self.tensor * sharded
 
     def _elements(self, shape: Shape, rank: int) -> int:
         if not shape:
             return 1
-        rows = -(-shape[0] // self.tensor) if len(shape) > 1 else shape[0]
+        rows = self._rows(shape)
         own = -(-rows // self.shard)
         return max(0, min(own, rows - rank * own)) * math.prod(shape[1:])
+
+    def _rows(self, shape: Shape) -> int:
+        return -(-shape[0] // self.tensor) if len(shape) > 1 else shape[0]

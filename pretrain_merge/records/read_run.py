@@ -5,18 +5,24 @@ export has no learning rates, so a break in it goes unseen, and the distance bet
 """
 
 import csv
-import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
+from pretrain_merge.files import untrusted
 from pretrain_merge.records import RAW, MergeRecord, Recipe, read_records
 
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4
+_SIGNATURE = 7  # bytes
+_LARGEST_RECORD = 2**24  # bytes; one of ours has some kilobytes
+_LARGEST_WINDOW = 10_000  # as in `config`; a file may claim any number of snapshots
+_MOST_DIGITS = 9
+_MOST_SNAPSHOTS = 4_000_000  # of all merges together; each takes some 50 bytes
+_LARGEST_STEP = 2**53  # beyond, floats skip integers
 Row = Mapping[str, float]
 
 
@@ -43,10 +49,14 @@ def read_run(path: Path, *, every: int | None = None, average: str = "last", nam
             f"interval (--every 1000), or the run's merges.jsonl, which says."
         )
     rows = _csv_rows(source) if source.suffix == ".csv" else _wandb_rows(source)
-    merges = {int(row[f"{name}/step"]): row for row in rows if f"{name}/step" in row and _has_raw(row, name)}
-    if not merges:
+    try:
+        merges = {_counter(row, f"{name}/step", _LARGEST_STEP): row for row in rows if _is_merge(row, name)}
+        records = list(_records(name, [row for _, row in sorted(merges.items())], every, average))
+    except ValueError as error:
+        raise CheckpointError(f"{source} is not what a run writes: {error}. Export the run again.") from error
+    if not records:
         raise CheckpointError(f"{source} holds no merge of {name!r}. Name a file that ModelMerging's metrics went to.")
-    return [_record(name, row, every, average) for _, row in sorted(merges.items())]
+    return records
 
 
 def _source(path: Path) -> Path:
@@ -57,30 +67,30 @@ def _source(path: Path) -> Path:
     elif path.is_file() and path.suffix in (".jsonl", ".csv", ".wandb"):
         return path
     raise CheckpointError(
-        f"{path} is no run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one of "
+        f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one of "
         f"these files."
     )
 
 
-def _has_raw(row: Row, name: str) -> bool:
-    return any(key.startswith(f"{name}/{RAW}/") for key in row)
+def _is_merge(row: Row, name: str) -> bool:
+    return f"{name}/step" in row and any(key.startswith(f"{name}/{RAW}/") for key in row)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                # W&B's own export puts the run's name before the metric
-                yield {key.rpartition(" - ")[2]: float(value) for key, value in row.items() if _is_number(value)}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        for row in csv.DictReader(line.decode("utf-8") for line in untrusted.lines(path)):
+            # W&B's own export puts the run's name before the metric
+            numbers = {key.rpartition(" - ")[2]: _number(value) for key, value in row.items() if key is not None}
+            yield {key: value for key, value in numbers.items() if value is not None and math.isfinite(value)}
+    except (OSError, ValueError, csv.Error) as error:
         raise CheckpointError(f"cannot read {path}: {error}. Name a CSV of metrics with a header line.") from error
 
 
-def _is_number(text: object) -> bool:
+def _number(text: object) -> float | None:
     try:
-        return isinstance(text, str) and math.isfinite(float(text))
+        return float(text) if isinstance(text, str) else None
     except ValueError:
-        return False
+        return None
 
 
 def _wandb_rows(path: Path) -> Iterator[Row]:
@@ -90,33 +100,53 @@ def _wandb_rows(path: Path) -> Iterator[Row]:
         raise MissingDependencyError("W&B runs are read with wandb. Run: pip install wandb") from error
     messages: Any = wandb_internal_pb2  # its classes are made when it is imported
     try:
-        for content in _leveldb_records(path.read_bytes()):
-            record = messages.Record.FromString(content)
-            if record.WhichOneof("record_type") == "history":
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                values = {key: json.loads(value) for key, value in items.items()}
-                yield {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        with untrusted.opened(path) as file:
+            for content in _leveldb_records(file):
+                record = messages.Record.FromString(content)
+                if record.WhichOneof("record_type") == "history":
+                    items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                    numbers = {key: _number(value) for key, value in items.items()}
+                    yield {key: value for key, value in numbers.items() if value is not None}
     except Exception as error:
         if not isinstance(error, OSError | ValueError) and type(error).__module__ != "google.protobuf.message":
             raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the .wandb file of an offline run.") from error
 
 
-def _leveldb_records(data: bytes) -> Iterator[bytes]:
-    position, record = 7, b""  # W&B's own header comes first
-    while position + _HEADER.size <= len(data):
+def _leveldb_records(file: BinaryIO) -> Iterator[bytes]:
+    position, record = _SIGNATURE, bytearray()  # W&B's own header comes first
+    file.seek(position)
+    while True:
         left_in_block = _BLOCK - position % _BLOCK
         if left_in_block < _HEADER.size:  # padding
             position += left_in_block
+            file.seek(position)
             continue
-        _, length, part = _HEADER.unpack_from(data, position)
-        body = data[position + _HEADER.size : position + _HEADER.size + length]
+        head = file.read(_HEADER.size)
+        if len(head) < _HEADER.size:
+            return
+        _, length, part = _HEADER.unpack(head)
+        body = file.read(length)
         if len(body) < length:  # a run that was killed, or still writes
             return
-        record = body if part in (_WHOLE, _FIRST) else record + body
+        if part in (_WHOLE, _FIRST):
+            record.clear()
+        if len(record) + length > _LARGEST_RECORD:
+            raise ValueError(f"a record has more than {_LARGEST_RECORD:,} bytes")
+        record += body
         if part in (_WHOLE, _LAST):
-            yield record
+            yield bytes(record)
         position += _HEADER.size + length
+
+
+def _records(name: str, rows: Iterable[Row], every: int, average: str) -> Iterator[MergeRecord]:
+    num_snapshots = 0
+    for row in rows:
+        record = _record(name, row, every, average)
+        num_snapshots += sum(len(recipe.steps) for recipe in record.recipes.values())
+        if num_snapshots > _MOST_SNAPSHOTS:
+            raise ValueError(f"its views merge more than {_MOST_SNAPSHOTS:,} snapshots")
+        yield record
 
 
 def _record(name: str, row: Row, every: int, average: str) -> MergeRecord:
@@ -126,13 +156,14 @@ def _record(name: str, row: Row, every: int, average: str) -> MergeRecord:
         model, _, metric = rest.partition("/")
         if prefix == name and metric and model != "forecast":
             measured.setdefault(model, {})[metric] = value
-    step, window = int(row[f"{name}/step"]), int(row.get(f"{name}/window", 0))
+    step = _counter(row, f"{name}/step", _LARGEST_STEP)
+    window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
     raw = measured.pop(RAW)
     return MergeRecord(
         name=name,
         step=step,
         samples=0,
-        tokens=int(row.get(f"{name}/tokens", 0)),
+        tokens=_counter(row, f"{name}/tokens", _LARGEST_STEP),
         window=window,
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
@@ -142,11 +173,22 @@ def _record(name: str, row: Row, every: int, average: str) -> MergeRecord:
     )
 
 
+def _counter(row: Row, key: str, most: int) -> int:
+    value = row.get(key, 0.0)
+    if not 0 <= value <= most:
+        raise ValueError(f"{key} is {value:g}, and may be 0 to {most}")
+    return int(value)
+
+
 def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterator[tuple[str, Recipe]]:
     """Of the plain means; coefficients of other kinds are not in an export."""
     for view in views:
         digits = view.removeprefix("sma")
-        number = int(digits) if digits.isdecimal() else window
-        if view.startswith("sma") and (digits.isdecimal() or not digits) and number >= 2:
+        if not view.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
+            continue
+        number = int(digits or window)
+        if number > _LARGEST_WINDOW:
+            raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
+        if number >= 2:
             steps = tuple(step - every * back for back in reversed(range(number)))
             yield view, Recipe(steps, (1 / number,) * number)

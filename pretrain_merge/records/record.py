@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic, untrusted
 
 RAW = "raw"
 FORECAST = "forecast"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
+_LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
 
 
@@ -110,13 +112,13 @@ class MergeRecord:
         return json.dumps(_spell_out_non_finite(asdict(self)), allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> "MergeRecord":
+    def from_json(cls, line: str | bytes) -> "MergeRecord":
         """The inverse of `to_json`.
 
         Raises:
             ValueError: The line is not JSON, or not one of our records.
         """
-        values = json.loads(line)
+        values = untrusted.parse_json(line.encode() if isinstance(line, str) else line)
         known = {item.name for item in fields(cls)}
         has_our_keys = isinstance(values, dict) and values.keys() <= known
         if not has_our_keys or not all(isinstance(values.get(key), type_) for key, type_ in _TYPES.items()):
@@ -130,9 +132,12 @@ class MergeRecord:
             for name, expected in values.pop("forecasts", {}).items()
         }
         numbers = _read_non_finite({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        return cls(
+        record = cls(
             **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
         )
+        if not _is_sound(record):
+            raise ValueError("a value is of another type than ours, or out of range")
+        return record
 
 
 def metric_name(name: str, model: str, metric: str) -> str:
@@ -152,8 +157,7 @@ def append_record(path: Path, record: MergeRecord) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
+        atomic.append(path, record.to_json() + "\n")
     except OSError as error:
         raise CheckpointError(
             f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
@@ -168,10 +172,11 @@ def read_records(path: Path) -> list[MergeRecord]:
         CheckpointError: The file is missing, or a line is no record of ours.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return list(_parse(path, untrusted.lines(path)))
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
-    return list(_parse(path, lines))
 
 
 def keep_records_until(path: Path, step: int, *, before: Path | None = None) -> list[MergeRecord]:
@@ -189,27 +194,49 @@ def keep_records_until(path: Path, step: int, *, before: Path | None = None) -> 
         CheckpointError: The file cannot be read or rewritten.
     """
     source = before if before is not None and not path.exists() else path
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed
+        atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
         if not source.exists():
             return []
-        text = source.read_bytes()
-        lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines(keepends=True)
-        records = zip(lines, _parse(source, lines), strict=True)
+        lines = list(untrusted.lines(source))
+        whole = [line for line in lines if line.endswith(b"\n")]
+        records = zip(whole, _parse(source, whole), strict=True)
         kept = [(line, record) for line, record in records if record.step <= step]
-        if (cut := "".join(line for line, _ in kept).encode()) != text or source != path:
+        if len(kept) < len(lines) or source != path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(cut)
-            temporary.replace(path)
-    except (OSError, UnicodeDecodeError) as error:
+            atomic.write(path, b"".join(line for line, _ in kept))
+    except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
     return [record for _, record in kept]
 
 
-def _parse(path: Path, lines: Iterable[str]) -> Iterable[MergeRecord]:
+def _is_sound(record: MergeRecord) -> bool:
+    """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
+    counters = (record.step, record.samples, record.tokens, record.window, record.refused, record.since)
+    expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
+    recipes = record.recipes.values()
+    return (
+        _are_counters([*counters, *(item.step for item in expected), *(step for item in recipes for step in item.steps)])
+        and _are_numbers([record.spread, *record.lr, *record.raw.values(), *record.timing.values()])
+        and all(_are_numbers(metrics.values()) for metrics in record.views.values())
+        and all(_are_numbers(item.coefficients) for item in recipes)
+        and all(_are_numbers((item.mean, item.low, item.high)) for item in expected)
+        and all(isinstance(text, str) for text in (record.phase, record.average, record.slot_dtype))
+        and all(isinstance(reason, str) for reason in record.skipped.values())
+    )
+
+
+def _are_counters(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < _LARGEST for value in values)
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(type(value) is float or (type(value) is int and -_LARGEST < value < _LARGEST) for value in values)
+
+
+def _parse(path: Path, lines: Iterable[bytes]) -> Iterable[MergeRecord]:
     for number, line in enumerate(lines, start=1):
         try:
             yield MergeRecord.from_json(line)

@@ -15,12 +15,12 @@ from pretrain_merge.errors import CheckpointError, ProgressError
 from pretrain_merge.files.snapshot_file import SnapshotFile, is_ours
 from pretrain_merge.window.window import Break
 
-_FORMAT = 1
+_FORMAT = 2
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class HeldSnapshot:
+class SavedSnapshot:
     """A snapshot of the window and the file that holds it."""
 
     segment: int
@@ -31,12 +31,12 @@ class HeldSnapshot:
 
 
 @dataclass(frozen=True)
-class OpenBlock:
+class SavedBlock:
     """The running sum of `average: block`; the file holds it, None where nothing was sampled yet."""
 
     num_seen: int
     num_samples: int
-    is_complete: bool
+    is_valid: bool
     file: SnapshotFile | None
 
 
@@ -54,6 +54,7 @@ class Manifest:
         segment: Number of breaks so far.
         last_break: The last of them.
         snapshot_is_new: Whether the last observed step took one.
+        parameters: Names of the tensors that every snapshot holds: what the run merges, whatever is frozen meanwhile.
         snapshots: Oldest first.
         block: Of `average: block`.
     """
@@ -67,14 +68,15 @@ class Manifest:
     segment: int
     last_break: Break | None
     snapshot_is_new: bool
-    snapshots: tuple[HeldSnapshot, ...]
-    block: OpenBlock | None
+    parameters: tuple[str, ...]
+    snapshots: tuple[SavedSnapshot, ...]
+    block: SavedBlock | None
 
     @property
     def files(self) -> tuple[SnapshotFile, ...]:
         """Every file that it refers to."""
         block = (self.block.file,) if self.block is not None and self.block.file is not None else ()
-        return (*(held.file for held in self.snapshots), *block)
+        return (*(saved.file for saved in self.snapshots), *block)
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, text, lists and dictionaries, with a checksum over all of them (P12)."""
@@ -122,15 +124,15 @@ def unsealed(kind: type[_T], plain: object, *, check: Callable[[_T], None] = lam
 
 
 def _refuse_impossible(manifest: Manifest) -> None:
-    steps = [held.progress.step for held in manifest.snapshots]
-    segments = [held.segment for held in manifest.snapshots]
+    steps = [saved.progress.step for saved in manifest.snapshots]
+    segments = [saved.segment for saved in manifest.snapshots]
     if steps != sorted(set(steps)) or any(step > manifest.progress.step for step in steps):
         raise ValueError(f"its snapshots are of steps {steps}, and the run was at {manifest.progress.step}")
     if segments != sorted(segments) or any(not 0 <= segment <= manifest.segment for segment in segments):
         raise ValueError(f"its snapshots are of segments {segments}, and there were {manifest.segment} breaks")
     for file in manifest.files:
         if not is_ours(file.name):
-            raise ValueError(f"{file.name!r} is no name of a snapshot file")
+            raise ValueError(f"{file.name!r} is not a name of a snapshot file")
 
 
 def _checksum(values: object) -> int:

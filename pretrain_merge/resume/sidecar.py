@@ -6,7 +6,6 @@ noted before it is written, and a file is deleted only when every checkpoint tha
 
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import folder_lock
-from pretrain_merge.files.folders import sync
+from pretrain_merge.files import atomic, folder_lock, untrusted
 from pretrain_merge.files.snapshot_file import is_ours
 from pretrain_merge.runtime.log import logger
 
@@ -23,14 +21,14 @@ _NEEDS = "checkpoints.json"
 
 
 @dataclass(frozen=True)
-class _Announced:
-    """A checkpoint that is to be written: what was at its path before, and how often it was announced since."""
+class _Registered:
+    """A checkpoint that is to be written: what was at its path before, and how often it was registered since."""
 
     before: str | None
     times: int
 
 
-class Sidecar:
+class WindowFolder:
     """Durable files of one run, locked against other runs.
 
     Args:
@@ -45,11 +43,10 @@ class Sidecar:
         folder_lock.claim(self.folder, remedy="Set window_folder to a folder that can be written, of this run alone.")
         self._release = weakref.finalize(self, _release, self.folder)  # also if nobody closes it
         self._needs = self._read_needs()
-        self._unwritten: dict[str, _Announced] = {}
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
-            _delete(leftover)
+        self._unwritten: dict[str, _Registered] = {}
+        atomic.remove_leftovers(self.folder)
 
-    def announce(self, checkpoint: str, names: Iterable[str], before: str | None = None) -> None:
+    def register(self, checkpoint: str, names: Iterable[str], before: str | None = None) -> None:
         """Note which files a checkpoint will need; call before it is written.
 
         Args:
@@ -58,27 +55,27 @@ class Sidecar:
             before: What is at its path now, as `prune` will be told. Until that has changed, and it may be written in
                 the background, it is an older checkpoint, whose needs are kept as well.
         """
-        self._look(checkpoint, before)
+        self._forget_overwritten(checkpoint, before)
         times = self._unwritten[checkpoint].times if checkpoint in self._unwritten else 0
         self._needs[checkpoint] = [*self._needs.get(checkpoint, []), sorted(names)]
-        self._unwritten[checkpoint] = _Announced(before, times + 1)
+        self._unwritten[checkpoint] = _Registered(before, times + 1)
         self._write_needs()
 
     def knows(self, checkpoint: str) -> bool:
-        """Whether a checkpoint was announced, and not been gone since."""
+        """Whether a checkpoint was registered, and not been gone since."""
         return checkpoint in self._needs
 
-    def prune(self, held: Iterable[str], there: Callable[[str], str | None]) -> None:
+    def prune(self, held: Iterable[str], fingerprint_of: Callable[[str], str | None]) -> None:
         """Delete files that neither a checkpoint nor the window needs; call after a checkpoint was written.
 
         Args:
             held: Files of the window as it is now.
-            there: What is at the path of a checkpoint, in any words that are others for another file; None: nothing.
+            fingerprint_of: What is at the path of a checkpoint, in any words that are others for another file; None: nothing.
         """
         before = dict(self._needs)
-        found = {path: there(path) for path in before if path}
+        found = {path: fingerprint_of(path) for path in before if path}
         for path, now in found.items():
-            self._look(path, now)
+            self._forget_overwritten(path, now)
         gone = {path for path, now in found.items() if now is None and path not in self._unwritten}
         self._needs = {path: needs for path, needs in self._needs.items() if path not in gone}
         if self._needs != before:
@@ -86,35 +83,35 @@ class Sidecar:
         needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
         for file in self._files():
             if file.name not in needed:
-                _delete(file)
+                atomic.delete(file)
 
     def close(self) -> None:
         """Let other runs use the folder; it goes where nothing is in it."""
         self._release()
 
-    def _look(self, path: str, now: str | None) -> None:
-        """Where another file than before is at a path, one that was announced was written, and older ones are gone."""
-        announced = self._unwritten.get(path)
-        if announced is None or now in (None, announced.before):
+    def _forget_overwritten(self, path: str, now: str | None) -> None:
+        """Where another file than before is at a path, one that was registered was written, and older ones are gone."""
+        registered = self._unwritten.get(path)
+        if registered is None or now in (None, registered.before):
             return
-        self._needs[path] = self._needs[path][-announced.times :]
-        if announced.times == 1:
+        self._needs[path] = self._needs[path][-registered.times :]
+        if registered.times == 1:
             del self._unwritten[path]
         else:
-            self._unwritten[path] = _Announced(now, announced.times - 1)
+            self._unwritten[path] = _Registered(now, registered.times - 1)
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*-*-*.*") if is_ours(path.name)]
 
     def _read_needs(self) -> dict[str, list[list[str]]]:
         path = self.folder / _NEEDS
-        if not path.exists():
+        if not os.path.lexists(path):
             return {}
         try:
-            needs = json.loads(path.read_text(encoding="utf-8"))
+            needs = untrusted.read_json(path, is_ours=True)
             if isinstance(needs, dict) and all(_are_needs(value) for value in needs.values()):
                 return needs
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             pass
         logger.warning(
             f"{path} is damaged. It only says what may be deleted, so every file now there is kept for good."
@@ -128,28 +125,13 @@ class Sidecar:
         if not self._needs:
             path.unlink(missing_ok=True)
             return
-        temporary = self.folder / f".{_NEEDS}.{os.getpid()}.tmp"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # it went with `close` where nothing was in it
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(self._needs, file, indent=1, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync(self.folder)
+            atomic.make_folder(self.folder)  # it went with `close` where nothing was in it
+            atomic.write(path, json.dumps(self._needs, indent=1, sort_keys=True))
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise CheckpointError(
                 f"cannot write {path}: {error}. Free space there, or set window_folder to another folder."
             ) from error
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _are_needs(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a merge is being evaluated at this moment, for hooks that do what cannot be put back: write files, call services.
+"""Whether a merge is being evaluated now, for hooks that do what cannot be put back: write files, call services.
 
 This module knows one fact. It imports nothing, so a user's module may ask without loading any of ours.
 """

@@ -33,7 +33,7 @@ class DeviceStore:
             ]
         parameters.copy_(self._slots[slot], list(tensors.values()))
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Nothing to wait for: whatever comes next on the device comes after the copy."""
 
     def merge_(
@@ -50,6 +50,10 @@ class DeviceStore:
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
         parameters.copy_(out, self._slots[slot])
+
+    def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether a slot is bit for bit what these tensors of its dtypes are."""
+        return parameters.same_bits(tensors, self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.

@@ -5,12 +5,10 @@ wants the whole model in host memory at once; the format is theirs (`slot_file`)
 """
 
 import mmap
-import os
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import folder_lock, snapshot_file
+from pretrain_merge.files import atomic, folder_lock, snapshot_file
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile, stage
 from pretrain_merge.kernels.weighted_sum import Spread
@@ -106,7 +104,7 @@ class DiskStore:
             if buffer is None:
                 self._finish()  # raises what the writer met
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Nothing to wait for: a capture returns when it has read the last byte."""
 
     def merge_(
@@ -131,6 +129,14 @@ class DiskStore:
             CheckpointError: The slot could not be written.
         """
         parameters.copy_(out, self._mapped(slot))
+
+    def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether a slot is bit for bit what these tensors of its dtypes are.
+
+        Raises:
+            CheckpointError: The slot could not be written.
+        """
+        return parameters.same_bits(tensors, self._mapped(slot))
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.
@@ -169,8 +175,10 @@ class DiskStore:
             is_shared_here=True,
         )
         self._lock = weakref.finalize(self, folder_lock.release, self._folder)  # also for a store that nobody clears
-        for leftover in self._folder.glob("slot-*") if is_first else ():  # of a run that was killed
-            leftover.unlink(missing_ok=True)
+        if is_first:  # what is there is of a run that was killed
+            atomic.remove_leftovers(self._folder, "slot-*")
+            for leftover in self._folder.glob("slot-*"):
+                leftover.unlink(missing_ok=True)
 
     def _mapped(self, slot: int) -> list[Tensor]:
         entry = self._slots[slot]
@@ -204,28 +212,23 @@ class DiskStore:
 
 def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Tensor | None]) -> None:
     """The writer's side of a capture: takes filled buffers, gives them back, and None where it gave up."""
-    # the name is of this process, which tells leftovers, and of this slot, as two windows may share a folder
-    temporary = slot.path.with_suffix(f".{os.getpid()}-{id(slot):x}.tmp")
     try:
-        with temporary.open("wb+") as file:
-            file.write(slot.layout.header)
+        with atomic.draft(slot.path, outlives_run=False) as draft:
+            draft.file.write(slot.layout.header)
             while (item := filled.get()) is not None:
                 if isinstance(item, BaseException):
                     raise OSError(f"the capture broke off ({type(item).__name__})")
-                file.write(item[0].numpy().data[: item[1]])
+                draft.file.write(item[0].numpy().data[: item[1]])
                 free.put(item[0])
-            file.flush()
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants memory it could write
+            draft.file.flush()
+            # private: torch wants memory it could write
+            pages = mmap.mmap(draft.file.fileno(), 0, access=mmap.ACCESS_COPY)
             slot.tensors = slot.layout.tensors_over(pages)
             slot.readable.set()  # a merge need not wait for the disk, only for the page cache
-            slot.checksum, slot.identity = zlib.crc32(pages), snapshot_file.identity_of(temporary)
-            os.fsync(file.fileno())
-        temporary.replace(slot.path)
+            slot.checksum, slot.identity = zlib.crc32(pages), snapshot_file.identity_of(draft.path)
     except Exception as error:
         slot.failure = error
         free.put(None)
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise
     finally:
         slot.readable.set()

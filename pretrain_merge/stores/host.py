@@ -47,10 +47,10 @@ class HostStore:
             rows = [row for row, part in enumerate(sources) if part.device == device]
             self._copy([self._slots[slot][row] for row in rows], [sources[row] for row in rows], device)
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Make what the device does next wait for the last capture, as an optimizer step does by itself."""
         for capture in self._captures.values():
-            capture.hold_back()
+            capture.delay_next_step()
 
     def merge_(
         self,
@@ -71,6 +71,11 @@ class HostStore:
         """Copy a slot into `out`."""
         self._wait()
         parameters.copy_(list(_parts(out)), self._slots[slot])
+
+    def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether a slot is bit for bit what these tensors of its dtypes are."""
+        self._wait()
+        return parameters.same_bits(list(_parts(tensors)), self._slots[slot])
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Write a slot to a file.
@@ -130,7 +135,7 @@ class _AsyncCapture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # a hook on all optimizers, since the store does not know the loop that steps them
-        self._hook = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: self.hold_back())
+        self._hook = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: self.delay_next_step())
 
     def copy_(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the step that made these weights
@@ -142,7 +147,7 @@ class _AsyncCapture:
         """Block until the host holds the last capture."""
         self._done.synchronize()
 
-    def hold_back(self) -> None:
+    def delay_next_step(self) -> None:
         """Work that is issued from here on waits for the last capture; the host does not."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 

@@ -20,7 +20,7 @@ class Store(Protocol):
     def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
         """Copy tensors into a slot, each rounded to its dtype; the tensors may change as soon as an optimizer steps."""
 
-    def settle(self) -> None:
+    def wait_for_copy(self) -> None:
         """Let the tensors that were written last change from here on, by whatever is not a step of an optimizer."""
 
     def merge_(
@@ -35,6 +35,9 @@ class Store(Protocol):
 
     def read_(self, out: Sequence[Tensor], slot: int) -> None:
         """Copy a slot into `out`."""
+
+    def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether a slot is bit for bit what these tensors of its dtypes are; one pass that allocates no model."""
 
     def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
         """Make a durable file of a slot, `<stem>-<checksum>.safetensors`, that stays when the slot is overwritten."""

@@ -22,21 +22,21 @@ class BlockMean:
 
     def __init__(self, sample_every: int) -> None:
         self._sample_every = sample_every
-        self._complete = True
+        self._is_valid = True
         self.num_seen = 0
         self.num_samples = 0
         self.names: tuple[str, ...] = ()
         self.sums: list[Tensor] = []
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the interval was seen from its start without a break, and something was sampled in it."""
-        return self._complete and self.num_samples > 0
+        return self._is_valid and self.num_samples > 0
 
     @property
-    def is_spoiled(self) -> bool:
+    def is_invalid(self) -> bool:
         """Whether the open interval can no longer give a mean."""
-        return not self._complete
+        return not self._is_valid
 
     def samples_at(self, step: int) -> bool:
         """Whether the model of this step is one to add."""
@@ -45,7 +45,7 @@ class BlockMean:
     def sample(self, step: int, live: Callable[[], Mapping[str, Tensor]]) -> None:
         """Add the live model if this step is due; `live` is only called then."""
         self.num_seen += 1
-        if not self.samples_at(step) or not self._complete:
+        if not self.samples_at(step) or not self._is_valid:
             return
         named = live()
         tensors = list(named.values())
@@ -54,8 +54,8 @@ class BlockMean:
                 self.sums = [torch.empty_like(tensor, dtype=accumulator_dtype(tensor)) for tensor in tensors]
             self.names = tuple(named)
             weighted_sum_(self.sums, [tensors], [1.0])
-        elif not self._fits(tensors):
-            self.spoil()
+        elif self.names != tuple(named) or not self._fits(tensors):
+            self.invalidate()  # other parameters train, or they have another shape
             return
         else:
             weighted_sum_(self.sums, [self.sums, tensors], [1.0, 1.0])
@@ -66,30 +66,35 @@ class BlockMean:
         weighted_sum_(self.sums, [self.sums], [1.0 / self.num_samples])
         return self.sums
 
-    def go_on(self, num_seen: int, num_samples: int, *, is_complete: bool, sums: Mapping[str, Tensor]) -> None:
+    def restore(self, num_seen: int, num_samples: int, *, is_valid: bool, sums: Mapping[str, Tensor]) -> None:
         """Continue an interval that another accumulator began.
 
         Args:
             num_seen: Models that went by in it.
             num_samples: Models that were added.
-            is_complete: Whether it can still give a mean.
+            is_valid: Whether it can still give a mean.
             sums: By name, on the devices of the live tensors; empty where nothing was added yet.
         """
-        self.num_seen, self.num_samples, self._complete = num_seen, num_samples, is_complete
+        self.num_seen, self.num_samples, self._is_valid = num_seen, num_samples, is_valid
         self.names, self.sums = tuple(sums), list(sums.values())
 
-    def spoil(self) -> None:
+    def invalidate(self) -> None:
         """A break: the open interval can no longer give a mean, unless none of its models was seen yet."""
-        self._complete = self._complete and self.num_seen == 0
+        self._is_valid = self._is_valid and self.num_seen == 0
 
-    def skip(self) -> None:
-        """Steps went by that were not seen, so the open interval is not whole."""
-        self._complete = False
+    def miss(self) -> None:
+        """Steps went by that were not seen, so the open interval is not complete."""
+        self._is_valid = False
 
     def restart(self) -> None:
         """A new interval begins."""
         self.num_seen = self.num_samples = 0
-        self._complete = True
+        self._is_valid = True
+
+    def clear(self) -> None:
+        """A new interval begins, and the memory of the sum is given back."""
+        self.restart()
+        self.names, self.sums = (), []
 
     def _fits(self, tensors: Sequence[Tensor]) -> bool:
         shapes = [(total.shape, total.device) for total in self.sums]

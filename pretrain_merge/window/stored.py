@@ -1,6 +1,7 @@
-"""The snapshots of one model: which are held (the window) and where their bytes lie (a store, and durable files).
+"""The snapshots of one model: which are held (the window) and where their bytes lie (a store).
 
-This module joins window and store. It knows nothing of when a snapshot is due and of how snapshots are weighted.
+This module joins window and store, by the names of tensors. It knows nothing of when a snapshot is due, of how
+snapshots are weighted, and of durable files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,7 @@ from torch import Tensor
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
-from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.kernels.weighted_sum import Spread
-from pretrain_merge.parameters.live import identities
-from pretrain_merge.resume.manifest import HeldSnapshot
-from pretrain_merge.resume.window_files import WindowFiles
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
 from pretrain_merge.stores import Store, choose_store, slot_dtype
@@ -24,7 +21,7 @@ from pretrain_merge.window.window import Snapshot, Window
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """What must be the same of two tensors that are to be merged."""
 
     shape: torch.Size
@@ -32,29 +29,57 @@ class _Kind:
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Kind":
+    def of(cls, tensor: Tensor) -> "Kind":
+        """That of a live tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
 
-class Snapshots:
+class StoredWindow:
     """A window of snapshots and their tensors.
 
     Args:
         settings: `window`, `store`, `store_folder` and `slot_dtype` of the configuration.
+
+    Attributes:
+        num_swaps: Blocks that are open in which the live model may hold a merge, and raw may be a slot.
     """
 
     def __init__(self, settings: WindowConfig) -> None:
         self.window = Window(settings.window)
+        self.num_swaps = 0
         self._settings = settings
         self._slot_dtype: torch.dtype | None = getattr(torch, settings.slot_dtype) if settings.slot_dtype else None
         self._store: Store | None = None
-        self._kinds: dict[str, _Kind] = {}
-        self._captured: list[tuple[int, int]] = []
-        self._files: dict[Snapshot, tuple[Path, SnapshotFile]] = {}
+        self._kinds: dict[str, Kind] = {}  # of the live tensors of all snapshots, in the order of a slot
 
-    def are_of_other_tensors(self, live: Mapping[str, Tensor]) -> bool:
-        """Whether the snapshots held are of another set of tensors than the live ones."""
-        return bool(self._kinds) and self._kinds != {name: _Kind.of(tensor) for name, tensor in live.items()}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that every snapshot holds."""
+        return tuple(self._kinds)
+
+    @property
+    def slot_kinds(self) -> dict[str, Kind]:
+        """Of the tensors in a slot, by name."""
+        return {
+            name: replace(kind, dtype=slot_dtype(kind.dtype, self._slot_dtype)) for name, kind in self._kinds.items()
+        }
+
+    def why_others(self, live: Mapping[str, Tensor]) -> str | None:
+        """How the live tensors differ from those that the snapshots hold; None where nothing is held, or no way."""
+        if not self._kinds or self._kinds == (kinds := {name: Kind.of(tensor) for name, tensor in live.items()}):
+            return None
+        for names, differ in (
+            (kinds.keys() - self._kinds.keys(), "new"),
+            (self._kinds.keys() - kinds.keys(), "gone"),
+            (
+                {name for name, kind in self._kinds.items() if kinds.get(name, kind) != kind},
+                "of another shape or dtype",
+            ),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+                return f"{min(names)!r}{more} {differ}"
+        return None  # the same ones in another order: slots go by name
 
     def capture(
         self,
@@ -73,70 +98,55 @@ class Snapshots:
             lr: Learning rate of the last step.
             phase: Name given to the last `mark_phase`.
         """
-        self._write(self.window.next_slot(), live, source)
+        self.write(live, source)
         self.window.add(progress, lr=lr, phase=phase)
-        self._files = {held: file for held, file in self._files.items() if held in self.window.snapshots}
-        self._captured = identities(live.values())
+
+    def write(self, live: Mapping[str, Tensor], source: Sequence[Tensor]) -> None:
+        """Fill the slot that the window's next snapshot will have."""
+        by_name = dict(zip(live, source, strict=True))
+        ordered = {name: live[name] for name in self._kinds or live}  # as in the slots before
+        store = self.open_store(ordered)
+        self._kinds = {name: Kind.of(tensor) for name, tensor in ordered.items()}
+        store.write(self.window.next_slot(), {name: by_name[name] for name in ordered}, self.slot_dtypes(ordered))
 
     def merge_(
         self,
-        live: Sequence[Tensor],
+        live: Mapping[str, Tensor],
         chosen: Sequence[Snapshot],
         weights: Sequence[float],
         *,
-        spread: bool | Sequence[float],
+        spread: bool | Mapping[str, float] = False,
     ) -> Spread | None:
-        """The weighted sum of snapshots, oldest first, into the live tensors."""
-        return self._opened().merge_(live, [item.slot for item in chosen], weights, spread=spread)
-
-    def slot_that_is_raw(self, live: Sequence[Tensor], progress: Progress) -> int | None:
-        """The newest slot if it holds the live model bit for bit, so that no copy of raw is needed to restore it."""
-        newest = self.window.newest
-        is_raw = (
-            newest is not None
-            and newest.progress == progress
-            and self._settings.average == "last"
-            and all(slot_dtype(tensor.dtype, self._slot_dtype) == tensor.dtype for tensor in live)
-            and self._captured == identities(live)
-        )
-        return newest.slot if newest is not None and is_raw else None
-
-    def put_back(self, live: Sequence[Tensor], slot: int) -> None:
-        """Raw again, from the slot that `slot_that_is_raw` named."""
-        self._opened().read_(live, slot)
-        self._captured = identities(live)
-
-    def keep(self, files: WindowFiles) -> tuple[HeldSnapshot, ...]:
-        """Make every snapshot a durable file, each once, and say which it is; oldest first.
-
-        Raises:
-            CheckpointError: The disk refuses.
-        """
-        for item in self.window.snapshots:
-            folder, _ = self._files.get(item, (None, None))
-            if folder != files.folder:
-                stem = f"snapshot-{item.progress.step:08d}"
-                self._files[item] = (files.folder, files.keep(self._opened(), item.slot, stem, self._slot_kinds()))
-        return tuple(
-            HeldSnapshot(item.segment, item.progress, item.lr, item.phase, self._files[item][1])
-            for item in self.window.snapshots
-        )
-
-    def load(self, held: Sequence[HeldSnapshot], live: Mapping[str, Tensor], files: WindowFiles) -> None:
-        """Fill an empty window from files.
+        """The weighted sum of snapshots, oldest first, into live tensors of the same names.
 
         Args:
-            held: The snapshots, oldest first, at most as many as the window keeps.
-            live: The live tensors by name.
-            files: Reads them; those of this run's own folder are not written again.
-
-        Raises:
-            CheckpointError: A file cannot be used.
+            live: At least the tensors that snapshots hold, by name.
+            chosen: Which snapshots.
+            weights: How much of each.
+            spread: Also measure the spread; numbers say how much each tensor counts.
         """
-        for item in held:
-            self._write(self.window.next_slot(), live, files.read(item.file, live, self._dtypes(live)))
-            snapshot = self.window.add(item.progress, lr=item.lr, phase=item.phase, segment=item.segment)
-            self._files[snapshot] = (files.folder, item.file)
+        counted = spread if isinstance(spread, bool) else [spread[name] for name in self._kinds]
+        return self.open_store().merge_(self._in_order(live), [item.slot for item in chosen], weights, spread=counted)
+
+    def raw_slot(self, live: Mapping[str, Tensor]) -> int | None:
+        """The newest slot if it holds the live model bit for bit, so that no copy of raw is needed to restore it.
+
+        By the bits and nothing else: writes through `.data` leave version counters as they are (P31). Where the slot is
+        in host memory or on a disk and the model on a device, it is read through once more than the merge reads it; a
+        copy on the device would be faster, and take the memory that such a store was chosen to save.
+        """
+        newest = self.window.newest
+        if newest is None or {name: Kind.of(tensor) for name, tensor in live.items()} != self.slot_kinds:
+            return None
+        return newest.slot if self.open_store().holds(newest.slot, self._in_order(live)) else None
+
+    def restore_raw(self, live: Mapping[str, Tensor], slot: int) -> None:
+        """Raw again, from the slot that `raw_slot` named."""
+        self.open_store().read_(self._in_order(live), slot)
+
+    def slot_dtypes(self, live: Mapping[str, Tensor]) -> list[torch.dtype]:
+        """What each live tensor is in a slot."""
+        return [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
 
     def clear(self) -> None:
         """Forget all snapshots and give their memory back; breaks are remembered."""
@@ -144,27 +154,13 @@ class Snapshots:
             self._store.clear()
             self._store = None
         self.window.clear()
-        self._files.clear()
         self._kinds = {}
 
-    def _write(self, slot: int, live: Mapping[str, Tensor], source: Sequence[Tensor]) -> None:
-        dtypes = self._dtypes(live)
-        store = self._opened(live)
-        self._kinds = {name: _Kind.of(tensor) for name, tensor in live.items()}
-        store.write(slot, dict(zip(live, source, strict=True)), dtypes)
-
-    def _dtypes(self, live: Mapping[str, Tensor]) -> list[torch.dtype]:
-        return [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
-
-    def _slot_kinds(self) -> dict[str, _Kind]:
-        return {
-            name: replace(kind, dtype=slot_dtype(kind.dtype, self._slot_dtype)) for name, kind in self._kinds.items()
-        }
-
-    def _opened(self, live: Mapping[str, Tensor] | None = None) -> Store:
+    def open_store(self, live: Mapping[str, Tensor] | None = None) -> Store:
+        """Where the slots are; chosen at the first snapshot, of the live tensors."""
         if self._store is None:
             live = live or {}
-            sizes = zip(live.values(), self._dtypes(live), strict=True)
+            sizes = zip(live.values(), self.slot_dtypes(live), strict=True)
             slot_bytes = sum(tensor.numel() * dtype.itemsize for tensor, dtype in sizes)
             folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
             self._store, said = choose_store(
@@ -176,3 +172,6 @@ class Snapshots:
             )
             logger.info(said)
         return self._store
+
+    def _in_order(self, live: Mapping[str, Tensor]) -> list[Tensor]:
+        return [live[name] for name in self._kinds]

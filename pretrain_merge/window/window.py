@@ -84,7 +84,7 @@ class Window:
         self.last_break = Break(step, reason)
         return num_lost
 
-    def go_on_from(self, segment: int, last_break: Break | None) -> None:
+    def resume_from(self, segment: int, last_break: Break | None) -> None:
         """Breaks of the run before; snapshots are entered afterwards."""
         self.segment, self.last_break = segment, last_break
 

@@ -29,7 +29,7 @@ from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.merged_models import merged
 from pretrain_merge.records import read_records
 from pretrain_merge.resume import saved_block
-from pretrain_merge.resume.sidecar import Sidecar
+from pretrain_merge.resume.sidecar import WindowFolder
 
 pytestmark = [
     *LIGHTNING_REMARKS,
@@ -621,18 +621,18 @@ def there(path: str) -> str | None:
 
 
 def test_an_overwritten_checkpoint_keeps_its_snapshots_until_the_new_one_is_there(tmp_path):
-    own = Sidecar(tmp_path / "window")
+    own = WindowFolder(tmp_path / "window")
     (own.folder / "snapshot-00000001-00000000.safetensors").touch()
     last = tmp_path / "last.ckpt"
-    own.announce(str(last), ["snapshot-00000001-00000000.safetensors"])
+    own.register(str(last), ["snapshot-00000001-00000000.safetensors"])
     last.touch()
     own.prune([], there)
     own.close()
-    again = Sidecar(tmp_path / "window")  # killed while the second one was being written
+    again = WindowFolder(tmp_path / "window")  # killed while the second one was being written
     (again.folder / "snapshot-00000002-00000000.safetensors").touch()
-    again.announce(str(last), ["snapshot-00000002-00000000.safetensors"], there(str(last)))
+    again.register(str(last), ["snapshot-00000002-00000000.safetensors"], there(str(last)))
     again.close()
-    third = Sidecar(tmp_path / "window")
+    third = WindowFolder(tmp_path / "window")
     third.prune([], there)
     assert len(list(third.folder.glob("*.safetensors"))) == 2
     third.close()
@@ -683,8 +683,8 @@ def test_a_damaged_list_of_needs_keeps_everything_and_says_so(tmp_path, caplog):
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_holder_is_named(tmp_path):
-    code = "import sys, time; from pathlib import Path; from pretrain_merge.resume.sidecar import Sidecar\n"
-    code += "own = Sidecar(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from pretrain_merge.resume.sidecar import WindowFolder\n"
+    code += "own = WindowFolder(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", code, str(tmp_path / "window")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as holder:
@@ -714,7 +714,7 @@ def test_a_read_only_folder_is_an_error_with_a_remedy():
             os.seteuid(65534)
         try:
             with pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied.*Set window_folder"):
-                Sidecar(folder)
+                WindowFolder(folder)
         finally:
             os.seteuid(user)
             folder.chmod(0o755)

@@ -7,7 +7,8 @@ import pytest
 from forecast.synthetic import run as synthetic_run
 from lightning.pytorch.loggers import CSVLogger
 
-from pretrain_merge import cli, forecast_anneal
+from pretrain_merge import forecast_anneal
+from pretrain_merge.cli import main as cli
 from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Annealed, calibrate

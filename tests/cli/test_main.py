@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_merge import cli
+from pretrain_merge.cli import main as cli
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.records import MergeRecord, append_record
 from pretrain_merge.records.tables import merges_table

@@ -134,7 +134,7 @@ def test_a_damaged_file_is_said(tmp_path, content):
     ("content", "error", "piece"),
     [
         ("{", CheckpointError, "cannot be read as JSON"),
-        ("[]", CheckpointError, "holds no JSON object"),
+        ("[]", CheckpointError, "does not hold a JSON object"),
         ('{"model_type": "no-such-model"}', ConfigError, "builds no causal language model"),
         ('{"model_type": "vit"}', ConfigError, "builds no causal language model"),
     ],

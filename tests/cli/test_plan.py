@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from pretrain_merge import cli
 from pretrain_merge.cadence import Quantity
+from pretrain_merge.cli import main as cli
 from pretrain_merge.cli.plan_table import plan_table
 from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Question, Training, make_plan

@@ -7,7 +7,7 @@ import sys
 
 def test_threads_sleep_while_they_wait_and_that_is_set_before_torch_is_loaded():
     code = (
-        "import os, sys, pretrain_merge.cli, pretrain_merge.demo.experiment; "
+        "import os, sys, pretrain_merge.cli.main, pretrain_merge.demo.experiment; "
         "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -11,7 +11,7 @@ import pytest
 from harness.rank_trainers import trainer_on_ranks
 from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_metrics_over_ranks import Model, OwnRows, Rows, Weights, expected
+from system.test_metrics_over_ranks import Model, OwnRows, Rows, Weights, expected
 from torch.utils.data import DataLoader
 
 from pretrain_merge import ModelMerging

@@ -224,7 +224,7 @@ def test_a_calibration_is_what_was_saved(tmp_path):
 def test_a_file_that_is_no_calibration_is_an_error(tmp_path, damage):
     path = tmp_path / "bad.json"
     path.write_text(damage(SHIPPED.read_text()))
-    with pytest.raises(CheckpointError, match=r"is no calibration.*Calibration.save"):
+    with pytest.raises(CheckpointError, match=r"is not a calibration.*Calibration.save"):
         Calibration.load(path)
 
 

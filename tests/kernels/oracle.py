@@ -97,3 +97,8 @@ def spread(snapshots: Sequence[Sequence[Tensor]]) -> tuple[float, float]:
     mean = np.mean(stacked, axis=0)
     distance = float(np.mean([np.sum((snapshot - mean) ** 2) for snapshot in stacked]))
     return distance, float(np.sum(mean**2))
+
+
+def random_coefficients(num_snapshots: int, seed: int = 0) -> list[float]:
+    """Of either sign, and of no particular sum."""
+    return list(np.random.default_rng(seed).uniform(-0.5, 1.0, num_snapshots))

@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from accumulate import oracle
 from harness.forks import run_code, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import oracle
 
 from pretrain_merge.kernels import reference
 from pretrain_merge.kernels.weighted_sum import weighted_sum_

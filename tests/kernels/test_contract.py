@@ -5,16 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from accumulate import oracle
+from kernels import oracle
+from kernels.oracle import random_coefficients
 
 from pretrain_merge.kernels.weighted_sum import Spread
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-
-
-def random_coefficients(num_snapshots, seed=0):
-    return np.random.default_rng(seed).uniform(-0.5, 1.0, num_snapshots).tolist()
 
 
 @pytest.mark.parametrize("inputs", DTYPES, ids=str)
@@ -208,65 +205,6 @@ def test_subnormal_numbers_are_not_flushed(backend, make, dtype):
     backend.merge([out], [[snapshot] for snapshot in snapshots], [0.25] * 4)
     assert ((out != 0) & (out.abs() < tiny)).sum() > 300
     oracle.assert_is_weighted_sum(out, snapshots, [0.25] * 4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_snapshots", [2, 10, 30])
-def test_the_spread_is_the_distance_from_the_mean(backend, make, dtype, num_snapshots):
-    centre = [make(500), make(33)]
-    snapshots = [[(tensor + 0.01 * make(*tensor.shape)).to(dtype) for tensor in centre] for _ in range(num_snapshots)]
-    expected = oracle.spread(snapshots)
-    out = [torch.empty_like(tensor) for tensor in snapshots[0]]
-    measured = backend.merge(out, snapshots, random_coefficients(num_snapshots), spread=True)
-    # Deviations and their squares are summed in float32: N + 2 roundings, and a difference that may cancel a factor N.
-    relative = 2 * num_snapshots * (num_snapshots + 2) * 2.0**-24
-    assert measured.squared_distance == pytest.approx(expected[0], rel=relative)
-    assert measured.squared_norm == pytest.approx(expected[1], rel=relative)
-    assert measured.relative_rms == pytest.approx(math.sqrt(expected[0] / expected[1]), rel=relative)
-
-
-def test_the_merge_is_the_same_with_and_without_the_spread(backend, make):
-    snapshots = [[make(1100)] for _ in range(15)]
-    plain, measured = make(1100), make(1100)
-    coefficients = random_coefficients(15)
-    backend.merge([plain], snapshots, coefficients)
-    backend.merge([measured], snapshots, coefficients, spread=True)
-    assert torch.equal(plain, measured)
-
-
-def test_the_spread_of_far_away_snapshots_does_not_cancel(backend, make):
-    offset = 4096.0
-    steps = [torch.full((600,), offset, device=backend.device) + make(600).sign() * 2.0**-11 for _ in range(8)]
-    expected = oracle.spread([[step] for step in steps])
-    measured = backend.merge([make(600)], [[step] for step in steps], [0.125] * 8, spread=True)
-    assert measured.squared_distance == pytest.approx(expected[0], rel=1e-5)
-    naive = sum(float((step**2).sum()) for step in steps) / 8 - float((sum(steps) / 8).square().sum())
-    assert naive != pytest.approx(expected[0], rel=0.1)  # this is what the pivot is for
-
-
-def test_the_spread_of_a_snapshot_from_itself_is_zero(backend, make):
-    snapshot = make(100)
-    assert backend.merge([make(100)], [[snapshot]], [1.0], spread=True).squared_distance == 0.0
-    measured = backend.merge([make(100)], [[snapshot]] * 3, [0.2, 0.3, 0.5], spread=True)
-    assert measured.squared_distance == 0.0
-    assert measured.relative_rms == 0.0
-    assert measured.squared_norm == pytest.approx(oracle.spread([[snapshot]])[1], rel=1e-6)
-
-
-def test_the_spread_of_a_nan_is_nan(backend, make):
-    snapshots = [make(50), make(50)]
-    snapshots[1][7] = math.nan
-    measured = backend.merge([make(50)], [[snapshot] for snapshot in snapshots], [0.5, 0.5], spread=True)
-    assert math.isnan(measured.squared_distance)
-    assert math.isnan(measured.relative_rms)
-
-
-def test_the_spread_covers_every_tensor_of_a_mixed_list(backend, make):
-    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-    snapshots = [[make(60, dtype=dtype) for dtype in dtypes] + [make(6, 5).t()] for _ in range(3)]
-    out = [torch.empty_like(tensor) for tensor in snapshots[0][:4]] + [make(5, 6)]
-    measured = backend.merge(out, snapshots, [0.2, 0.3, 0.5], spread=True)
-    assert measured == pytest.approx(oracle.spread(snapshots), rel=1e-5)
 
 
 def test_nothing_to_merge_is_fine(backend):

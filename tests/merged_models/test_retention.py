@@ -26,7 +26,8 @@ from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import SaveConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.files.folders import discard, remove_unpublished
+from pretrain_merge.files.atomic import remove_leftovers
+from pretrain_merge.files.folders import discard
 from pretrain_merge.merged_models.merged import holds_weights_of
 from pretrain_merge.merged_models.retention import MergedModels, SavedModels
 from pretrain_merge.records import Recipe
@@ -173,17 +174,17 @@ def test_a_view_not_yet_merged_keeps_its_turn_through_a_restart(tmp_path):
 
 
 def test_a_model_whose_deletion_was_broken_off_looks_incomplete(tmp_path, monkeypatch):
-    def killed(_: Path) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     keep(models(tmp_path, every=10), 10)
-    monkeypatch.setattr("pretrain_merge.files.folders.shutil.rmtree", killed)
+    monkeypatch.setattr("pretrain_merge.files.atomic.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         discard(tmp_path / "merged" / "step-00000010-sma")
     monkeypatch.undo()
     (left,) = saved(tmp_path)
     assert left.endswith(".tmp")
-    remove_unpublished(tmp_path / "merged")
+    remove_leftovers(tmp_path / "merged")
     assert saved(tmp_path) == []
 
 

@@ -116,7 +116,7 @@ def observe_at(merging, module, step, **options):
 def stored(merging, module):
     """The newest snapshot of a model of one number."""
     out = module.weight.detach().clone()
-    merging._snapshots._store.read_([out], merging.window.newest.slot)
+    merging._stored._store.read_([out], merging.window.newest.slot)
     return out.item()
 
 
@@ -206,7 +206,8 @@ def test_the_spread_is_that_of_the_whole_window_also_after_a_shorter_view():
     flat = [np.concatenate([v.ravel() for v in trajectory[step].values()]) for step in (10, 20, 30, 40, 50)]
     for view in merging.views:
         with merging.merged(module, view):
-            assert merging.spread == pytest.approx(oracles.relative_spread(flat), rel=1e-6)
+            pass
+        assert merging.spread == pytest.approx(oracles.relative_spread(flat), rel=1e-6)
 
 
 def test_the_spread_leaves_out_what_a_break_made_invalid():
@@ -214,7 +215,8 @@ def test_the_spread_leaves_out_what_a_break_made_invalid():
     trajectory = train(module, merging, range(1, 21)) | train(module, merging, range(21, 51), lr=0.2)
     flat = [np.concatenate([v.ravel() for v in trajectory[step].values()]) for step in (30, 40, 50)]
     with merging.merged(module, "sma2"):
-        assert merging.spread == pytest.approx(oracles.relative_spread(flat), rel=1e-6)
+        pass
+    assert merging.spread == pytest.approx(oracles.relative_spread(flat), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt", "1-square"])
@@ -249,9 +251,9 @@ def test_several_views_follow_each_other_with_one_restore():
     module, merging = Mixed(), RollingMerger(window=4, every=5, views=VIEWS)
     trajectory = train(module, merging, range(1, 31))
     raw = state(module)
-    with merging.swapping(module) as put:
+    with merging.swap(module) as merge_view:
         for view in [*merging.views, *reversed(merging.views)]:
-            recipe = put(view)
+            recipe = merge_view(view)
             assert_is_merge(module, trajectory, recipe.steps, recipe.coefficients)
     assert state(module) == raw
 
@@ -272,9 +274,9 @@ def test_raw_comes_back_when_a_later_view_is_not_ready():
     raw = state(module)
 
     def put_both():
-        with merging.swapping(module) as put:
-            put("sma")
-            put("sma8")
+        with merging.swap(module) as merge_view:
+            merge_view("sma")
+            merge_view("sma8")
 
     with pytest.raises(WindowNotReadyError):
         put_both()
@@ -286,7 +288,7 @@ def test_raw_comes_back_when_a_later_view_is_not_ready():
 def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
     module, merging = Mixed(), RollingMerger(window=4, every=5)
     train(module, merging, range(1, last_step + 1))
-    raw, copy_, calls = state(module), parameters.copy_, []
+    raw, copy_, calls = state(module), torch._foreach_copy_, []
 
     def interrupted(targets, sources):
         calls.append(len(targets))
@@ -294,7 +296,7 @@ def test_ctrl_c_does_not_break_off_the_restore(monkeypatch, last_step):
         copy_(targets, sources)
 
     with pytest.raises(KeyboardInterrupt), merging.merged(module, "sma"):
-        monkeypatch.setattr(parameters, "copy_", interrupted)
+        monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
     assert len(calls) == 1
     assert state(module) == raw
 
@@ -379,18 +381,21 @@ def test_what_is_written_into_raw_is_undone_also_where_no_view_was_merged(last_s
     module, merging = Mixed(), RollingMerger(window=2, every=2)
     train(module, merging, range(1, last_step + 1))
     raw = state(module)
-    with merging.swapping(module), torch.no_grad():
+    with merging.swap(module), torch.no_grad():
         module.layers[0].weight.fill_(7.0)  # as an evaluator may on the raw weights, before any view is in
     assert state(module) == raw
 
 
-def test_a_snapshot_taken_inside_the_block_does_not_replace_raw():
-    module, merging = Mixed(), RollingMerger(window=4, every=5)
+@pytest.mark.parametrize("average", ["last", "block"])
+def test_a_step_observed_inside_the_block_is_refused_since_its_snapshot_could_take_the_slot_of_raw(average):
+    module, merging = Mixed(), RollingMerger(window=2, every=5, average=average)
     train(module, merging, range(1, 21))
     raw = state(module)
-    with merging.merged(module, "sma"):
+    with pytest.raises(ProgressError, match="merged weights are in the model"), merging.merged(module, "sma"):
         merging.observe(module, 25, lr=0.1)
     assert state(module) == raw
+    train(module, merging, range(26, 36))
+    assert held(merging) == [30, 35]
 
 
 @pytest.mark.parametrize("average", ["last", "block"])
@@ -452,9 +457,9 @@ def test_training_goes_on_the_same_with_and_without_merges():
             loss.backward()
             optimizer.step()
             if merging and merging.observe(module, step, lr=0.01) and merging.merge_is_due():
-                with merging.swapping(module) as put:
+                with merging.swap(module) as merge_view:
                     for view in merging.views:
-                        put(view)
+                        merge_view(view)
         return state(module), [item["exp_avg"].tolist() for item in optimizer.state.values()]
 
     assert run(RollingMerger(window=4, every=5, views=["sma", "wsm"])) == run(None)
@@ -498,19 +503,50 @@ def test_raw_is_taken_from_the_newest_slot_and_never_copied_when_that_slot_is_ra
         assert largest_allocation_of_a_merge(merging, module) < num_bytes
 
 
+def minus_zero_becomes_zero(module):
+    module.weight.data[0, 0] = 0.0
+
+
 @pytest.mark.parametrize(
     "meanwhile",
     [
-        lambda module, merging: move(module, 5),
+        lambda module: move(module, 5),
+        lambda module: module.weight.data.clamp_(-0.01, 0.01),
+        lambda module: setattr(module.weight, "data", module.weight.data + 1),
+        minus_zero_becomes_zero,
+    ],
+    ids=["a step", "through .data", "other memory", "the sign of a zero"],
+)
+@pytest.mark.parametrize("store", ["device", "host", "disk"])
+def test_p31_raw_is_copied_when_the_newest_slot_has_other_bits_whatever_the_version_says(tmp_path, store, meanwhile):
+    module, merging = nn.Linear(64, 64, bias=False), RollingMerger(
+        window=2, every=2, store=store, store_folder=str(tmp_path)
+    )
+    module.weight.data[0, 0] = -0.0
+    for step in range(1, 5):
+        merging.observe(module, step)
+    meanwhile(module)
+    raw = state(module)
+    with merging.merged(module, "sma"):
+        pass
+    assert state(module) == raw
+    merging.close()
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda module, merging: None,
         lambda module, merging: merging.observe(module, 5),
         lambda module, merging: setattr(module.weight, "data", module.weight.data.clone()),
+        lambda module, merging: module.weight.data.mul_(1),
     ],
-    ids=["written", "a later step", "other memory"],
+    ids=["nothing", "a later step", "other memory", "written with the same"],
 )
-def test_raw_is_copied_when_the_newest_slot_may_be_something_else(meanwhile):
+def test_raw_is_never_copied_when_the_newest_slot_has_its_bits(meanwhile):
     module, merging, num_bytes = large_run()
     meanwhile(module, merging)
-    assert largest_allocation_of_a_merge(merging, module) == num_bytes
+    assert largest_allocation_of_a_merge(merging, module) < num_bytes
 
 
 def test_raw_is_copied_where_a_snapshot_is_a_mean_or_smaller_than_the_parameter():
@@ -582,7 +618,7 @@ def test_tokens_that_shrink_are_refused():
 
 def test_a_run_that_goes_on_takes_no_snapshot_for_what_lies_behind_it():
     merging = RollingMerger(window=4, every=10)
-    merging.go_on_from(Progress(57))
+    merging.resume_from(Progress(57))
     _, taken = counting(merging, range(58, 72))
     assert taken == [60, 70]
 
@@ -783,13 +819,13 @@ def test_steps_that_nobody_saw_across_a_boundary_cost_both_blocks():
 
 def test_a_resumed_run_drops_the_block_whose_start_it_did_not_see():
     merging = RollingMerger(window=6, every=10, average="block")
-    merging.go_on_from(Progress(25))
+    merging.resume_from(Progress(25))
     assert counting(merging, range(26, 51))[1] == [40, 50]
 
 
 def test_a_resumed_run_keeps_the_block_that_starts_with_it():
     merging = RollingMerger(window=6, every=10, average="block")
-    merging.go_on_from(Progress(20))
+    merging.resume_from(Progress(20))
     assert counting(merging, range(21, 41))[1] == [30, 40]
 
 
@@ -973,7 +1009,7 @@ def test_a_closed_merger_holds_no_snapshots_and_can_start_again(average):
     counting(merging, range(1, 31))
     merging.close()
     assert merging.window.snapshots == ()
-    assert merging._snapshots._store is None
+    assert merging._stored._store is None
     module, _ = counting(merging, range(31, 51))
     with merging.merged(module, "sma"):
         assert module.weight.item() == (45.0 if average == "last" else 40.5)

@@ -231,14 +231,14 @@ FAULTS = (
     Fault(
         "raw is not restored",
         "merging/rolling_merger.py",
-        "            if written or snapshot.identities(live) != before:\n",
+        "            if written or parameters.identities(live) != before:\n",
         "            if False:\n",
         _MERGER,
     ),
     Fault(
         "what an evaluator wrote into raw stays",
         "merging/rolling_merger.py",
-        "            if written or snapshot.identities(live) != before:\n",
+        "            if written or parameters.identities(live) != before:\n",
         "            if written:\n",
         f"{_MERGER} tests/callbacks/test_model_merging.py",
     ),

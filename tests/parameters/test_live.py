@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters.live import all_finite, copy_, mergeable_tensors, plain_name
+from pretrain_merge.parameters import all_finite, copy_, mergeable_tensors, plain_name
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

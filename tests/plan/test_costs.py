@@ -1,5 +1,6 @@
 """Predicted bytes are those that stores, blocks and files really take; predicted times are bytes over rates."""
 
+import os
 import struct
 
 import pytest
@@ -52,7 +53,7 @@ def num_bytes(tensors):
 
 
 def slots_of(merger):
-    return merger._snapshots._store._slots
+    return merger._stored._store._slots
 
 
 def allocated(merger):
@@ -89,7 +90,7 @@ def tensor_bytes(path):
 def test_slot_files_take_what_was_predicted(tmp_path):
     module = network()
     merger = full_window(module, store="disk", store_folder=str(tmp_path))
-    merger._snapshots._store._finish()
+    merger._stored._store._finish()
     plan = asked(model_of(module), store="disk")
     taken = [tensor_bytes(path) for path in (tmp_path / "rank-0000").glob("slot-*.safetensors")]
     assert taken == [plan.slot_bytes] * WINDOW
@@ -100,17 +101,17 @@ def test_slot_files_take_what_was_predicted(tmp_path):
 def test_a_slots_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     module, seen = network(), []
     merger = full_window(module, store="disk", store_folder=str(tmp_path))
-    merger._snapshots._store._finish()
-    fsync = disk.os.fsync
+    merger._stored._store._finish()
+    fsync = os.fsync
 
     def counted(file):
         files = [path for path in (tmp_path / "rank-0000").iterdir() if path.name != "lock"]
         seen.append(sum(path.stat().st_size for path in files))
         fsync(file)
 
-    monkeypatch.setattr(disk.os, "fsync", counted)
+    monkeypatch.setattr(os, "fsync", counted)
     merger.observe(module, WINDOW + 1)
-    merger._snapshots._store._finish()
+    merger._stored._store._finish()
     one_file = (tmp_path / "rank-0000" / "slot-000.safetensors").stat().st_size
     assert seen == [(WINDOW + 1) * one_file]
     merger.close()

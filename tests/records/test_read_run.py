@@ -109,7 +109,7 @@ def test_a_file_that_is_no_wandb_run_is_an_error(tmp_path, content):
 
 
 def test_a_folder_of_something_else_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no run.*Name the folder"):
+    with pytest.raises(CheckpointError, match=r"is not a run.*Name the folder"):
         read_run(tmp_path)
 
 

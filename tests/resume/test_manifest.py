@@ -18,11 +18,11 @@ from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.merged_models.retention import MergedModels, SavedModels
-from pretrain_merge.resume.manifest import HeldSnapshot, Manifest, OpenBlock, sealed
+from pretrain_merge.resume.manifest import SavedSnapshot, Manifest, SavedBlock, sealed
 from pretrain_merge.window.window import Break
 
 FILE = SnapshotFile("snapshot-00000004-0a1b2c3d.safetensors", 256, 0x0A1B2C3D)
-HELD = HeldSnapshot(1, Progress(4, 16, 160), (0.1, 0.2), "", FILE)
+HELD = SavedSnapshot(1, Progress(4, 16, 160), (0.1, 0.2), "", FILE)
 MANIFEST = Manifest(
     settings={"every": "2 steps", "merge_buffers": []},
     progress=Progress(6, 24, 240),
@@ -33,8 +33,9 @@ MANIFEST = Manifest(
     segment=1,
     last_break=Break(3, "phase 'second'"),
     snapshot_is_new=True,
+    parameters=("a", "b"),
     snapshots=(HELD, replace(HELD, progress=Progress(6, 24, 240))),
-    block=OpenBlock(1, 1, True, replace(FILE, name="block-00000006-0a1b2c3d.safetensors")),
+    block=SavedBlock(1, 1, True, replace(FILE, name="block-00000006-0a1b2c3d.safetensors")),
 )
 SAVED = SavedModels(
     Progress(1), {"sma": Progress(6, 24, 240)}, {"sma": ("step-00000004-sma",)}, "step-00000006-wma", 0.5
@@ -115,7 +116,7 @@ def test_any_value_that_changed_under_the_old_checksum_is_found(place):
 )
 def test_a_name_that_could_leave_the_folder_is_refused(name):
     changed = replace(MANIFEST, snapshots=(replace(HELD, file=replace(FILE, name=name)),))
-    with pytest.raises(CheckpointError, match="no name of a snapshot file"):
+    with pytest.raises(CheckpointError, match="not a name of a snapshot file"):
         Manifest.from_plain(changed.to_plain())
 
 

@@ -191,14 +191,14 @@ def test_a_merge_waits_for_the_page_cache_and_not_for_the_disk(new_store, monkey
 
 
 def test_a_read_right_after_a_capture_waits_for_every_byte(new_store, monkeypatch):
-    may_open, opened = threading.Event(), Path.open
+    may_open, opened = threading.Event(), os.fdopen
 
-    def slow_open(path, *args, **kwargs):
-        assert path.name == "lock" or may_open.wait(60)
-        return opened(path, *args, **kwargs)
+    def slow_open(*args, **kwargs):
+        assert may_open.wait(60)
+        return opened(*args, **kwargs)
 
     store, tensors = new_store(), weights(2)
-    monkeypatch.setattr(Path, "open", slow_open)
+    monkeypatch.setattr(os, "fdopen", slow_open)
     write(store, 0, tensors)  # fits into the staging buffer, so it returns
     got = []
     reader = threading.Thread(target=lambda: got.extend(read(store, 0, tensors)))
@@ -212,9 +212,9 @@ def test_a_read_right_after_a_capture_waits_for_every_byte(new_store, monkeypatc
 
 
 def test_the_live_tensors_may_change_as_soon_as_a_capture_returns(new_store, monkeypatch):
-    may_open, opened = threading.Event(), Path.open
+    may_open, opened = threading.Event(), os.fdopen
     store, tensors = new_store(), weights(2)
-    monkeypatch.setattr(Path, "open", lambda path, *a, **k: (may_open.wait(60), opened(path, *a, **k))[1])
+    monkeypatch.setattr(os, "fdopen", lambda *a, **k: (may_open.wait(60), opened(*a, **k))[1])
     write(store, 0, tensors)
     for tensor in tensors.values():
         tensor.fill_(-1.0)

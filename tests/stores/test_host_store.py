@@ -86,7 +86,7 @@ def test_p27_the_next_optimizer_step_waits_for_a_copy_that_is_still_going_on(dty
 
 @cuda
 def test_without_the_wait_the_copy_would_be_torn(monkeypatch):
-    monkeypatch.setattr(host._AsyncCapture, "hold_back", lambda _: None)
+    monkeypatch.setattr(host._AsyncCapture, "delay_next_step", lambda _: None)
     weight = torch.nn.Parameter(torch.zeros(2**26, device="cuda"))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.ones_like(weight)
@@ -107,7 +107,7 @@ def test_what_changes_without_an_optimizer_waits_once_the_store_is_settled():
     store = HostStore()
     for step in range(20):
         store.write(0, {"weight": total}, [torch.float32])
-        store.settle()
+        store.wait_for_copy()
         total.fill_(float(step + 1))
         out = [torch.full((2**26,), float("nan"))]
         store.read_(out, 0)

@@ -79,7 +79,7 @@ def test_one_history_gives_the_same_bits_in_every_store(tmp_path_factory, dtypes
                 for store in stores.values():
                     mine = {name: tensor.clone() for name, tensor in live.items()}
                     store.write(first, mine, slot_dtypes)
-                    store.settle()
+                    store.wait_for_copy()
                     for tensor in mine.values():  # whatever comes next
                         tensor.fill_(float("nan"))
             elif action == "clear":

@@ -22,7 +22,7 @@ from pretrain_merge.callbacks.kept_window import DurableWindow
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merged_models import whole_weights
-from pretrain_merge.resume.sidecar import Sidecar
+from pretrain_merge.resume.sidecar import WindowFolder
 from pretrain_merge.stores import disk
 
 STEPS = 6
@@ -192,9 +192,9 @@ def all_runs(folder):
         with broken_here(DurableWindow, "keep", on_rank=0):
             runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saves_every=2)
         once = iter([False])
-        with broken_here(Sidecar, "announce", on_rank=0, unless=lambda once=once: next(once, True)):
+        with broken_here(WindowFolder, "register", on_rank=0, unless=lambda once=once: next(once, True)):
             runs[f"{kind}, announcing"] = run(kind, f"{folder}/{kind}-announcing", saves_every=2)
-        with broken_here(Sidecar, "prune", on_rank=0, unless=NoCheckpoint(f"{folder}/{kind}-pruning")):
+        with broken_here(WindowFolder, "prune", on_rank=0, unless=NoCheckpoint(f"{folder}/{kind}-pruning")):
             runs[f"{kind}, pruning"] = run(kind, f"{folder}/{kind}-pruning", saves_every=2)
         with broken_here(whole_weights, "save_file", on_rank=0):
             runs[f"{kind}, merged model"] = run(kind, f"{folder}/{kind}-merged", save={"every": 2})

@@ -123,11 +123,11 @@ def merge(model, merger, run):
     x = torch.linspace(-1, 1, 10).view(2, 5)
     with torch.no_grad(), ExitStack() as until_raw_is_back:
         with CommDebugMode() as communicated:
-            put = until_raw_is_back.enter_context(merger.swapping(model))
+            merge_view = until_raw_is_back.enter_context(merger.swap(model))
         run["calls"].append(counted(communicated))
         for view in VIEWS:
             with CommDebugMode() as communicated:
-                put(view)
+                merge_view(view)
             run["calls"].append(counted(communicated))
             # the forward comes first: it must not see what a gathered copy from before the merge holds (P18)
             output = model(x)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness.ranks import on_ranks
-from test_layouts import LAYOUTS, Net, divided, full
+from system.test_layouts import LAYOUTS, Net, divided, full
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -212,9 +212,9 @@ def loop_of_ones_own(reshard):
         merging.observe(sharded, step)
         taken.append({name: full(weight) for name, weight in sharded.named_parameters()})
     given, expected = [], []
-    with torch.no_grad(), merging.swapping(sharded) as put:
+    with torch.no_grad(), merging.swap(sharded) as merge_view:
         for view in merging.views:
-            recipe = put(view)
+            recipe = merge_view(view)
             given.append(sharded(x).clone())
             pairs = list(zip(recipe.coefficients, taken[1:], strict=True))
             merged = {name: sum(c * weights[name] for c, weights in pairs) for name in taken[-1]}

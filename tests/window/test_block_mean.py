@@ -82,49 +82,49 @@ def test_the_live_model_is_read_and_never_written():
 def test_an_interval_without_samples_is_not_whole():
     block = BlockMean(10)
     block.sample(7, dict)
-    assert not block.is_whole
-    assert not block.is_spoiled
+    assert not block.is_complete
+    assert not block.is_invalid
 
 
 def test_a_break_spoils_the_interval_that_is_open():
     block, (model,) = BlockMean(1), models(1)
     block.sample(1, lambda: model)
-    assert block.is_whole
-    block.spoil()
-    assert not block.is_whole
-    assert block.is_spoiled
+    assert block.is_complete
+    block.invalidate()
+    assert not block.is_complete
+    assert block.is_invalid
     block.sample(2, lambda: pytest.fail("nothing more is read of a spoilt interval"))
     block.restart()
     block.sample(3, lambda: model)
-    assert block.is_whole
+    assert block.is_complete
 
 
 def test_a_break_before_the_first_step_of_an_interval_spoils_nothing():
     block, (model,) = BlockMean(1), models(1)
-    block.spoil()
+    block.invalidate()
     block.sample(1, lambda: model)
-    assert block.is_whole
+    assert block.is_complete
 
 
 def test_a_break_spoils_an_interval_of_which_steps_were_seen_but_not_sampled():
     block = BlockMean(5)
     block.sample(1, dict)
-    block.spoil()
-    assert block.is_spoiled
+    block.invalidate()
+    assert block.is_invalid
 
 
 def test_steps_that_nobody_saw_spoil_the_interval_even_at_its_start():
     block, (model,) = BlockMean(1), models(1)
-    block.skip()
+    block.miss()
     block.sample(1, lambda: model)
-    assert not block.is_whole
+    assert not block.is_complete
 
 
 def test_a_model_that_changes_shape_within_an_interval_spoils_it():
     block = BlockMean(1)
     block.sample(1, lambda: {"weight": torch.ones(3)})
     block.sample(2, lambda: {"weight": torch.ones(4)})
-    assert not block.is_whole
+    assert not block.is_complete
     block.restart()
     block.sample(3, lambda: {"weight": torch.ones(4)})
     assert block.mean()[0].tolist() == [1.0] * 4

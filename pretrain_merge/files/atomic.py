@@ -1,0 +1,153 @@
+"""The one way in which this package writes: whole under its name or not at all, and never through a link.
+
+This module knows files, folders and renames; it knows nothing of what is in them. What it raises is an `OSError`, to
+which the caller adds what its user can do. A run's folder may be one that others write to, so a name of ours that is a
+link, or something else than a file, is refused and never followed.
+"""
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT
+_LONGEST = 200  # bytes of a name inside of a temporary one; file systems take 255
+
+
+class Draft:
+    """A file under a temporary name.
+
+    Attributes:
+        file: Open for writing and reading.
+        path: Where it is until it is complete.
+        target: The name that it takes then; may be set as long as it is a draft, as to a name with its checksum.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, target: Path) -> None:
+        self.file = file
+        self.path = path
+        self.target = target
+
+
+@contextmanager
+def draft(target: Path, *, outlives_run: bool = True) -> Iterator[Draft]:
+    """A new file beside `target`, which takes that name when the block ends, after everything is on the disk.
+
+    Args:
+        target: Where the file shall be, in a folder that exists. A file that is there is replaced at once.
+        outlives_run: Whether its name, too, must survive a loss of power.
+
+    Raises:
+        OSError: The disk refuses, or the target is a link or something else than a file. No draft is left.
+    """
+    path = temporary_beside(target)
+    # exclusive: nothing that lies there already, such as a link to something that lives, is opened; its mode is the
+    # user's umask
+    descriptor = os.open(path, _FLAGS | os.O_EXCL | os.O_RDWR, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb+") as file:
+            item = Draft(file, path, target)
+            yield item
+            file.flush()
+            os.fsync(file.fileno())
+        publish(path, item.target, outlives_run=outlives_run)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write(target: Path, content: bytes | str) -> None:
+    """Write a whole file, as `draft`.
+
+    Raises:
+        OSError: As `draft`.
+    """
+    with draft(target) as item:
+        item.file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, which is made where needed. It survives this process, not a loss of power.
+
+    Raises:
+        OSError: The disk refuses, or the file is a link or something else than a file.
+    """
+    # O_NONBLOCK: without it, a pipe would wait for somebody to read it
+    descriptor = os.open(path, _FLAGS | os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    with os.fdopen(descriptor, "ab") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a file")
+        file.write(text.encode())
+
+
+def publish(temporary: Path, target: Path, *, outlives_run: bool = True) -> None:
+    """Give a file that is complete its name.
+
+    Raises:
+        OSError: The disk refuses, or a link or something else than a file has the name.
+    """
+    with suppress(FileNotFoundError):
+        mode = target.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{target} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}. Move it away")
+    temporary.replace(target)
+    if outlives_run:
+        sync(target.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder of ours, and those above it, where it is not there yet.
+
+    Raises:
+        OSError: The disk refuses, or it is a link: what lies elsewhere is not ours to fill and to clean up.
+    """
+    refuse_link(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raise an `OSError` where a folder of ours is a link; those above it are the user's, and may be."""
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link, to {os.readlink(folder)!r}. Name the folder itself, or remove the link")
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name that nothing has, which `remove_leftovers` finds should this process be killed."""
+    name = os.fsencode(target.name)[:_LONGEST].decode(errors="ignore")
+    return target.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left half written in a folder of ours; nobody else may be writing there.
+
+    Args:
+        folder: Where; nothing is deleted where it is a link.
+        name: Pattern of the names that were to be written.
+    """
+    if folder.is_symlink():
+        return
+    for leftover in folder.glob(f".{name}.tmp"):
+        delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, but never what a link points to."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""From a named view to a merge: which snapshots of the window, and how much of each, or why not now.
+
+This module knows names, counts and coefficients. It knows no tensors and no stores.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pretrain_merge import coefficients
+from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.config import View, did_you_mean
+from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
+from pretrain_merge.records import Recipe
+from pretrain_merge.window.window import Snapshot, Window
+
+_SMALLEST = 2  # snapshots of a view that takes all there are
+
+
+class Merge(NamedTuple):
+    """What is merged.
+
+    Attributes:
+        snapshots: Oldest first.
+        recipe: Their steps, and how much of each.
+    """
+
+    snapshots: tuple[Snapshot, ...]
+    recipe: Recipe
+
+
+class Views:
+    """The views of a configuration. Each is resolved once per state of the window, however often it is asked for.
+
+    Args:
+        views: As configured.
+        cadence: When snapshots are due; coefficients that depend on time see the counter of its unit.
+    """
+
+    def __init__(self, views: Iterable[View], cadence: Cadence) -> None:
+        self._views = {view.name: view for view in views}
+        self._cadence = cadence
+        self._resolved: dict[str, Merge | str] = {}
+        self._state: tuple[object, ...] = ()  # of the window and the counters that `_resolved` is of
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all views, as they were configured."""
+        return tuple(self._views)
+
+    def resolve(self, name: str, window: Window, now: Progress, *, num_lost: int = 0) -> Merge:
+        """The merge that a view is now.
+
+        Args:
+            name: Of the view.
+            window: The snapshots.
+            now: Counters of the last step, from which on further snapshots will come.
+            num_lost: Intervals from now on that will give no snapshot, since they were not seen from their start.
+
+        Raises:
+            WindowNotReadyError: It cannot be merged now; says why, since when, and when it will be ready.
+            ConfigError: No view of this name is configured.
+        """
+        if name not in self._views:
+            known = ", ".join(self._views)
+            raise ConfigError(f"view {name!r} is not configured{did_you_mean(name, self._views)} Configured: {known}.")
+        state = (window.segment, window.newest, len(window.snapshots), now, num_lost)
+        if state != self._state:
+            self._resolved, self._state = {}, state
+        if name not in self._resolved:
+            self._resolved[name] = self._resolve(name, window.valid, now, window, num_lost)
+        found = self._resolved[name]
+        if isinstance(found, str):
+            raise WindowNotReadyError(found)
+        return found
+
+    def _resolve(
+        self, name: str, valid: tuple[Snapshot, ...], now: Progress, window: Window, num_lost: int
+    ) -> Merge | str:
+        view = self._views[name]
+        if len(valid) < self._num_needed(name):
+            return self._why_too_few(name, valid, now, window, num_lost)
+        chosen = valid[-(view.last or window.size) :]
+        times = [item.progress.count(self._cadence.every.unit) for item in chosen]
+        try:
+            weights = coefficients.compute(view.kind, len(chosen), times=times, **view.params)
+        except CoefficientError as error:  # a kind that asks for even spacing, say
+            return f"view {name!r}: {error}"
+        return Merge(chosen, Recipe(tuple(item.progress.step for item in chosen), weights))
+
+    def _why_too_few(self, name: str, valid: tuple[Snapshot, ...], now: Progress, window: Window, num_lost: int) -> str:
+        needed = self._num_needed(name)
+        steps = f" (steps {valid[0].progress.step} to {valid[-1].progress.step})" if valid else ""
+        since = (
+            f" since the break at step {window.last_break.step} ({window.last_break.reason})"
+            if window.last_break
+            else ""
+        )
+        due = self._cadence.due_after(now, times=needed - len(valid) + num_lost)
+        ready = f"step {due.amount}" if due.unit == "steps" else str(due)
+        others = [repr(other) for other in self._views if len(valid) >= self._num_needed(other)]
+        ready_now = f"; {', '.join(others)} {'is' if len(others) == 1 else 'are'} ready now" if others else ""
+        return (
+            f"view {name!r} needs {needed} snapshots and the window holds {len(valid)}{steps}{since}. "
+            f"It will be ready at {ready}{ready_now}."
+        )
+
+    def _num_needed(self, name: str) -> int:
+        return self._views[name].last or _SMALLEST

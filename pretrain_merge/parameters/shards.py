@@ -1,0 +1,90 @@
+"""The parts of parameters that this rank holds (DESIGN, "shard"): telling them, and what FSDP does with them.
+
+This module knows DTensors and FSDP modules. It knows nothing of which tensors are merged.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pretrain_merge.errors import UnsupportedModelError
+
+try:  # a torch built without distributed has no FSDP modules to reshard or to refuse
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+except ImportError:  # pragma: no cover
+    FSDPModule = FullyShardedDataParallel = None  # type: ignore[assignment,misc]
+
+_PLAIN_TYPES = (nn.Parameter, Tensor, nn.Buffer)
+_ADDED = ("_orig_mod.", "_forward_module.")  # by torch.compile (P14) and by Fabric
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` and Fabric put in.
+
+    >>> plain_name("model._orig_mod.layers.0.weight")
+    'model.layers.0.weight'
+    """
+    for added in _ADDED:
+        name = name.replace(added, "")
+    return name
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: of a DTensor its shard, else the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but dense memory, which can be read and written in place."""
+    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this rank holds only a part of some parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Local tensors as the parts of whole parameters that they are: DTensors over the same memory where sharded.
+
+    Args:
+        module: The live model, whose parameters tell how they are sharded.
+        tensors: By the names of `mergeable_tensors`, in the shapes of its tensors and any dtype.
+    """
+    parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
+
+
+def whole_sizes(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[int]:
+    """Elements of the whole parameters of which local tensors are parts, in their order."""
+    return [tensor.numel() for tensor in as_shards(module, tensors).values()]
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop gathered parameters of FSDP2, so that the shards are what the next forward uses (P18)."""
+    if FSDPModule is not None:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def refuse_fsdp1(module: nn.Module) -> None:
+    """Raise `UnsupportedModelError` where a part of the module is wrapped in FSDP1 (P19)."""
+    if FullyShardedDataParallel is not None:
+        for name, part in module.named_modules():
+            if isinstance(part, FullyShardedDataParallel):
+                raise UnsupportedModelError(
+                    f"module {name!r} is wrapped in FSDP1 (FullyShardedDataParallel), whose parameters are views of a "
+                    f"flat one and move, also with use_orig_params=True. Use FSDP2: fully_shard, and "
+                    f"ModelParallelStrategy in a Trainer."
+                )
+
+
+def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

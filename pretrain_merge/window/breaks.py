@@ -1,0 +1,85 @@
+"""What ends a stretch of snapshots that may be merged: another rate, a phase, weights that are not finite.
+
+This module knows rates, names and messages. It knows no tensors and no ranks.
+"""
+
+from collections.abc import Sequence
+
+from pretrain_merge.config import WindowConfig
+from pretrain_merge.runtime.log import Notices
+from pretrain_merge.window.block_mean import BlockMean
+from pretrain_merge.window.window import Window
+
+
+class Breaks:
+    """The breaks of one window, each said once and only where it costs snapshots.
+
+    Args:
+        window: Where segments are counted.
+        block: Its open interval with `average: block`: a break inside it leaves it without a mean.
+        settings: `breaks` and `lr_tolerance` of the configuration.
+        notices: What the user was told already.
+
+    Attributes:
+        segment_lr: Learning rates that the current segment began with; later ones are compared with these, so that a
+            slow drift adds up.
+        phase: Name given to the last `mark_phase`, or empty.
+        num_refused: Snapshots refused so far because they were not finite.
+    """
+
+    def __init__(self, window: Window, block: BlockMean | None, settings: WindowConfig, notices: Notices) -> None:
+        self._window = window
+        self._block = block
+        self._settings = settings
+        self._notices = notices
+        self.segment_lr: tuple[float, ...] = ()
+        self.phase = ""
+        self.num_refused = 0
+
+    def restore(self, segment_lr: tuple[float, ...], phase: str, num_refused: int) -> None:
+        """Go on where another run was."""
+        self.segment_lr, self.phase, self.num_refused = segment_lr, phase, num_refused
+
+    def at_new_lr(self, step: int, lr: tuple[float, ...]) -> None:
+        """Break where the rates of this step are not those that the segment began with."""
+        if self._settings.breaks.lr and _differs(lr, self.segment_lr, self._settings.lr_tolerance):
+            if self.segment_lr:
+                changed = f"learning rate changed from {_listed(self.segment_lr)} to {_listed(lr)}"
+                self.at(step, changed, said_as="lr")
+            self.segment_lr = lr
+
+    def at_phase(self, step: int, name: str) -> None:
+        """Break because the user said that something changed."""
+        self.phase = name
+        self.at(step, f"phase {name!r}")
+
+    def at_refused(self, step: int) -> None:
+        """Break because the snapshot of this step is not finite, and count it."""
+        self.num_refused += 1
+        self.at(step, "a snapshot held NaN or infinity")
+        self._notices.once(
+            "non-finite",
+            f"step {step}: the snapshot holds NaN or infinity and was refused; so is every further one until the "
+            f"weights are finite. Records count them as `refused`.",
+        )
+
+    def at(self, step: int, reason: str, *, said_as: str | None = None) -> None:
+        """Break for this reason; said once by itself, or by the name of its kind."""
+        num_lost = self._window.break_at(step, reason)
+        if self._block is not None:
+            self._block.invalidate()
+        if num_lost:
+            self._notices.once(
+                said_as or reason,
+                f"break at step {step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
+            )
+
+
+def _listed(lr: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(lr))
+
+
+def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
+    if len(lr) != len(reference):
+        return True
+    return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))
