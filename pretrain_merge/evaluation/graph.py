@@ -62,8 +62,8 @@ def _enter_for(cls: type) -> "_Enter":
         return _enter_object
 
     def enter_both(memento: "Memento", index: int, item: Any) -> None:
-        chosen(memento, index, item)
-        _enter_object(memento, index, item)
+        if _enter_object(memento, index, item):
+            chosen(memento, index, item)
 
     return enter_both
 
@@ -219,30 +219,31 @@ def _enter_class(memento: "Memento", index: int, item: Any) -> None:
     memento.reach(index, item.__bases__)
 
 
-def _enter_object(memento: "Memento", index: int, item: Any) -> None:
-    """Attributes of `__dict__` and `__slots__`, past whatever the class makes of getting and setting them."""
+def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
+    """Attributes of `__dict__` and `__slots__`, past whatever the class makes of getting and setting them.
+
+    Whether the object is ours to keep: not if something works in it while we evaluate.
+    """
     kind = kinds.kind_of(type(item))
     if not kind.is_state:
-        return
-    values: list[Any] = []
+        return False
     found: list[Any] = []
     if kind.has_dict:
         attributes = object.__getattribute__(item, "__dict__")
-        state = states.DictState(attributes, owner=None if kind.may_own else item)
-        values += state.values
-        found.append(state)
+        found.append(states.DictState(attributes, owner=None if kind.may_own else item))
     if kind.slots:
         found.append(states.slots_state(item, kind.slots))
-        values += found[-1].values
+    values = [value for state in found for value in state.values]
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
         if kind.is_users:
             memento.leave(index, f"owns a {worker}")
-        return
+        return False
     for state in found:
         memento.add(index, state)
     memento.reach(index, values)
     if kind.is_users:
         memento.reach(index, [type(item)])
+    return True
 
 
 def _worker(value: Any) -> str | None:

@@ -91,9 +91,11 @@ def _silent(item: Any) -> Iterator[None]:
                 _writing_methods(type(item)) if item is not sys.modules.get(getattr(item, "__name__", "")) else set()
             )
             stack.enter_context(_attributes(item, {name: _in_other_threads(item, name) for name in names}))
-        for part in (item, getattr(item, "summary", None)):  # of W&B; and Neptune's run["loss"].append(1.0)
-            if hasattr(type(part), "__setitem__"):
-                stack.enter_context(_read_only(part, items=part is not item))
+        if hasattr(type(item), "__setitem__"):  # Neptune's run["loss"].append(1.0)
+            stack.enter_context(_of_class(item, ("__setitem__", "__getitem__")))
+        summary = getattr(item, "summary", None)
+        if hasattr(type(summary), "__setitem__"):  # W&B's run.summary["best"] = 1.0
+            stack.enter_context(_of_class(summary, ("__setitem__", "__setattr__", "update")))
         yield
 
 
@@ -108,21 +110,19 @@ def _in_other_threads(item: Any, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _read_only(item: Any, *, items: bool) -> Iterator[None]:
-    """Writing by index does nothing. Special methods are looked up in the class, so it gets one of its own."""
+def _of_class(item: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """Methods of these names do nothing. Special ones are looked up in the class, so the object gets another."""
     kind, here = type(item), threading.get_ident()
 
     def ignoring(name: str) -> Any:
-        def call(self: Any, *args: Any) -> Any:
-            return Nothing() if threading.get_ident() == here else getattr(kind, name)(self, *args)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return Nothing() if threading.get_ident() == here else getattr(kind, name)(self, *args, **kwargs)
 
         return call
 
-    names = ["__setitem__", *([] if items else ["__getitem__"]), *(["__setattr__"] if items else [])]
+    methods = {"__slots__": (), **{name: ignoring(name) for name in names}}
     with suppress(TypeError):  # a class of C cannot be exchanged
-        item.__class__ = type(kind)(
-            kind.__name__, (kind,), {"__slots__": (), **{name: ignoring(name) for name in names}}
-        )
+        item.__class__ = type(kind)(kind.__name__, (kind,), methods)
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from harness.models import LIGHTNING_REMARKS, MemoryLogger, Regression, rows, trainer
+from harness.models import LIGHTNING_REMARKS, MemoryLogger, Regression, Witness, rows, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import pretrain_merge
@@ -156,7 +156,7 @@ def test_a_hook_finds_what_it_finds_in_a_validation(face, tmp_path):
     logger = CSVLogger(tmp_path, name="exp")
     last = pl.Callback()
     own = trainer(tmp_path, ModelMerging(window=2, every=3), last, logger=logger, log_every_n_steps=1)
-    own.found, own.last = [], last
+    own.found, own.last = Witness(), last
     own.fit(_Asks(FACES[face]), rows(), rows(10, seed=1))
     asked = {evaluating for evaluating, _ in own.found}
     assert asked == {True, False}

@@ -64,7 +64,7 @@ def run(scenario: str, folder: Path) -> dict[str, Any]:
     name, moment = HELD_SCENARIOS.get(scenario, (SCENARIOS.get(scenario), ""))
     if scenario.startswith("slurm") or name == "SIGUSR1":
         pretend_slurm(folder)
-    evaluated: list[bool] = []
+    evaluated = Witness()
     at_step_4 = Once(lambda: own.global_step == 4, folder / "evaluating")
 
     class Module(Regression):

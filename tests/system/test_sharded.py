@@ -147,7 +147,7 @@ class WithStatistics(Model):
     def __init__(self, reshard):
         super().__init__(reshard)
         self.net.append(nn.BatchNorm1d(1))
-        self.measured_with, self.trained_with = deque(), deque()  # lists would be given back after an evaluation
+        self.measured_with, self.trained_with = Witness(), []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def on_train_batch_end(self, *_):
