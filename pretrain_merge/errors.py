@@ -23,6 +23,7 @@ from collections.abc import Iterable
 
 _LONGEST_TEXT = 10_000  # characters; the reasons of many ranks fit
 
+
 class PretrainMergeError(Exception):
     """Base of every error that this package raises on purpose.
 
@@ -78,10 +79,10 @@ class MissingDependencyError(PretrainMergeError, ImportError):
 
 
 def printable(text: object, *, keep: str = "") -> str:
-    """Text that a terminal shows and does not obey: what is not printable is spelled out, what is endless shortened.
+    r"""Text that a terminal shows and does not obey: what is not printable is spelled out, the endless is shortened.
 
-    >>> printable("loss\\x1b[2J")
-    'loss\\\\x1b[2J'
+    >>> printable("loss" + chr(27) + "[2J") == r"loss\x1b[2J"
+    True
 
     Args:
         text: Whatever a file, a path or somebody else's error says.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.crashes import processes
-from pretrain_merge.callbacks.kept_window import RunState
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.files.sharded_folder import SUFFIX
 
 Outcome = dict[str, Any]

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain_merge.errors import ForecastError, MissingDependencyError
+from pretrain_merge.cli.results import write_result
+from pretrain_merge.errors import ForecastError, MissingDependencyError, printable
 from pretrain_merge.forecast import Calibration, Forecast, forecast_anneal
 from pretrain_merge.records import plots, read_run
-from pretrain_merge.records.tables import expected_cell
+from pretrain_merge.records.tables import as_text, expected_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,15 +80,15 @@ def forecast(
         _table(rows, title=f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals")
     )
     for line in _remarks(answers):
-        say(line)
+        say(printable(line))
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
         say(_budget(fan, target))
     out = picture or (run if run.is_dir() else run.parent) / "forecast.png"
-    plots.curves(records, metric=metric, ahead=[item.expected for item in fan]).savefig(out)
-    say(f"Picture: {out}")
+    plots.save(plots.curves(records, metric=metric, ahead=[item.expected for item in fan]), out)
+    say(f"Picture: {printable(out)}")
     if json is not None:
-        json.write_text(json_format.dumps([asdict(item) for item in found], indent=1) + "\n", encoding="utf-8")
+        write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")
 
 
 def _remarks(answers: Sequence[Answer]) -> list[str]:
@@ -120,7 +121,7 @@ def _fan_shares() -> list[float]:
 def _table(rows: Sequence[tuple[int, Answer, Answer]], *, title: str) -> "Table":
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=as_text(title), title_justify="left")
     for column in ("steps of anneal", "ended now", "starts now", "ends at step"):
         table.add_column(column, justify="right")
     for length, *answers in rows:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.cli.model_shapes import read_model
+from pretrain_merge.cli.results import write_result
 from pretrain_merge.config import WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
@@ -114,7 +115,7 @@ def plan(
     made = make_plan(question)
     Console(highlight=False).print(plan_table(question, made, advice))
     if json is not None:
-        json.write_text(json_format.dumps(_figures(question, made, advice), indent=1) + "\n", encoding="utf-8")
+        write_result(json, json_format.dumps(_figures(question, made, advice), indent=1) + "\n")
 
 
 def _layout(gpus: int, shard: int | None, replicate: int, tensor: int) -> Layout:

@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from pretrain_merge.cadence import Cadence, Quantity
-from pretrain_merge.config.forecasts import parse_forecasts
+from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
     AVERAGES,
@@ -16,6 +16,7 @@ from pretrain_merge.config.schema import (
     SaveConfig,
     WindowConfig,
 )
+from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
 from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
 
@@ -33,9 +34,19 @@ def build(schema: type[_ConfigT], values: object) -> _ConfigT:
     Raises:
         ConfigError: Unknown key, wrong type or impossible value; the message names the key's path.
     """
-    checked = typed(schema, read(values), at="")
-    _refuse_impossible_values(checked)
-    return checked
+    config = typed(schema, read(values), at="")
+    _settings_of(config) if isinstance(config, MergeConfig) else _window_settings_of(config)
+    return config
+
+
+def parse_settings(values: object) -> Settings:
+    """The settings of a `ModelMerging`, from what `build` takes for a `MergeConfig`; raises what `build` raises."""
+    return _settings_of(typed(MergeConfig, read(values), at=""))
+
+
+def parse_window_settings(values: object) -> WindowSettings:
+    """The settings of a `RollingMerger`, from what `build` takes for a `WindowConfig`; raises what `build` raises."""
+    return _window_settings_of(typed(WindowConfig, read(values), at=""))
 
 
 def snapshot_cadence(config: WindowConfig) -> Cadence:
@@ -55,7 +66,7 @@ def save_cadence(config: SaveConfig) -> Cadence | None:
     return None if config.every is None else Cadence(Quantity.parse(config.every, key="save.every"))
 
 
-def _refuse_impossible_values(config: WindowConfig) -> None:
+def _window_settings_of(config: WindowConfig) -> WindowSettings:
     require(config, "window", lambda value: 2 <= value <= _LARGEST_WINDOW, f"an integer from 2 to {_LARGEST_WINDOW}")
     require(config, "sample_every", lambda value: value >= 1, "an integer of at least 1")
     require(config, "lr_tolerance", lambda value: 0.0 <= value < 1.0, "a number from 0 to 1")
@@ -65,28 +76,32 @@ def _refuse_impossible_values(config: WindowConfig) -> None:
     require(config, "slot_dtype", lambda value: value in (None, *SLOT_DTYPES), f"null or {' or '.join(SLOT_DTYPES)}")
     if config.store == "disk" and not config.store_folder and not isinstance(config, MergeConfig):
         raise ConfigError("store_folder: null, and store 'disk' needs a folder. Name one on local storage.")
-    snapshot_cadence(config), merge_cadence(config), parse_views(config)
-    every = Quantity.parse(config.every)
+    cadence = snapshot_cadence(config)
+    settings = WindowSettings(config, cadence, merge_cadence(config) or cadence, parse_views(config))
+    every = cadence.every
     if config.average == "block" and every.unit == "steps" and config.sample_every > every.amount:
         raise ConfigError(
             f"sample_every: {config.sample_every} steps, and a block has {every.amount} (`every`), so most would "
             f"be empty. Allowed: 1 to {every.amount}."
         )
-    if isinstance(config, MergeConfig):
-        _refuse_impossible_trainer_values(config)
+    return settings
 
 
-def _refuse_impossible_trainer_values(config: MergeConfig) -> None:
+def _settings_of(config: MergeConfig) -> Settings:
+    window = _window_settings_of(config)
     tokens = config.tokens_per_batch
     if isinstance(tokens, bool) or not (isinstance(tokens, str) or (isinstance(tokens, int) and tokens >= 1)):
         raise ConfigError(
             f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
             f"callable from a batch to its number of tokens works too."
         )
-    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first")
+    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, up to 100")
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
-    save_cadence(config.save)
-    parse_forecasts(config)
+    saves = save_cadence(config.save)
+    forecasts = {
+        name: Forecast(forecast, num_intervals(config, forecast)) for name, forecast in parse_forecasts(config).items()
+    }
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
+    return Settings(config, window.cadence, window.merge_cadence, window.views, saves, forecasts)

@@ -29,7 +29,9 @@ def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
 def _parse_forecast(config: MergeConfig, name: object, value: object) -> ForecastConfig:
     key = f"forecast.{name}"
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(f"{key}: {name!r} is no name. Allowed: letters, digits, '_', '.', '-', a letter first.")
+        raise ConfigError(
+            f"{key}: {name!r} is not a name. Allowed: up to 100 letters, digits, '_', '.', '-', a letter first."
+        )
     if not isinstance(value, Mapping):
         allowed = ", ".join(item.name for item in fields(ForecastConfig))
         raise ConfigError(f"{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")

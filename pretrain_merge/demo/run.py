@@ -23,6 +23,7 @@ from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, ValidationCurve,
 from pretrain_merge.demo.models import build_model, constant_after_warmup, language_model, linear_anneal
 from pretrain_merge.demo.report import METRIC, Summary, show, summarise
 from pretrain_merge.errors import CheckpointError, MissingDependencyError
+from pretrain_merge.files import atomic
 from pretrain_merge.records import MergeRecord, plots, read_records
 
 MERGE_YAML = Path(__file__).with_name("merge.yaml")
@@ -77,7 +78,7 @@ def demo(
         seconds_train=seconds_train,
         seconds_anneal=seconds_anneal,
     )
-    (out / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    atomic.write(out / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
     draw(records, summary, out / "curves.png")
     show(records, summary, out)
     return summary
@@ -154,7 +155,7 @@ def draw(records: Sequence[MergeRecord], summary: Summary, path: Path) -> None:
         label="validation loss (nats per byte)",
         title=f"{summary.model} of {summary.parameters:,} parameters, constant learning rate, Python source text",
     )
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def prepare_folder(out: Path) -> None:

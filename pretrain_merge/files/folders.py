@@ -68,7 +68,7 @@ def move_aside(path: Path) -> Path | None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """What the umask, or the folder's own rule, gives to a new file; to ask for the umask is to change it for a moment."""
+    """What the umask, or the folder's own rule, gives to a new file; to ask for the umask would be to change it."""
     probe = folder / ".mode"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:

@@ -116,8 +116,8 @@ class Calibration:
             _refuse_impossible(calibration)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is not a calibration: {error}. Name a file that `Calibration.save` wrote, or give none for the "
-                f"one that ships."
+                f"{path} is not a calibration: {error}. Name a file that `Calibration.save` wrote, or give none for "
+                f"the one that ships."
             ) from error
         return calibration
 

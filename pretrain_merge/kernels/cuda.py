@@ -8,8 +8,9 @@ Knows addresses, dtypes and launches. Written for the bandwidth of an H100 (3.35
   mask, because a mask of unknown length would break the wide loads into single elements; only the last block of a
   tensor has one.
 - Snapshots are read in **groups of 4** whose loads do not wait for each other, so a program has 8 to 16 KiB under way.
-  Two programs on an SM suffice, and 8 fit, 4 with the spread. The last group is filled up with loads that are switched off, so one
-  compiled kernel serves every N; unrolled over N, a window that grows from 2 to 10 snapshots would compile nine.
+  Two programs on an SM suffice; 8 fit, and 4 with the spread. The last group is filled up with loads that are switched
+  off, so one compiled kernel serves every N; unrolled over N, a window that grows from 2 to 10 snapshots would compile
+  nine.
 - Addresses, N and coefficients are data, not constants: hundreds of small tensors cost one launch per combination of
   dtypes. Items are small enough that those of a 110M model (6,700) fill 132 SMs several times over, and large enough
   that their table stays below 0.1% of the weights.
@@ -84,16 +85,14 @@ def merge_(
                 multipliers.to(device),
                 sums,
                 len(snapshots),
-                out_dtype=_TRITON[out_dtype],
-                in_dtype=None if in_dtype is None else _TRITON[in_dtype],
-                sum_dtype=tl.float64 if double else tl.float32,
-                alignment=_WIDE_LOAD if aligned else 1,
-                spread=spread,
-                block=_BLOCK,
-                group=_GROUP,
-                num_warps=_NUM_WARPS,
-                maxnreg=_registers(double=double, spread=spread),
-                enable_fp_fusion=True,  # one rounding per term instead of two
+                **constants(
+                    None if in_dtype is None else _TRITON[in_dtype],
+                    _TRITON[out_dtype],
+                    double=double,
+                    aligned=aligned,
+                    spread=spread,
+                ),
+                **launch_options(double=double, spread=spread),
             )
         if spread:
             added = Sums(*sums.sum(dim=0).tolist())
@@ -116,15 +115,32 @@ def _group_by_instructions(
     return groups
 
 
-def _registers(*, double: bool, spread: bool) -> int:
-    """Registers that a thread may take: all that it needs, and no more.
+def constants(in_dtype: Any, out_dtype: Any, *, double: bool, aligned: bool, spread: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, by the names of its arguments; Triton's dtypes, None for snapshots of several."""
+    return {
+        "out_dtype": out_dtype,
+        "in_dtype": in_dtype,
+        "sum_dtype": tl.float64 if double else tl.float32,
+        "alignment": _WIDE_LOAD if aligned else 1,
+        "spread": spread,
+        "block": _BLOCK,
+        "group": _GROUP,
+    }
 
-    Left to itself, ptxas rounds down to the next occupancy and puts a few values into local memory, which is as slow as
-    the snapshots. An SM has 65,536: 8, 5, 4 and 3 programs of 128 threads then fit, and two keep the memory busy.
+
+def launch_options(*, double: bool, spread: bool) -> dict[str, Any]:
+    """How a kernel is compiled, apart from what it computes.
+
+    Left to itself, ptxas rounds registers down to the next occupancy and puts a few values into local memory, in the
+    way of the snapshots. So a thread may take all that it needs. An SM has 65,536 registers: 8 programs of 128 threads
+    fit, 4 with the spread, 5 and 3 with sums in float64, and two keep the memory busy.
     """
-    if double:
-        return 168 if spread else 96
-    return 128 if spread else 64
+    registers = (168 if spread else 96) if double else (128 if spread else 64)
+    return {
+        "num_warps": _NUM_WARPS,
+        "maxnreg": registers,
+        "enable_fp_fusion": True,  # one rounding per term instead of two
+    }
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

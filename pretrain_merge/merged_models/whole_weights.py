@@ -5,8 +5,8 @@ ever gathers a parameter on its device; each file of whole tensors is then put t
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,19 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic, untrusted
+from pretrain_merge.merged_models.state import local
+from pretrain_merge.parameters.bits import same_bits
 from pretrain_merge.runtime import ranks
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 _PARTS = "parts"
+_BLOCK = 2**24  # bytes read at once
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> None:
+def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> list[str]:
     """Write whole tensors: one file, or several and an index. Collective where a tensor is a DTensor.
 
     Args:
@@ -39,9 +43,13 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> 
         tensors: By name; DTensors in shards, others whole on every rank, of which those of rank 0 are written.
         largest_file: Bytes after which another file begins.
 
+    Returns:
+        Names of the files that this rank wrote.
+
     Raises:
         OSError: The disk refuses.
     """
+    own = []
     shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     # what every rank has whole may differ (statistics of BatchNorm), so it is in the first files, which rank 0 writes
     files = _files(dict(sorted(tensors.items(), key=lambda item: item[0] in shards)), largest_file)
@@ -52,15 +60,34 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> 
             writer = number % ranks.num_ranks() if shards.keys() >= set(names) else 0
             if writer == ranks.rank():
                 save_file(_whole(folder, {name: tensors[name] for name in names}), folder / file, {"format": "pt"})
+                own.append(file)
     if len(files) > 1 and ranks.rank() == 0:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(map(_num_bytes, tensors.values()))}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        atomic.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        own.append(INDEX)
+    return own
 
 
 def remove_parts(folder: Path) -> None:
     """Delete what the whole tensors were made from; on one rank, when all are done."""
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    atomic.delete(folder / _PARTS)
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of files, by name.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    sums = {}
+    for name in names:
+        num_bytes = checksum = 0
+        with untrusted.opened(folder / name) as file:
+            while block := file.read(_BLOCK):
+                num_bytes, checksum = num_bytes + len(block), zlib.crc32(block, checksum)
+        sums[name] = [num_bytes, checksum]
+    return sums
 
 
 class Weights:
@@ -106,14 +133,11 @@ def opened(folder: Path) -> Iterator[Weights]:
     """
     with ExitStack() as stack, _plain_errors():
         if not (folder / INDEX).exists():
-            file = stack.enter_context(safe_open(folder / WEIGHTS, framework="pt"))
+            file = stack.enter_context(_open(folder / WEIGHTS))
             yield Weights(dict.fromkeys(file.keys(), file))
             return
         named = _weight_map(folder / INDEX)
-        open_files = {
-            file: stack.enter_context(safe_open(folder / file, framework="pt"))
-            for file in dict.fromkeys(named.values())
-        }
+        open_files = {file: stack.enter_context(_open(folder / file)) for file in dict.fromkeys(named.values())}
         if any(set(file.keys()) != {name for name in named if named[name] == key} for key, file in open_files.items()):
             raise CheckpointError(f"{folder / INDEX} does not fit the files beside it. Copy the folder again.")
         yield Weights({name: open_files[file] for name, file in named.items()})
@@ -124,17 +148,12 @@ def hold(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
     try:
         with opened(folder) as weights:
             return weights.names() == tensors.keys() and all(
-                weights.kind(name)[0] == tensor.shape and _same_bits(weights.like(name, tensor), local(tensor))
+                weights.kind(name)[0] == tensor.shape and same_bits(weights.like(name, tensor), local(tensor))
                 for name, tensor in tensors.items()
                 if isinstance(tensor, DTensor) or ranks.rank() == 0
             )
     except OSError:
         return False
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +164,17 @@ def _whole(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     of_parts = {name: whole[name] for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     if of_parts:
         load(of_parts, storage_reader=HuggingFaceStorageReader(str(folder / _PARTS)), no_dist=True)
+    storages: set[int] = set()
+    for name, tensor in whole.items():  # safetensors refuses tensors that overlap, which a buffer and its slice do
+        place = tensor.untyped_storage().data_ptr()
+        whole[name] = tensor.clone() if place in storages else tensor
+        storages.add(place)
     return whole
+
+
+def _open(path: Path) -> Any:
+    untrusted.refuse_other_than_files(path)  # safetensors would wait for a pipe
+    return safe_open(path, framework="pt")
 
 
 def _files(tensors: Mapping[str, Tensor], largest: int) -> dict[str, list[str]]:
@@ -169,18 +198,12 @@ def _num_bytes(tensor: Tensor) -> int:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        named = untrusted.read_json(path)["weight_map"]
         if not all(Path(file).name == file for file in named.values()):
             raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Copy the folder again.") from error
     return dict(named)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    b = b.cpu()
-    same_kind = a.dtype == b.dtype and a.shape == b.shape
-    return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 @contextmanager

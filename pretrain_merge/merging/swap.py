@@ -37,6 +37,9 @@ class Swap:
         listed = trained.tensors(module)
         # what trains only since the last snapshot is in none, and stays raw
         self._live = {name: listed[name] for name in stored.names if name in listed}
+        pruned = {name: listed[now] for name in stored.names if (now := _made_permanent(name, listed))}
+        self._live |= pruned
+        self._zeros = [(tensor, tensor == 0) for tensor in pruned.values()]
         self._places = Places(module, listed)
         if others := stored.why_others(self._live):
             raise WindowNotReadyError(
@@ -70,13 +73,25 @@ class Swap:
     def write(self, merge: Merge, *, spread: bool | Mapping[str, float] = False) -> Spread | None:
         """Write a merge into the model; the spread of its snapshots if it is asked for."""
         self._places.put_back()
-        return self._stored.merge_(self._live, merge.snapshots, merge.recipe.coefficients, spread=spread)
+        measured = self._stored.merge_(self._live, merge.snapshots, merge.recipe.coefficients, spread=spread)
+        for tensor, zeros in self._zeros:
+            tensor.masked_fill_(zeros, 0)
+        return measured
 
     def _restore(self) -> None:
         if self._copies:
             copy_(self._copied, self._copies)
         if self._raw_slot is not None:
             self._stored.restore_raw(self._live, self._raw_slot)
+
+
+def _made_permanent(name: str, live: Mapping[str, object]) -> str | None:
+    """The name that a pruned parameter has once its mask was multiplied into it (`torch.nn.utils.prune.remove`).
+
+    `ModelPruning` does so when training ends. The mask is gone then, but its zeros are in the live weights.
+    """
+    now = name.removesuffix("_orig")
+    return now if name not in live and now != name and now in live else None
 
 
 @contextmanager

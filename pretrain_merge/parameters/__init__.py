@@ -1,6 +1,6 @@
 """The live model on this rank: which tensors are merged, the shards that they are, and their places in memory."""
 
-from pretrain_merge.parameters.elements import all_finite, copy_, same_bits
+from pretrain_merge.parameters.elements import all_finite, all_same_bits, copy_
 from pretrain_merge.parameters.live import Trained, mergeable_tensors
 from pretrain_merge.parameters.places import Places
 from pretrain_merge.parameters.shards import as_shards, is_sharded, plain_name, reshard, whole_sizes
@@ -9,12 +9,12 @@ __all__ = [
     "Places",
     "Trained",
     "all_finite",
+    "all_same_bits",
     "as_shards",
     "copy_",
     "is_sharded",
     "mergeable_tensors",
     "plain_name",
     "reshard",
-    "same_bits",
     "whole_sizes",
 ]

@@ -37,7 +37,7 @@ def copy_of(tensor: Tensor) -> Tensor:
     whole = plain.resolve_conj().resolve_neg()
     if whole is not plain:  # resolving copied it
         return whole
-    return _cloned(_written_once(plain)).expand(plain.shape)
+    return from_integers(as_integers(_written_once(plain)).clone(), plain.dtype).expand(plain.shape)
 
 
 @torch.no_grad()
@@ -113,11 +113,11 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
-def _cloned(tensor: Tensor) -> Tensor:
-    integers = as_integers(tensor).clone()
-    if tensor.dtype == torch.complex128:
+def from_integers(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_integers`; a view."""
+    if dtype == torch.complex128:
         return torch.view_as_complex(integers.view(torch.float64))
-    return integers.view(tensor.dtype)
+    return integers.view(dtype)
 
 
 def _plain(tensor: Tensor) -> Tensor:

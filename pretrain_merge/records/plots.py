@@ -1,14 +1,17 @@
 """Records to matplotlib figures.
 
 This module knows how raw, merged and annealed curves are drawn. It reads records and nothing else, returns figures and
-never shows or saves one, and touches no global state of pyplot: a figure made here belongs to the caller alone.
+never shows one, and touches no global state of pyplot: a figure made here belongs to the caller alone.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain_merge.errors import ConfigError, MissingDependencyError
+from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError, printable
+from pretrain_merge.files import atomic
 from pretrain_merge.records import Expected, MergeRecord
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ _RAW, _ANNEALED, _GRID, _TEXT = "#8a8f98", "#1a1a1a", "#e6e8eb", "#30343a"
 _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
+_LONGEST_LABEL = 80
 _EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
 
 
@@ -86,6 +90,24 @@ def curves(
     return figure
 
 
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure to a file, in the format that its name ends in.
+
+    Raises:
+        ConfigError: No figure has that format.
+        CheckpointError: The file cannot be written.
+    """
+    kind, drawn = path.suffix.removeprefix(".").lower() or "png", BytesIO()
+    if kind not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise ConfigError(f"picture: {str(path)!r} does not end in a format of pictures. Allowed: {known}.")
+    figure.savefig(drawn, format=kind)
+    try:
+        atomic.write(path, drawn.getvalue())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that can be written.") from error
+
+
 def _new_figure() -> "Figure":
     try:
         from matplotlib.figure import Figure
@@ -143,7 +165,7 @@ def _relative(values: Mapping[int, float], raw: Mapping[int, float]) -> dict[int
 def _draw(axes: "Axes", values: Mapping[int, float], label: str | None, **style: Any) -> None:
     (line,) = axes.plot(list(values), list(values.values()), **style)
     if label and values:
-        line.set_label(f"{list(values.values())[-1]:#.4g}  {label}")
+        line.set_label(f"{list(values.values())[-1]:#.4g}  {_literal(label)}")
 
 
 def _draw_band(axes: "Axes", expected: Sequence[Expected], label: str, *, color: str) -> None:
@@ -166,7 +188,7 @@ def _draw_branch(axes: "Axes", values: Mapping[int, float], label: str | None) -
 
 
 def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str | None = None) -> None:
-    axes.set_ylabel(ylabel, color=_TEXT)
+    axes.set_ylabel(_literal(ylabel), color=_TEXT)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_TEXT, length=0)
@@ -176,6 +198,11 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
         axes.set_xlabel(xlabel, color=_TEXT)
     if title:
         axes.set_title(title, loc="left", color=_TEXT, fontsize=11)
+
+
+def _literal(text: str) -> str:
+    """Text as it is: a file may name a metric like a formula, and matplotlib would try to set it."""
+    return printable(text)[:_LONGEST_LABEL].replace("$", r"\$")
 
 
 def _focus(axes: "Axes", curves: Sequence[Mapping[int, float]], *, around: float | None = None) -> None:

@@ -70,7 +70,8 @@ class WindowFolder:
 
         Args:
             held: Files of the window as it is now.
-            fingerprint_of: What is at the path of a checkpoint, in any words that are others for another file; None: nothing.
+            fingerprint_of: What is at the path of a checkpoint, in any words that are others for another file; None:
+                nothing.
         """
         before = dict(self._needs)
         found = {path: fingerprint_of(path) for path in before if path}

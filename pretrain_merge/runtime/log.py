@@ -5,7 +5,18 @@ This module knows text. It goes to Python's logging, so it can be silenced or ke
 
 import logging
 
+from pretrain_merge.errors import printable
+
 logger = logging.getLogger("pretrain_merge")
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    """Names and reasons in a message may come from files that others wrote; a terminal must not obey them."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), None
+    return True
+
+
+logger.addFilter(_as_text)
 
 
 class Notices:

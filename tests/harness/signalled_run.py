@@ -54,7 +54,7 @@ def main(into: str) -> None:
 
 def run(scenario: str, folder: Path) -> dict[str, Any]:
     import torch
-    from harness.models import Recorder, Regression, rows, same_bits, trainer, weights
+    from harness.models import Recorder, Regression, Witness, rows, same_bits, trainer, weights
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     from pretrain_merge import ModelMerging

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain_merge import RollingMerger, coefficients, parameters
+from pretrain_merge import RollingMerger, coefficients
 from pretrain_merge.cadence import Progress
 from pretrain_merge.errors import ConfigError, ProgressError, UnsupportedModelError, WindowNotReadyError
 
@@ -519,8 +519,9 @@ def minus_zero_becomes_zero(module):
 )
 @pytest.mark.parametrize("store", ["device", "host", "disk"])
 def test_p31_raw_is_copied_when_the_newest_slot_has_other_bits_whatever_the_version_says(tmp_path, store, meanwhile):
-    module, merging = nn.Linear(64, 64, bias=False), RollingMerger(
-        window=2, every=2, store=store, store_folder=str(tmp_path)
+    module, merging = (
+        nn.Linear(64, 64, bias=False),
+        RollingMerger(window=2, every=2, store=store, store_folder=str(tmp_path)),
     )
     module.weight.data[0, 0] = -0.0
     for step in range(1, 5):

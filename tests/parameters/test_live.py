@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters import all_finite, copy_, mergeable_tensors, plain_name
+from pretrain_merge.parameters import Trained, all_finite, copy_, mergeable_tensors, plain_name
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -110,6 +110,7 @@ def test_names_are_free_of_what_torch_compile_adds():
     assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
     assert list(mergeable_tensors(compiled)) == list(mergeable_tensors(plain))
     assert plain_name("_orig_mod.a._orig_mod.weight") == "a.weight"
+    assert plain_name("_forward_module._orig_mod.a.weight") == "a.weight"  # of Fabric
 
 
 # --- buffers ---
@@ -183,15 +184,16 @@ def deepspeed_parameter():
 @pytest.mark.parametrize(
     ("parameter", "pieces"),
     [
-        (Subclass(torch.zeros(2, 2)), ["is a Subclass", "Allowed: plain parameters and DTensor shards", "FSDP2"]),
+        (Subclass(torch.zeros(2, 2)), ["is a Subclass, a subclass of Parameter", "Allowed: plain parameters", "FSDP2"]),
         (nn.Parameter(torch.zeros(2).as_subclass(WrappedTensor)), ["is a WrappedTensor", "Allowed: plain parameters"]),
         (deepspeed_parameter(), ["cannot be read and written in place", "DeepSpeed ZeRO-3"]),
-        (nn.UninitializedParameter(), ["is a UninitializedParameter"]),
+        (nn.UninitializedParameter(), ["is a UninitializedParameter", "before its first forward", "Run one batch"]),
+        (nn.Parameter(torch.eye(2).to_sparse()), ["is sparse or packed (torch.sparse_coo)", ".to_dense()", "exclude"]),
         (nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn)), ["dtype torch.float8_e4m3fn", "Allowed: float64"]),
         (nn.Parameter(torch.zeros(2, dtype=torch.complex64)), ["dtype torch.complex64", "bfloat16, float16"]),
         (nn.Parameter(torch.zeros(2, device="meta")), ["meta device and holds no values", "configure_model"]),
     ],
-    ids=["subclass", "tensor subclass", "ZeRO-3", "lazy", "float8", "complex", "meta"],
+    ids=["subclass", "tensor subclass", "ZeRO-3", "lazy", "sparse", "float8", "complex", "meta"],
 )  # fmt: skip
 def test_parameters_that_cannot_be_merged_exactly_are_refused_by_name(parameter, pieces):
     message = refusal(nn.Sequential(nn.Linear(2, 2), with_weight(parameter)))
@@ -211,6 +213,102 @@ def test_p19_a_module_wrapped_in_fsdp1_is_refused_whatever_its_parameters_look_l
 def test_a_frozen_parameter_may_be_of_any_kind():
     frozen = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
     assert list(mergeable_tensors(nn.Sequential(nn.Linear(2, 2), with_weight(frozen)))) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize(
+    "share",
+    [lambda weight: weight[:4], lambda weight: weight.view(2, 16), lambda weight: weight[2:]],
+    ids=["the first rows", "another shape", "the last rows"],
+)
+def test_memory_that_two_parameters_share_in_part_or_under_two_shapes_is_refused_with_both_names(share):
+    module = nn.ModuleDict({"e": nn.Linear(4, 8, bias=False), "h": nn.Linear(4, 4, bias=False)})
+    module["h"].weight = nn.Parameter(share(module["e"].weight.detach()))
+    message = refusal(module)
+    for piece in (
+        "'e.weight' (8, 4)",
+        "'h.weight'",
+        "share memory",
+        "Allowed: tied parameters of one shape",
+        ".clone()",
+    ):
+        assert piece in message
+
+
+def test_parameters_side_by_side_in_one_storage_are_merged():
+    storage = torch.zeros(24)
+    module = nn.ParameterList([nn.Parameter(storage[:12].view(3, 4)), nn.Parameter(storage[12:].view(4, 3))])
+    assert len(mergeable_tensors(module)) == 2
+
+
+# --- the choice by name ---
+
+
+def test_patterns_choose_among_the_parameters_that_train():
+    module = Model()
+    module.lora = nn.Linear(3, 3)
+    assert list(mergeable_tensors(module, include=["lora.*"])) == ["lora.weight", "lora.bias"]
+    assert list(mergeable_tensors(module, exclude=["embed.*", "*.bias"])) == ["lora.weight"]
+    assert list(mergeable_tensors(module, include=["lora.*"], exclude=["*.bias"])) == ["lora.weight"]
+
+
+def test_a_filter_never_merges_what_is_frozen_and_one_name_of_a_tie_leaves_it_out():
+    module = Model()
+    module.lora = nn.Linear(3, 3)
+    assert list(mergeable_tensors(module, exclude=["head.weight"])) == ["lora.weight", "lora.bias"]
+    assert "frozen.weight" not in mergeable_tensors(module, include=["*", "frozen.*"])
+
+
+def test_what_cannot_be_merged_may_be_left_out():
+    module = nn.Sequential(nn.Linear(2, 2), with_weight(nn.Parameter(torch.eye(2).to_sparse())))
+    assert list(mergeable_tensors(module, exclude=["1.*"])) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("options", "pieces"),
+    [
+        (
+            {"exclude": ["embed.weigth"]},
+            ["parameters.exclude: 'embed.weigth' matches no parameter", "did you mean 'embed.weight'"],
+        ),
+        ({"include": ["layers.*"]}, ["parameters.include: 'layers.*' matches no parameter", "'frozen.bias'"]),
+        ({"exclude": ["*"]}, ["parameters: all 2 trainable parameters of Model are left out", "Narrow `exclude`"]),
+        ({"include": ["frozen.*"]}, ["parameters: all 2 trainable parameters", "such as 'embed.weight'"]),
+    ],
+)
+def test_patterns_that_leave_nothing_or_match_nothing_are_refused(options, pieces):
+    message = refusal(Model(), **options)
+    for piece in pieces:
+        assert piece in message
+
+
+# --- the set over time ---
+
+
+def test_p36_what_trained_once_stays_in_the_set_whatever_is_frozen_at_the_moment():
+    module, trained = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 2)}), Trained()
+    module["g"].requires_grad_(False)
+    assert list(trained.tensors(module)) == ["d.weight", "d.bias"]
+    module["g"].requires_grad_(True)
+    module["d"].requires_grad_(False)
+    assert list(trained.tensors(module)) == ["g.weight", "g.bias", "d.weight", "d.bias"]
+
+
+def test_p36_what_an_optimizer_has_stepped_is_in_the_set_although_it_is_frozen_again():
+    module, trained = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 2), "never": nn.Linear(2, 2)}), Trained()
+    optimizer = torch.optim.AdamW(module.parameters())
+    module["g"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    module["g"].requires_grad_(False)
+    module["never"].requires_grad_(False)
+    trained.watch(module, [optimizer])
+    assert list(trained.tensors(module)) == ["g.weight", "g.bias", "d.weight", "d.bias"]
+
+
+def test_p36_a_run_that_goes_on_merges_what_the_run_before_did():
+    module, trained = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), Trained()
+    module["backbone"].requires_grad_(False)
+    trained.remember(["backbone.weight", "head.weight"])
+    assert list(trained.tensors(module)) == ["backbone.weight", "head.weight", "head.bias"]
 
 
 def test_a_model_with_nothing_to_merge_is_refused():

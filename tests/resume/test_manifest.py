@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.clock import Clock
-from pretrain_merge.callbacks.kept_window import RunState
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.merged_models.retention import MergedModels, SavedModels
-from pretrain_merge.resume.manifest import SavedSnapshot, Manifest, SavedBlock, sealed
+from pretrain_merge.resume.manifest import Manifest, SavedBlock, SavedSnapshot, sealed
 from pretrain_merge.window.window import Break
 
 FILE = SnapshotFile("snapshot-00000004-0a1b2c3d.safetensors", 256, 0x0A1B2C3D)
@@ -101,7 +101,7 @@ def test_garbage_under_a_right_checksum_is_read_or_an_error_of_ours(kind, value,
         if isinstance(read, RunState):  # and what was read can be gone on with
             Clock([snapshot_cadence(MergeConfig())], 1, read.progress, read.pending, read.lr)
             if read.saved is not None:
-                MergedModels(Path("nowhere"), SaveConfig(), {}).go_on_from(read.saved, Path(read.run_folder))
+                MergedModels(Path("nowhere"), SaveConfig(), {}).resume_from(read.saved, Path(read.run_folder))
 
 
 @pytest.mark.parametrize("place", list(places(MANIFEST.to_plain()["values"])), ids=str)

@@ -2,13 +2,13 @@
 
 import copy
 import warnings
-from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from harness import oracles
+from harness.models import Witness
 from harness.rank_trainers import Group, strategy, trainer_on_ranks
 from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint

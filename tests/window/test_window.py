@@ -1,8 +1,12 @@
 """The window's book-keeping: slots never collide, the oldest leaves first, a break makes a suffix valid."""
 
+from collections import deque
+
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from pretrain_merge import RollingMerger
 from pretrain_merge.cadence import Progress
 from pretrain_merge.window.window import Break, Window
 
@@ -30,6 +34,7 @@ def test_the_newest_snapshots_are_held_oldest_first(size, history):
     window, expected, _ = play(size, history)
     assert [(item.progress.step, item.segment) for item in window.snapshots] == expected
     assert window.newest == (window.snapshots[-1] if expected else None)
+    assert window.before_newest == (window.snapshots[-2] if len(expected) > 1 else None)
 
 
 @given(st.integers(2, 6), events)
@@ -53,6 +58,25 @@ def test_what_came_before_the_last_break_is_never_valid(size, history):
     valid = [item.progress.step for item in window.valid]
     assert valid == [step for step, its_segment in expected if its_segment == segment]
     assert valid == [step for step, _ in expected][len(expected) - len(valid) :]  # a suffix
+    assert window.num_valid == len(valid)
+
+
+class Ends(deque):
+    """Snapshots that may be looked at singly, and never be gone through."""
+
+    def __iter__(self):
+        raise AssertionError("went through all snapshots")
+
+
+def test_a_step_of_a_run_looks_at_single_snapshots_only():
+    merger, model = RollingMerger(window=5, every=1, merge_every=2), nn.Linear(1, 1)
+    window = merger.window
+    window._held = Ends()
+    for step in range(1, 12):
+        merger.observe(model, step)
+        assert merger.merge_is_due() == (step % 2 == 0)
+    assert window.num_valid == 5
+    assert window.break_at(12, "reason") == 5
 
 
 def test_a_break_says_how_many_snapshots_it_cost_and_is_remembered():

@@ -1,0 +1,205 @@
+"""A merged model from its folder into a module: checked to the last byte first, then written where the module lives.
+
+This module knows state dicts and the folder layout. A module is read back from what its own `state_dict` says, so one
+that returns copies there is loaded by its own `load_state_dict` and looked at again.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
+from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
+from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
+from pretrain_merge.parameters import is_sharded, plain_name
+from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
+
+_LISTED = 5
+
+
+@torch.no_grad()
+def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Read a merged model into a module, strictly: every name, shape and dtype must be there, and nothing else.
+
+    Args:
+        module: The model to write into, as it was when the merge was saved.
+        path: A folder that `ModelMerging` saved (`…/merged/step-00001000-sma`), of whatever number of ranks. A module
+            that is sharded over ranks takes its own shards on each; no rank waits for another.
+
+    Returns:
+        The provenance: steps, coefficients, configuration, versions, metrics.
+
+    Raises:
+        CheckpointError: The folder is not a merged model, is damaged, or belongs to another model; nothing was changed.
+    """
+    folder = Path(path)
+    provenance = read_provenance(folder)
+    wanted = tensors_of(module, provenance["prefix"])
+    try:
+        _refuse_damaged(folder, provenance["files"])
+        with whole_weights.opened(folder) as weights:
+            saved = _Saved(weights, provenance)
+            if not set(saved.ties.values()) <= weights.names():
+                raise CheckpointError(f"{folder / PROVENANCE} is damaged: {saved.ties}. Copy the folder again.")
+            _refuse_other_model(folder, module, wanted, saved)
+            if copies := _copies(module, wanted):
+                _load_by_module(module, saved, copies)
+            else:
+                _write(module, wanted, saved)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}). Copy the folder again.") from error
+    return provenance
+
+
+class _Saved:
+    """What a folder holds, by the names of the module's own state dict."""
+
+    def __init__(self, weights: Weights, provenance: Mapping[str, Any]) -> None:
+        self._weights = weights
+        self._as_integers: Mapping[str, str] = provenance["as_integers"]
+        self.prefix: str = provenance["prefix"]
+        self.ties: Mapping[str, str] = provenance["ties"]
+
+    def stored(self) -> set[str]:
+        """Names of the tensors in the files."""
+        return self._weights.names()
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor in the files."""
+        shape, spelled = self._weights.kind(name)
+        dtype = TORCH_DTYPES.get(spelled)
+        return shape, f"torch.{self._as_integers[name]}" if name in self._as_integers else str(dtype or spelled)
+
+    def kind_of(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype that a tensor of a module must have in the files."""
+        shaped = as_integers(tensor) if name in self._as_integers else tensor
+        return tuple(shaped.shape), str(tensor.dtype)
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank holds of it, where the module's own tensor is."""
+        value = self._weights.like(name, tensor).to(tensor.device)
+        return from_integers(value, tensor.dtype) if name in self._as_integers else value
+
+    def whole(self, name: str) -> Tensor:
+        """All of it."""
+        return self._weights.whole(name)
+
+
+def _write(module: nn.Module, wanted: Mapping[str, Tensor], saved: _Saved) -> None:
+    extra_states = _modules_by_extra_state(module, saved.prefix)
+    for name in sorted(saved.stored()):
+        if _is_extra_state(name):
+            extra_states[name].set_extra_state(saved.whole(name))
+        else:
+            _fill(name, local(wanted[name]), saved.like(name, wanted[name]))
+    for alias, name in saved.ties.items():
+        if memory(wanted[alias]) != memory(wanted[name]):
+            _fill(alias, local(wanted[alias]), local(wanted[name]))
+
+
+def _fill(name: str, target: Tensor, value: Tensor) -> None:
+    try:
+        write_back(target, value)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}. Build it with .clone() in the module.") from error
+
+
+def _load_by_module(module: nn.Module, saved: _Saved, copies: list[str]) -> None:
+    """Load a module whose state dict shows copies of what it holds, and see whether it then shows what was saved."""
+    if is_sharded(module):
+        raise CheckpointError(
+            f"the state_dict of {type(module).__name__} returns copies (of {copies[0]}), which cannot be loaded into a "
+            f"module that is sharded. Load it before it is sharded."
+        )
+    live = list(chain(module.parameters(), module.buffers()))
+    before = [copy_of(tensor) for tensor in live]
+    state = dict(module.state_dict())
+    for key, value in state.items():
+        name = plain_name(key).removeprefix(saved.prefix)
+        source = saved.ties.get(name, name)
+        if source in saved.stored():
+            state[key] = saved.whole(source) if _is_extra_state(name) else saved.like(source, value)
+    try:
+        module.load_state_dict(state)
+        shown = tensors_of(module, saved.prefix)
+        lost = [name for name in saved.stored() if not _is_extra_state(name) and not _shows(shown, saved, name)]
+    except Exception as error:
+        lost = [f"{copies[0]} ({error})"]
+    if lost:
+        for tensor, copy in zip(live, before, strict=True):
+            write_back(tensor, copy)
+        raise CheckpointError(
+            f"the state_dict of {type(module).__name__} returns copies, and its load_state_dict does not take them "
+            f"back: {lost[0]}. Override both, or load {WEIGHTS} by hand."
+        )
+
+
+def _shows(shown: Mapping[str, Tensor], saved: _Saved, name: str) -> bool:
+    return name in shown and same_bits(shown[name], saved.like(name, shown[name]))
+
+
+def _copies(module: nn.Module, wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names in the state dict whose memory is not the module's own."""
+    own = {place for tensor in chain(module.parameters(), module.buffers()) for place in _places(tensor)}
+    return [
+        name
+        for name, tensor in wanted.items()
+        if tensor.numel() and not _is_extra_state(name) and not own.issuperset(_places(tensor))
+    ]
+
+
+def _places(tensor: Tensor) -> Iterator[int]:
+    own = tensor if is_lazy(tensor) else local(tensor)
+    if is_lazy(own) or is_traceable_wrapper_subclass(own) or own.is_nested or own.layout != torch.strided:
+        return
+    if own.numel():  # a rank may hold nothing of a parameter
+        yield own.untyped_storage().data_ptr()
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    paths = ((f"{path}." if path else "", part) for path, part in module.named_modules())
+    return {plain_name(f"{path}{EXTRA_STATE}").removeprefix(prefix): part for path, part in paths}
+
+
+def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
+    for name, written in files.items():
+        found = whole_weights.checksums(folder, [name])[name]
+        if found != written:
+            raise CheckpointError(
+                f"{folder / name} is damaged: it has {found[0]} bytes of checksum {found[1]:08x}, and {written[0]} of "
+                f"{written[1]:08x} were written. Copy the folder again from where it is whole."
+            )
+
+
+def _refuse_other_model(folder: Path, module: nn.Module, wanted: Mapping[str, Tensor], saved: _Saved) -> None:
+    stored = saved.stored() | set(saved.ties)
+    problems = [f"missing in the file: {name}" for name in sorted(wanted.keys() - stored)]
+    problems += [f"not in the model: {name}" for name in sorted(stored - wanted.keys())]
+    for name in sorted(saved.stored() & wanted.keys()):
+        if _is_extra_state(name):
+            continue  # its module says what it takes
+        tensor = wanted[name]
+        if is_lazy(tensor) or tensor.is_meta:
+            problems.append(f"{name} has no memory here: {'run a batch' if is_lazy(tensor) else 'to_empty()'} first")
+        elif (there := saved.kind(name)) != (here := saved.kind_of(name, tensor)):
+            problems.append(f"{name}: {there[1]} {there[0]} in the file, {here[1]} {here[0]} here")
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(
+            f"{folder} does not fit {type(module).__name__}: {'; '.join(problems[:_LISTED])}{more}. Build the model "
+            f"with the configuration and dtype it was trained with."
+        )

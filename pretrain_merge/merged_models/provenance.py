@@ -1,0 +1,67 @@
+"""Where the numbers of a merged model come from, as the file that lies beside its weights.
+
+This module knows which of its keys are needed to read the weights back; the others are for people.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic, untrusted
+
+PROVENANCE = "provenance.json"
+FORMAT = "pretrain-merge/1"
+
+
+def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
+    """Note in the provenance of a saved model that it is kept for other reasons, too; on one rank.
+
+    Raises:
+        CheckpointError: It is not a merged model, or cannot be written.
+    """
+    about = read_provenance(folder)
+    known = about.get("saved_for", [])
+    if isinstance(known, list) and not set(reasons) <= set(map(str, known)):
+        about["saved_for"] = [*known, *(reason for reason in reasons if reason not in known)]
+        try:
+            atomic.write(folder / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder / PROVENANCE}: {error}. Free space there.") from error
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance of a merged model.
+
+    Raises:
+        CheckpointError: The folder is not a merged model.
+    """
+    try:
+        found = untrusted.read_json(folder / PROVENANCE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is not a merged model ({error}). Name a folder that holds model.safetensors and {PROVENANCE}, "
+            f"as ModelMerging saves it under merged/."
+        ) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / PROVENANCE} is not of format {FORMAT!r}. Read it with the version that wrote it."
+        )
+    # those that a folder of an earlier version lacks are filled in
+    provenance: dict[str, Any] = {"as_integers": {}, "files": {}} | found
+    are_texts = all(_are_texts(provenance.get(key)) for key in ("ties", "as_integers"))
+    if not are_texts or not isinstance(provenance.get("prefix"), str) or not _are_sums(provenance["files"]):
+        raise CheckpointError(f"{folder / PROVENANCE} is damaged. Copy the folder again.")
+    return provenance
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+
+
+def _are_sums(files: object) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(pair, list) and [type(number) for number in pair] == [int, int] and Path(name).name == name
+        for name, pair in files.items()
+    )
