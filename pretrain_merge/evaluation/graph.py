@@ -29,18 +29,19 @@ from pretrain_merge.evaluation.memory import (
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento import Memento
 
-_POSITIONS = (type(iter([])), type(iter(())), type(iter(range(0))))
+_POSITIONS: tuple[Any, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
 _MOVING = (count, cycle, GeneratorType)
 _FEW = 8  # workers are looked for among so many items of an attribute
 
 
 def enter(memento: "Memento", index: int, item: Any) -> None:
     """Keep the state of an object, and let the memento search what it refers to."""
-    _enter_for(type(item))(memento, index, item)
+    cls: Any = type(item)
+    _enter_for(cls)(memento, index, item)
 
 
 @lru_cache(maxsize=4096)
-def _enter_for(cls: type) -> "_Enter":
+def _enter_for(cls: Any) -> "_Enter":
     known = _ENTER.get(cls)
     if known is not None:
         return known
@@ -224,7 +225,8 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
 
     Whether the object is ours to keep: not if something works in it while we evaluate.
     """
-    kind = kinds.kind_of(type(item))
+    cls: Any = type(item)
+    kind = kinds.kind_of(cls)
     if not kind.is_state:
         return False
     found: list[Any] = []
@@ -257,7 +259,7 @@ def _worker(value: Any) -> str | None:
     return kind.__name__ if kinds.works(kind) else None
 
 
-_Enter = Callable[["Memento", int, Any], None]
+_Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {
     list: _enter_list,
     dict: _enter_dict,

@@ -9,7 +9,7 @@ what they own) is never rolled back; `kinds` says what that is.
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain_merge.evaluation.graph import enter, places
 from pretrain_merge.evaluation.kinds import VALUES
-from pretrain_merge.evaluation.memory import BytesState, TensorState
+from pretrain_merge.evaluation.memory import BytesState, TensorState, blocks_of
 from pretrain_merge.evaluation.states import State
 from pretrain_merge.runtime.log import Notices
 
@@ -70,6 +70,8 @@ class Memento:
             for state, index in self._states:
                 if not state.is_same():
                     self._put_back(state, index)
+            for block in self._blocks:
+                block.put_back()
 
     def _put_back(self, state: State, index: int) -> None:
         try:
@@ -136,15 +138,18 @@ class Memento:
     def _keep_memory(self) -> None:
         """Copies, smallest first: a run's counters and buffers, and not twice the state of a large optimizer."""
         of_memory = [(state, index) for state, index in self._states if isinstance(state, BytesState | TensorState)]
-        total = 0
+        total, flat = 0, []
         for state, index in sorted(of_memory, key=lambda pair: pair[0].nbytes):
             total += state.nbytes
             if total <= MOST_BYTES:
-                state.keep()
+                view = state.keep()
+                if view is not None:
+                    flat.append((state, view))
             elif isinstance(state, TensorState):
                 state.watch()
             else:
                 self.leave(index, f"{state.nbytes:,} bytes")
+        self._blocks = blocks_of(flat)
 
     def _path(self, index: int) -> str:
         """From a root to an object, as one would write it."""
@@ -164,6 +169,10 @@ def _step(parent: Any, item: Any) -> str:
     if issubclass(kind, dict):
         key = next((key for key, value in dict.items(parent) if value is item), "?")
         return f"[{key!r:.40}]" if type(key) in VALUES else "[…]"
+    if kind is FunctionType:
+        cells = zip(parent.__code__.co_freevars, parent.__closure__ or (), strict=True)
+        names = [name for name, cell in cells if cell != CellType() and cell.cell_contents is item]
+        return next((f".{name}" for name in names), f".{getattr(item, '__name__', '…')}")
     if issubclass(type(item), type | FunctionType):
         return f".{item.__name__}"
     with suppress(AttributeError):

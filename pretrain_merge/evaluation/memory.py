@@ -18,6 +18,13 @@ from pretrain_merge.parameters import bits
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _SAMPLE = 256  # elements of a tensor that is only watched
+_BLOCK = 1 << 20  # elements that are compared at once
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_INTEGERS = {
+    torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64,
+    torch.bool: torch.uint8, torch.uint8: torch.uint8, torch.int8: torch.uint8, torch.int16: torch.int16,
+    torch.int32: torch.int32, torch.int64: torch.int64,
+}  # fmt: skip
 
 
 def draws(cls: type) -> bool:
@@ -82,7 +89,7 @@ class IteratorState:
 
     def is_same(self) -> bool:
         """Whether nothing was taken."""
-        return _index(self.item) == self.index
+        return bool(_index(self.item) == self.index)
 
     def put_back(self) -> None:
         """Back to where it was; one that is exhausted has forgotten what it read."""
@@ -175,7 +182,9 @@ def _address(item: Any) -> int:
 
 
 class TensorState:
-    """A tensor's memory and bits, and whether it takes part in backward.
+    """A tensor's memory, and whether it takes part in backward; its bits where it is not plain memory.
+
+    The bits of plain tensors are kept together, in `Block`s.
 
     Args:
         item: The tensor.
@@ -187,36 +196,38 @@ class TensorState:
     def __init__(self, item: Tensor, *, has_values: bool) -> None:
         self.item, self.has_values = item, has_values
         self.requires_grad = item.requires_grad
-        self.nbytes = item.numel() * item.element_size() if has_values and not _is_sparse(item) else 0
+        self.nbytes = item.numel() * item.element_size() if has_values else 0
         self.copy: Tensor | None = None
         self.sample: Tensor | None = None
         self.memory: Tensor | None = None
-        self.place = self.version = None
+        self.place: Any = None
+        self.version: int | None = None
 
-    def keep(self) -> None:
-        """Copy it."""
-        if self.has_values:
-            self.copy, self.version = bits.copy_of(self.item), _version(self.item)
-            self._watch_memory()
+    def keep(self) -> Tensor | None:
+        """Keep the bits; of plain memory give a flat view instead, to be kept in a `Block`."""
+        if not self.has_values:
+            return None
+        view = self._watch_memory()
+        if view is None:
+            self.copy = bits.copy_of(self.item)
+        return view
 
     def watch(self) -> None:
         """Too large to be copied: note where it lies, how often it was written, and some of its bits."""
-        self._watch_memory()
-        self.version, self.sample = _version(self.item), _sample(self.item)
+        view = self._watch_memory()
+        self.sample = _sample(view) if view is not None else None
 
     def is_same(self) -> bool:
-        """By bits: fused optimizers and batch norm write without a new version (P31)."""
+        """Whether it is the same memory, with the same bits where this keeps them: versions tell too little (P31)."""
         item = self.item
         if item.requires_grad != self.requires_grad or (self.place is not None and _place(item) != self.place):
             return False
         if self.copy is not None:
             return bits.same_bits(item, self.copy)
-        if self.sample is not None:
-            return _version(item) == self.version and bits.same_bits(_sample(item), self.sample)
-        return True
+        return self.sample is None or self._has_sample()
 
     def put_back(self) -> None:
-        """The same memory with the same bits; raises where they were not copied."""
+        """The same memory, with the same bits where this keeps them; raises where they are too many."""
         item = self.item
         if item.requires_grad != self.requires_grad:
             item.requires_grad_(self.requires_grad)
@@ -224,38 +235,75 @@ class TensorState:
             item.data = self.memory
         if self.copy is not None and not bits.same_bits(item, self.copy):
             bits.write_back(item, self.copy)
-            _set_version(item, self.version)
-        elif self.sample is not None and not self.is_same():
+            self.put_back_version()
+        if self.sample is not None and not self._has_sample():
             self.watch()  # said once, not at every pass
             raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
 
-    def _watch_memory(self) -> None:
-        self.place = _place(self.item)
-        self.memory = self.item.detach() if self.place is not None else None
+    def put_back_version(self) -> None:
+        """Or a graph that training holds across batches could no longer be walked backward."""
+        if self.version is not None:
+            torch._C._autograd._unsafe_set_version_counter((self.item,), (self.version,))
+
+    def _watch_memory(self) -> Tensor | None:
+        """Note where it lies; a flat view of it, or None where it is not plain memory."""
+        item = self.item
+        self.version = None if item.is_inference() else item._version
+        if type(item) not in _PLAIN or item.layout != torch.strided or item.is_nested or item.is_quantized:
+            return None
+        self.place, self.memory = _place(item), item.detach()
+        if not item.is_contiguous() or item.is_conj() or item.is_neg() or item.dtype not in _INTEGERS:
+            return None
+        return self.memory.view(-1) if item.dim() != 1 else self.memory
+
+    def _has_sample(self) -> bool:
+        view = self._watch_memory_again()
+        return view is not None and self.sample is not None and bits.same_bits(_sample(view), self.sample)
+
+    def _watch_memory_again(self) -> Tensor | None:
+        return None if self.item.is_inference() or self.item._version != self.version else self._watch_memory()
 
 
-def _is_sparse(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided
+class Block:
+    """The bits of many plain tensors of one device and dtype, compared with one call: mostly nothing changed.
+
+    Args:
+        parts: States, and flat views of their tensors' memory.
+    """
+
+    def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
+        self._states, self._views = zip(*parts, strict=True)
+        self._saved = torch.cat(self._views)
+        self._integers = _INTEGERS[self._saved.dtype]  # NaN is not itself, and 0.0 is -0.0
+
+    def put_back(self) -> None:
+        """Write the tensors whose bits changed."""
+        if self._is_same(torch.cat(self._views), self._saved):
+            return
+        saved = self._saved.split([view.numel() for view in self._views])
+        for state, view, before in zip(self._states, self._views, saved, strict=True):
+            if not self._is_same(view, before):
+                view.copy_(before)
+                state.put_back_version()
+
+    def _is_same(self, a: Tensor, b: Tensor) -> bool:
+        return torch.equal(a.view(self._integers), b.view(self._integers))
+
+
+def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:
+    """Flat views in blocks of one device and dtype, each small beside the run's memory."""
+    groups: dict[Any, list[tuple[TensorState, Tensor]]] = {}
+    sizes: dict[Any, int] = {}
+    for state, view in parts:
+        kind = (view.device, view.dtype)
+        sizes[kind] = sizes.get(kind, 0) + view.numel()
+        groups.setdefault((kind, sizes[kind] // _BLOCK), []).append((state, view))
+    return [Block(group) for group in groups.values()]
 
 
 def _place(tensor: Tensor) -> Any:
-    """Where a plain dense tensor lies, and as what; None for all others, which are told by their parts alone."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or _is_sparse(tensor) or tensor.is_nested:
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _set_version(tensor: Tensor, version: int | None) -> None:
-    if version is not None:  # or a graph that training holds across batches could no longer be walked backward
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-
-
-def _sample(tensor: Tensor) -> Tensor | None:
-    if _place(tensor) is None or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return None
-    flat = bits.as_integers(tensor.detach()).view(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
+def _sample(view: Tensor) -> Tensor:
+    return view[:: max(1, view.numel() // _SAMPLE)].clone()

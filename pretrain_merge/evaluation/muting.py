@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 # what methods that record something begin with, in Lightning's loggers and in the clients beneath them
@@ -87,9 +87,8 @@ def _silent(item: Any) -> Iterator[None]:
         own = getattr(item, "__dict__", None)
         if type(own) is dict:
             names = {name for name, value in own.items() if _is_writing(name) and callable(value)}
-            names |= (
-                _writing_methods(type(item)) if item is not sys.modules.get(getattr(item, "__name__", "")) else set()
-            )
+            kind: Any = type(item)
+            names |= _writing_methods(kind) if kind is not ModuleType else set()
             stack.enter_context(_attributes(item, {name: _in_other_threads(item, name) for name in names}))
         if hasattr(type(item), "__setitem__"):  # Neptune's run["loss"].append(1.0)
             stack.enter_context(_of_class(item, ("__setitem__", "__getitem__")))
@@ -112,7 +111,8 @@ def _in_other_threads(item: Any, name: str) -> Callable[..., Any]:
 @contextmanager
 def _of_class(item: Any, names: tuple[str, ...]) -> Iterator[None]:
     """Methods of these names do nothing. Special ones are looked up in the class, so the object gets another."""
-    kind, here = type(item), threading.get_ident()
+    kind: Any = type(item)
+    here = threading.get_ident()
 
     def ignoring(name: str) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def _experiment(logger: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _writing_methods(kind: type) -> set[str]:
+def _writing_methods(kind: Any) -> set[str]:
     static = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
     kinds = (FunctionType, staticmethod, classmethod)
     return {name for name, value in static.items() if _is_writing(name) and isinstance(value, kinds)}

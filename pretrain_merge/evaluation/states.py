@@ -14,6 +14,7 @@ import numpy as np
 
 from pretrain_merge.evaluation.kinds import lives, works
 
+_FACTORY: Any = vars(defaultdict)["default_factory"]  # past a subclass's own
 _ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "absent"})()
 
 
@@ -137,15 +138,15 @@ class FactoryState:
     __slots__ = ("factory", "item")
 
     def __init__(self, item: Any) -> None:
-        self.item, self.factory = item, defaultdict.default_factory.__get__(item)  # type: ignore[attr-defined]
+        self.item, self.factory = item, _FACTORY.__get__(item)
 
     def is_same(self) -> bool:
         """The very same function."""
-        return defaultdict.default_factory.__get__(self.item) is self.factory  # type: ignore[attr-defined, no-any-return]
+        return bool(_FACTORY.__get__(self.item) is self.factory)
 
     def put_back(self) -> None:
         """The very same function."""
-        defaultdict.default_factory.__set__(self.item, self.factory)  # type: ignore[attr-defined]
+        _FACTORY.__set__(self.item, self.factory)
 
 
 class PlacesState:

@@ -342,7 +342,7 @@ def test_hooks_of_the_module_find_a_silent_logger_with_the_users_folder(tmp_path
 
     class Module(Regression):
         def on_validation_epoch_end(self) -> None:
-            folders.append((self.trainer.log_dir, self.logger.log_dir, self.logger.save_dir))
+            folders.append((self.trainer.log_dir, self.logger.save_dir))
             self.logger.log_metrics({"a": 1.0}, step=1)
             self.log("logged", 2.0, logger=True, prog_bar=True)
             for each in self.trainer.loggers:
@@ -360,7 +360,7 @@ def test_hooks_of_the_module_find_a_silent_logger_with_the_users_folder(tmp_path
     assert no_lines
     assert same_bar
     assert not in_logged
-    assert folders == [(tmp_path / "logs",) * 3]
+    assert folders == [(tmp_path / "logs",) * 2]
 
 
 def test_a_metric_of_training_is_not_taken_for_one_of_validation(tmp_path):
