@@ -585,3 +585,15 @@ def test_every_measurement_gives_the_same_names(tmp_path):
     trainer(tmp_path, at, max_steps=2).fit(_LogsMuch(), rows(), [rows(10, seed=1), rows(7, seed=2)])
     raw, merged = _names(at.result)
     assert raw == merged
+
+
+def test_a_module_that_validates_with_weights_of_its_own_is_told_once(tmp_path, caplog):
+    class Swaps(Regression):
+        def on_validation_epoch_start(self) -> None:
+            for parameter in self.parameters():
+                parameter.data.fill_(0.5)
+
+    trainer(tmp_path, ModelMerging(window=2, every=2), max_steps=6, check_val_every_n_epoch=9).fit(
+        Swaps(), rows(), rows(4, seed=1)
+    )
+    assert sum("raw and merged metrics are equal bit for bit" in line for line in caplog.messages) == 1
