@@ -37,7 +37,7 @@ from benchmarks.measure import machine, new_parser, show, write_json
 from benchmarks.parameters import Shapes, llama_shapes
 from pretrain_merge import ModelMerging
 from pretrain_merge.kernels.weighted_sum import weighted_sum_
-from pretrain_merge.stores import slot_dtype
+from pretrain_merge.stores.store import slot_dtype
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

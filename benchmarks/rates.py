@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.measure import Action, Timing
 from pretrain_merge import parameters
 from pretrain_merge.plan import Measured
-from pretrain_merge.stores.disk import STAGING_BYTES
+from pretrain_merge.stores.budget import HOST_STAGING
 
 # Of a tensor that stays in the cache: its elements, and how often one timing goes through them.
 _CACHED, _REPEATS = 2**16, 64
@@ -49,12 +49,12 @@ def in_cache(dtype: torch.dtype, slot_dtype: torch.dtype) -> dict[str, Action]:
 def into_file(num_bytes: int, path: Path) -> dict[str, Action]:
     """One thread copies so many bytes into two buffers, from which another writes a new file; and away with it."""
     source = torch.ones(num_bytes, dtype=torch.uint8)
-    buffers = itertools.cycle([torch.ones(STAGING_BYTES // 2, dtype=torch.uint8) for _ in range(2)])
+    buffers = itertools.cycle([torch.ones(HOST_STAGING // 2, dtype=torch.uint8) for _ in range(2)])
 
     def write() -> None:
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
             writing: Future[int] | None = None
-            for piece, buffer in zip(source.split(STAGING_BYTES // 2), buffers, strict=False):
+            for piece, buffer in zip(source.split(HOST_STAGING // 2), buffers, strict=False):
                 buffer[: len(piece)].copy_(piece)
                 if writing is not None:
                     writing.result()

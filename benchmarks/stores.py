@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.measure import Action, Timing, chosen_device, interleave, machine, new_parser, show, write_json
 from benchmarks.parameters import llama_tensors
-from pretrain_merge.stores import Store
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore
 from pretrain_merge.stores.host import HostStore
+from pretrain_merge.stores.store import Store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ = "page cache: read the same bytes"

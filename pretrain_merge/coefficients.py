@@ -19,6 +19,7 @@ A new kind of coefficients is one function under `@kind`; `compute` and the conf
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, wraps
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import TypeAlias, TypeVar
@@ -37,13 +38,23 @@ _LARGEST = 1e300  # no sum and no difference of two numbers below this overflows
 
 
 def kind(function: _KindT) -> _KindT:
-    """Registers a kind of coefficients under its function's name.
+    """Registers a kind of coefficients under its function's name, behind a gate that all kinds share.
 
-    The function takes the number of snapshots first and its parameters by keyword. A parameter called ``times`` gets
-    the times of the snapshots from `compute`, which also checks what the function returns.
+    The function takes the number of snapshots first and its parameters by keyword. The gate lets it see a positive
+    integer only; a parameter called ``times`` is a tuple of ascending numbers, one for each snapshot (0, 1, 2, ...
+    where none were given); and what it returns must be as many finite numbers, which sum to 1.
     """
-    KINDS[function.__name__] = function
-    return function
+    name, takes_times = function.__name__, "times" in inspect.signature(function).parameters
+
+    @wraps(function)
+    def gated(n: int, **parameters: object) -> Coefficients:
+        number = _count(n)
+        if takes_times:
+            parameters["times"] = _times(parameters.get("times"), number)
+        return _summing_to_one(f"the coefficients of kind {name!r}", function(number, **parameters), number)
+
+    KINDS[name] = gated
+    return gated  # type: ignore[return-value]
 
 
 def compute(kind: str, n: int, /, *, times: Sequence[float] | None = None, **parameters: object) -> Coefficients:
@@ -79,7 +90,7 @@ def compute(kind: str, n: int, /, *, times: Sequence[float] | None = None, **par
             )
     if takes_times:
         parameters["times"] = times
-    return _summing_to_one(f"the coefficients of kind {kind!r}", KINDS[kind](n, **parameters), _count(n))
+    return KINDS[kind](n, **parameters)
 
 
 @kind
@@ -97,7 +108,6 @@ def sma(n: int) -> Coefficients:
     >>> sma(4)
     (0.25, 0.25, 0.25, 0.25)
     """
-    n = _count(n)
     return (1 / n,) * n
 
 
@@ -116,14 +126,13 @@ def wma(n: int) -> Coefficients:
     >>> wma(4)
     (0.1, 0.2, 0.3, 0.4)
     """
-    n = _count(n)
     total = n * (n + 1) // 2
     return tuple(i / total for i in range(1, n + 1))
 
 
 @kind
 def ema(
-    n: int, *, alpha: float | None = None, half_life: float | None = None, times: Sequence[float] | None = None
+    n: int, *, alpha: float | None = None, half_life: float | None = None, times: Sequence[float] = ()
 ) -> Coefficients:
     """Exponential moving average: the recursion ``M <- alpha * M_i + (1 - alpha) * M``, started at the oldest snapshot.
 
@@ -146,15 +155,15 @@ def ema(
     >>> [round(c, 9) for c in ema(3, half_life=1000, times=[5000, 6000, 8000])]
     [0.125, 0.125, 0.75]
     """
-    taken = _times(times, _count(n))
-    coefficients = [1.0]
-    for share in _ema_shares(taken, alpha, half_life):
-        coefficients = [*((1.0 - share) * c for c in coefficients), share]
-    return _absorb_rounding(coefficients)
+    coefficients, left = [], 1.0  # from the newest, which takes its share of all; the oldest keeps what is left
+    for share in reversed(_ema_shares(times, alpha, half_life)):
+        coefficients.append(left * share)
+        left *= 1.0 - share
+    return _absorb_rounding([left, *reversed(coefficients)])
 
 
 @kind
-def decay(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] | None = None) -> Coefficients:
+def decay(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] = ()) -> Coefficients:
     """The merge that equals a replay of the recorded updates under a decaying learning rate.
 
     ``c_j = w_j - w_(j+1)``, where ``w_j`` is the fraction of the rate at snapshot j, 1 at the oldest and 0 after the
@@ -168,7 +177,7 @@ def decay(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] | None 
             is ``f(j / n)`` at even spacing.
 
     Raises:
-        CoefficientError: `n` or `times` is out of range, or `shape` is no decay.
+        CoefficientError: `n` or `times` is out of range, or `shape` is not a decay.
 
     Source: WSM (arXiv 2507.17634), theorem 3.1.
 
@@ -177,12 +186,12 @@ def decay(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] | None 
     >>> decay(3, shape=[1.0, 1.0, 0.5, 0.0])  # full rate over the first interval, half over the second
     (0.0, 0.5, 0.5)
     """
-    rates = lr_schedules.factors(shape, _positions(_times(times, _count(n))))
+    rates = lr_schedules.factors(shape, _positions(times))
     return _absorb_rounding([before - after for before, after in pairwise((1.0, *rates, 0.0))])
 
 
 @kind
-def qam(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] | None = None) -> Coefficients:
+def qam(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] = ()) -> Coefficients:
     """The merge that lands where gradient descent under a decaying learning rate lands on a quadratic loss.
 
     There, a step at the fraction w of the rate is ``(1 - w) * stay + w * full step``, so a decay is a mixture of
@@ -197,25 +206,21 @@ def qam(n: int, *, shape: ShapeSpec = "linear", times: Sequence[float] | None = 
             weigh them, so every snapshot must lie within half a mean interval of an even grid.
 
     Raises:
-        CoefficientError: `n` is out of range, `times` are too uneven, or `shape` is no decay.
+        CoefficientError: `n` is out of range, `times` are too uneven, or `shape` is not a decay.
 
     Source: QAM (2026): the distribution of a sum of Bernoulli variables, built by convolution.
 
     >>> qam(3, shape=[1.0, 0.5, 0.5, 0.0])  # two steps, each with chance 1/2
     (0.25, 0.5, 0.25)
     """
-    positions = _positions(_times(times, _count(n)))
+    positions = _positions(times)
     for index, position in enumerate(positions, start=1):
         if not abs(position * n - index) < 0.5:
             raise CoefficientError(
                 f"times put snapshot {index} (the oldest is 0) {position * n:.3g} mean intervals after the oldest; qam "
                 f"takes snapshots within half an interval of an even grid. Use 'decay', which takes any spacing."
             )
-    chances = [1.0]
-    for rate in lr_schedules.factors(shape, positions):
-        fewer, more = [*chances, 0.0], [0.0, *chances]
-        chances = [(1.0 - rate) * stay + rate * step for stay, step in zip(fewer, more, strict=True)]
-    return _absorb_rounding(chances)
+    return _absorb_rounding(_chances_of_steps(lr_schedules.factors(shape, positions)))
 
 
 @kind
@@ -315,6 +320,19 @@ def _ema_shares(taken: Sequence[float], alpha: float | None, half_life: float | 
     return [-math.expm1(-math.log(2.0) * ((after - before) / half)) for before, after in pairwise(taken)]
 
 
+@lru_cache(maxsize=8)  # the same at every merge of evenly spaced snapshots, and O(n^2)
+def _chances_of_steps(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """How likely 0, 1, 2, ... steps happen when each happens with a chance of its own."""
+    import numpy as np  # not where the package is imported
+
+    chances = np.ones(1)
+    for rate in rates:
+        more = np.append((1.0 - rate) * chances, 0.0)
+        more[1:] += rate * chances
+        chances = more
+    return tuple(chances.tolist())
+
+
 def _positions(taken: Sequence[float]) -> tuple[float, ...]:
     """Where in the emulated decay each snapshot but the oldest lies: j / n at even spacing."""
     n, oldest, newest = len(taken), taken[0], taken[-1]
@@ -322,8 +340,9 @@ def _positions(taken: Sequence[float]) -> tuple[float, ...]:
     return tuple((time - oldest) / ((newest - oldest) * n / (n - 1)) for time in taken[1:])
 
 
-def _absorb_rounding(coefficients: list[float]) -> Coefficients:
+def _absorb_rounding(values: Iterable[float]) -> Coefficients:
     """Gives what rounding left of 1 to the largest coefficient, where it is relatively smallest."""
+    coefficients = list(values)
     coefficients[coefficients.index(max(coefficients))] += 1.0 - math.fsum(coefficients)
     return tuple(coefficients)
 
@@ -337,7 +356,7 @@ def _summing_to_one(name: str, values: Sequence[float], n: int | None = None) ->
     return checked
 
 
-def _times(times: Sequence[float] | None, n: int) -> tuple[float, ...]:
+def _times(times: object, n: int) -> tuple[float, ...]:
     taken = _numbers("times", range(n) if times is None else times, n)
     for before, after in pairwise(taken):
         if not before < after:

@@ -1,8 +1,8 @@
 """Learning-rate decays, as fractions of the peak rate.
 
 A shape is a function ``f`` of the fraction ``t`` of the decay that has passed: ``f(0) = 1``, it never increases, and it
-stays within [0, 1]. This module knows what a decay looks like and refuses what is none. It knows no optimizer, no steps
-and no merge.
+stays within [0, 1]. This module knows what a decay looks like and refuses what is not one. It knows no optimizer, no
+steps and no merge.
 """
 
 import math
@@ -40,7 +40,7 @@ def shape(spec: ShapeSpec) -> Shape:
         The shape. One made from a callable checks each value that it returns.
 
     Raises:
-        CoefficientError: The name is unknown, the decay does not start at 1, or a list is no decay.
+        CoefficientError: The name is unknown, the decay does not start at 1, or a list is not a decay.
 
     >>> shape("linear")(0.25)
     0.75

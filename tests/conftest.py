@@ -27,6 +27,7 @@ def ctrl_c():
 # others, each test goes to whichever process is free. (The marks of `--dist loadgroup` have no effect in pytest 9.2.)
 _WHOLE_MODULES = {
     "demo/test_run.py",
+    "kernels/test_compiled.py",
     "system/test_failures_on_ranks.py",
     "runtime/test_signals.py",
     "system/test_layouts.py",

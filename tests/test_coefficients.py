@@ -550,3 +550,59 @@ def test_coefficients_load_neither_numpy_nor_torch():
     code = "import sys, pretrain_merge.coefficients; print(*sorted({'numpy', 'torch', 'lightning'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == ""
+
+
+def test_qam_is_computed_once_for_snapshots_that_move_on_evenly():
+    module._chances_of_steps.cache_clear()
+    for newest in range(3000, 3050):
+        compute("qam", 300, shape="cosine", times=range(10 * (newest - 299), 10 * newest + 1, 10))
+    assert module._chances_of_steps.cache_info().misses == 1
+    compute("qam", 300, shape="linear")
+    assert module._chances_of_steps.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("name", ["ema", "qam"])
+def test_coefficients_of_a_long_window_take_linear_time_in_python(name):
+    calls = []
+    parameters = {"ema": {"alpha": 0.2}, "qam": {"shape": "linear"}}[name]
+    sys.setprofile(lambda frame, event, arg: calls.append(event))
+    try:
+        for n in (200, 400):
+            calls.append(n)
+            compute(name, n, **parameters)
+    finally:
+        sys.setprofile(None)
+    first, second = calls.index(400) - calls.index(200), len(calls) - calls.index(400)
+    assert second < 3 * first
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, "3", None])
+def test_no_kind_sees_an_impossible_number(n, monkeypatch):
+    monkeypatch.setattr(module, "KINDS", dict(KINDS))
+
+    @kind
+    def seen(n):
+        raise AssertionError(n)
+
+    with pytest.raises(CoefficientError, match="allowed are integers from 1"):
+        seen(n)
+
+
+def test_a_kind_of_ones_own_sees_times_as_they_may_be_and_must_sum_to_one(monkeypatch):
+    monkeypatch.setattr(module, "KINDS", dict(KINDS))
+    asked = []
+
+    @kind
+    def newest(n, *, times=()):
+        asked.append(times)
+        return (0.0,) * (n - 1) + (times[-1],)
+
+    assert newest(2) == (0.0, 1.0)
+    assert newest(2, times=[0, 1]) == compute("newest", 2, times=[0, 1]) == (0.0, 1.0)
+    assert asked == [(0.0, 1.0)] * 3
+    with pytest.raises(CoefficientError, match=r"the coefficients of kind 'newest'.*sum to 2"):
+        newest(2, times=[0, 2])
+    with pytest.raises(CoefficientError, match="each must be later"):
+        newest(2, times=[1, 0])
+    with pytest.raises(CoefficientError, match="must have 3"):
+        newest(3, times=[0, 1])

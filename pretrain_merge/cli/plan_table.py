@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import Advice, Cost, Plan, Question
-from pretrain_merge.plan.costs import COPIES_IN_TRAINING, DEVICE_SHARE, STEP
-from pretrain_merge.plan.times import HOST_SHARE, Move
+from pretrain_merge.plan.costs import COPIES_IN_TRAINING, STEP
+from pretrain_merge.plan.times import Move
+from pretrain_merge.stores.budget import DEVICE_SHARE, HOST_SHARE
 
 if TYPE_CHECKING:
     from rich.table import Table

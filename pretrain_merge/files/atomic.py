@@ -10,12 +10,16 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT
 _LONGEST = 200  # bytes of a name inside of a temporary one; file systems take 255
+# Flushes that wait together share a commit of the file system: 1,000 small files take a tenth of the time.
+_NUM_FLUSHES = 8
+_MOST_PENDING = 2**28  # bytes of a batch that may be on their way to the disk
 
 
 class Draft:
@@ -33,13 +37,77 @@ class Draft:
         self.target = target
 
 
+class Batch:
+    """Files that are flushed together and named afterwards: many small ones do not wait for the disk one by one.
+
+    Large ones are not held back: a batch of some hundred megabytes is finished, and the next one begins.
+    """
+
+    def __init__(self) -> None:
+        self._drafts: list[tuple[Path, Path]] = []  # where each is, and its name
+        self._folders: set[Path] = set()
+        self._num_bytes = 0
+
+    def add(self, path: Path, target: Path, *, num_bytes: int = 0) -> None:
+        """A file that is written and not flushed.
+
+        Raises:
+            OSError: The disk refuses this file or one before.
+        """
+        self._drafts.append((path, target))
+        self._num_bytes += num_bytes
+        if self._num_bytes > _MOST_PENDING:
+            self.finish()
+
+    def flush_later(self, folder: Path) -> None:
+        """A folder in which something else was given its name."""
+        self._folders.add(folder)
+
+    def finish(self) -> None:
+        """Flush all contents, give all names, and flush the folders: each once.
+
+        Raises:
+            OSError: The disk refuses. What has its name already is complete.
+        """
+        with ThreadPoolExecutor(_NUM_FLUSHES, thread_name_prefix="pretrain-merge-flush") as flushes:
+            for _ in flushes.map(sync, [path for path, _ in self._drafts]):
+                pass  # raises what it met
+        while self._drafts:
+            path, target = self._drafts[0]
+            publish(path, target, outlives_run=False)
+            self._folders.add(target.parent)
+            del self._drafts[0]
+        for folder in self._folders:
+            sync(folder)
+        self._folders.clear()
+        self._num_bytes = 0
+
+    def discard(self) -> None:
+        """Delete what has not got its name."""
+        for path, _ in self._drafts:
+            delete(path)
+        self._drafts.clear()
+
+
 @contextmanager
-def draft(target: Path, *, outlives_run: bool = True) -> Iterator[Draft]:
+def batch() -> Iterator[Batch]:
+    """Files that are complete, and on the disk, when the block ends without an error."""
+    files = Batch()
+    try:
+        yield files
+        files.finish()
+    finally:
+        files.discard()
+
+
+@contextmanager
+def draft(target: Path, *, outlives_run: bool = True, batch: Batch | None = None) -> Iterator[Draft]:
     """A new file beside `target`, which takes that name when the block ends, after everything is on the disk.
 
     Args:
         target: Where the file shall be, in a folder that exists. A file that is there is replaced at once.
         outlives_run: Whether its name, too, must survive a loss of power.
+        batch: Flushes the file and gives it its name together with others.
 
     Raises:
         OSError: The disk refuses, or the target is a link or something else than a file. No draft is left.
@@ -53,8 +121,12 @@ def draft(target: Path, *, outlives_run: bool = True) -> Iterator[Draft]:
             item = Draft(file, path, target)
             yield item
             file.flush()
-            os.fsync(file.fileno())
-        publish(path, item.target, outlives_run=outlives_run)
+            if batch is None:
+                os.fsync(file.fileno())
+            else:
+                batch.add(path, item.target, num_bytes=os.fstat(file.fileno()).st_size)
+        if batch is None:
+            publish(path, item.target, outlives_run=outlives_run)
     except BaseException:
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -71,8 +143,13 @@ def write(target: Path, content: bytes | str) -> None:
         item.file.write(content.encode() if isinstance(content, str) else content)
 
 
-def append(path: Path, text: str) -> None:
-    """Add text to a file, which is made where needed. It survives this process, not a loss of power.
+def append(path: Path, text: str, *, outlives_run: bool = False) -> None:
+    """Add text to a file, which is made where needed. It survives this process.
+
+    Args:
+        path: The file.
+        text: One piece, which is written at once.
+        outlives_run: Whether it must survive a loss of power, too.
 
     Raises:
         OSError: The disk refuses, or the file is a link or something else than a file.
@@ -82,7 +159,13 @@ def append(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "ab") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is not a file")
+        is_new = os.fstat(descriptor).st_size == 0
         file.write(text.encode())
+        file.flush()
+        if outlives_run:
+            os.fsync(descriptor)
+    if outlives_run and is_new:
+        sync(path.parent)
 
 
 def publish(temporary: Path, target: Path, *, outlives_run: bool = True) -> None:

@@ -4,7 +4,6 @@ This module knows the format and computes offsets. It opens no file.
 """
 
 import json
-import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,16 +70,10 @@ class Layout:
                 start = stop
         yield chunk
 
-    def tensors_over(self, pages: mmap.mmap) -> list[Tensor]:
-        """Tensors over the pages of the file, in the order of the live tensors."""
-        mapped = []
-        for dtype, shape, start, stop in self.places.values():
-            if start == stop:
-                mapped.append(torch.empty(shape, dtype=dtype))
-            else:
-                count, offset = (stop - start) // dtype.itemsize, len(self.header) + start
-                mapped.append(torch.frombuffer(pages, dtype=dtype, count=count, offset=offset).view(shape))
-        return mapped
+    def tensors_over(self, pages: Tensor) -> list[Tensor]:
+        """Tensors over all bytes of the file, in the order of the live tensors."""
+        data = pages[len(self.header) :]
+        return [data[start:stop].view(dtype).view(shape) for dtype, shape, start, stop in self.places.values()]
 
     def differences(self, found: bytes) -> str:
         """What a file that begins with these bytes has otherwise: names, dtypes and shapes, the first few of them."""

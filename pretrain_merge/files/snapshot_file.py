@@ -43,7 +43,14 @@ def is_ours(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> SnapshotFile:
+def write(
+    folder: Path,
+    stem: str,
+    layout: Layout,
+    tensors: Mapping[str, Sequence[Tensor]],
+    *,
+    batch: atomic.Batch | None = None,
+) -> SnapshotFile:
     """Write a file under a temporary name, flush it to the disk, and give it its name.
 
     Args:
@@ -51,13 +58,14 @@ def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequenc
         stem: What it is and its step, as in `snapshot-00001000`.
         layout: Which tensors, in which dtypes.
         tensors: By name, the flat parts of each tensor, on any device.
+        batch: Flushes the file and gives it its name together with others.
 
     Raises:
         CheckpointError: The disk refuses.
     """
     try:
         atomic.make_folder(folder)
-        with atomic.draft(folder / stem) as draft:
+        with atomic.draft(folder / stem, batch=batch) as draft:
             num_bytes = checksum = 0
             for piece in _pieces(layout, tensors):
                 draft.file.write(piece)
@@ -73,7 +81,13 @@ def write(folder: Path, stem: str, layout: Layout, tensors: Mapping[str, Sequenc
 
 
 def link(
-    folder: Path, stem: str, path: Path, checksum: int, *, identity: tuple[int, int] | None
+    folder: Path,
+    stem: str,
+    path: Path,
+    checksum: int,
+    *,
+    identity: tuple[int, int] | None,
+    batch: atomic.Batch | None = None,
 ) -> SnapshotFile | None:
     """Give a file that is on the disk already a second name in a folder, without a copy of its bytes.
 
@@ -83,6 +97,7 @@ def link(
         path: The file; durable, and never written again under its old name.
         checksum: Of all its bytes.
         identity: Of the file that is meant, as `identity_of` gives it.
+        batch: Flushes the folder after others have their names in it, too.
 
     Returns:
         The file under its new name; None where the file system has no links, or another one lies there.
@@ -94,7 +109,9 @@ def link(
         if identity_of(temporary) != identity:
             return None
         entry = _entry(stem, temporary.stat().st_size, checksum)
-        atomic.publish(temporary, folder / entry.name)
+        atomic.publish(temporary, folder / entry.name, outlives_run=batch is None)
+        if batch is not None:
+            batch.flush_later(folder)
     except OSError:
         return None
     finally:
@@ -135,7 +152,7 @@ def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:
             f"{path} is of another model: {layout.differences(bytes(pages))}. Build the model with the shapes and "
             f"dtypes it was trained with."
         )
-    return layout.tensors_over(pages)
+    return layout.tensors_over(torch.frombuffer(pages, dtype=torch.uint8))
 
 
 def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:

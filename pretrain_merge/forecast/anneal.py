@@ -93,8 +93,42 @@ def forecast_anneal(
 
     Source: the law is described in `forecast.law`, and the page on forecasts has its errors.
     """
+    return forecast_of(
+        read_history(records, metric),
+        steps=steps,
+        shape=shape,
+        kind=kind,
+        metric=metric,
+        coverage=coverage,
+        calibration=calibration,
+    )
+
+
+def forecast_of(
+    history: History,
+    *,
+    steps: int,
+    shape: str,
+    kind: str,
+    metric: str,
+    coverage: float,
+    calibration: Calibration | None,
+) -> Forecast:
+    """`forecast_anneal` of a history that was read before, or that grows with its run.
+
+    Args:
+        history: The run up to now.
+        steps: As in `forecast_anneal`; so are all others.
+        shape: How the learning rate falls.
+        kind: Whether the anneal starts or ends now.
+        metric: The loss that the history is of.
+        coverage: Share of true losses in the interval.
+        calibration: What the law's terms count.
+
+    Raises:
+        ForecastError: The history does not allow it.
+    """
     calibration = calibration or shipped()
-    history = read_history(records, metric)
     reading = reading_of(history, steps, shape, kind)
     half = calibration.half_width(reading, coverage)
     mean = calibration.expected(reading)
@@ -103,7 +137,7 @@ def forecast_anneal(
         low=mean - half,
         high=mean + half,
         basis=_basis(history, reading, calibration),
-        step=history.points[-1].step,
+        step=int(history.steps[-1]),
         steps=steps,
         shape=shape,
         kind=kind,
@@ -185,12 +219,12 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
         raise ForecastError(f"steps {steps!r}: an anneal takes a whole number of steps, at least 1.")
     if kind not in KINDS:
         raise ForecastError(f"kind {kind!r} is unknown. Allowed: {' or '.join(map(repr, KINDS))}.")
-    points = history.points
-    if len(points) < _LEAST_MERGES or not points[-1].means:
+    newest = int(history.steps[-1])
+    if history.num_merges < _LEAST_MERGES or not history.num_means[-1]:
         since = f", since {history.why_short}" if history.why_short else ""
         raise ForecastError(
             f"a forecast reads at least {_LEAST_MERGES} merge points at one learning rate, the newest with a mean "
-            f"('sma'); at step {points[-1].step} there are {len(points)}{since}. Wait for more."
+            f"('sma'); at step {newest} there are {history.num_merges}{since}. Wait for more."
         )
     curves = Curves(history)
     shortest, longest = curves.spans[0], curves.spans[-1]
@@ -219,6 +253,6 @@ def _basis(history: History, reading: Reading, calibration: Calibration) -> str:
         else ""
     )
     return (
-        f"from {len(history.points)} merges up to step {history.points[-1].step}, merged loss {reading.base:.6g}; "
+        f"from {history.num_merges} merges up to step {history.steps[-1]:.0f}, merged loss {reading.base:.6g}; "
         f"calibrated on {calibration.source}{wider}{longer}"
     )

@@ -1,22 +1,21 @@
 """Raw and merged loss of a run as functions of step and span, cleaned of noise as far as the records allow.
 
 A plain mean of models over a span lies half a span back along the way of training, and it is closer to that way (the
-"river" of the loss landscape) than the live model, whose iterates scatter around it. This module knows points and
-curves; what they say of an anneal is the law's business. Lengths are in steps, losses in the metric's own unit.
+"river" of the loss landscape) than the live model, whose iterates scatter around it. This module knows columns of
+points and curves; what they say of an anneal is the law's business. Lengths are in steps, losses in the metric's own
+unit. A run has thousands of points, so nothing here goes through them one by one.
 """
 
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pretrain_merge.forecast.history import History, Mean, Point
+from pretrain_merge.forecast.history import History
+from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 
-Floats = NDArray[np.float64]
-
-MEMORY = 8.0  # steps after which an iterate's noise is forgotten; matters only where snapshots are closer than a few
 _TREND_FROM = 0.5  # of the steps so far: what lies before says little of the trend of the raw loss now
 _SLOPE_FROM = 0.75
+HALVES_FROM = 0.7  # Jensen's gap moves slowly, its mean over these is less noisy
 SPANS_UP_TO = 1.05  # times the longest that was measured
 _SPANS_FROM = 0.45  # times the shortest
 
@@ -29,16 +28,11 @@ class Curves:
     """
 
     def __init__(self, history: History) -> None:
-        self._points = history.points
-        self._is_block = history.average == "block"
-        self.step = self._points[-1].step
-        self.spans = list(self._points[-1].means)
+        self._history = history
+        self._newest = history.means_at(-1)
+        self.step = int(history.steps[-1])
+        self.spans = [mean.span for mean in self._newest]
         self._known: dict[float, tuple[Floats, Floats]] = {}
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps of all merge points."""
-        return [point.step for point in self._points]
 
     @cached_property
     def raw_noise(self) -> float:
@@ -59,18 +53,15 @@ class Curves:
         The means keep some of the noise, so the river lies lower still. Dividing by the share that they lost was tried:
         it takes too much out of means of few snapshots, and errors grew by a tenth.
         """
-        means = self._points[-1].means.items()
-        return max(0.0, float(np.median([self.raw_at(self.step - span / 2) - mean.loss for span, mean in means])))
+        above = [self.raw_at(self.step - mean.span / 2) - mean.loss for mean in self._newest]
+        return max(0.0, float(np.median(above)))
 
     def merged(self, span: float, step: float) -> float:
         """Loss of the mean over a span that ends at a step, between what was measured; NaN where nothing is near.
 
         The noise that only few snapshots leave is taken out, as if every iterate had entered the mean.
         """
-        steps, losses = self._along(span)
-        if not len(steps) or step < steps[0] - 1e-9:
-            return float("nan")
-        return float(np.interp(np.log(step), np.log(steps), losses))
+        return float(self._merged_at(span, np.array([step]))[0])
 
     def halves_above_whole(self, span: float, step: float) -> float:
         """The mean loss of the means of both halves of a span, above that of the whole: Jensen's gap.
@@ -78,8 +69,14 @@ class Curves:
         To second order it is the squared distance of the halves in the metric of the Hessian: large while the noise
         is remembered for longer than a half, near zero once it is averaged out.
         """
-        halves = self.merged(span / 2, step), self.merged(span / 2, step - span / 2)
-        return sum(halves) / 2 - self.merged(span, step)
+        return float(self._halves_above_whole(span, np.array([step]))[0])
+
+    def late_halves_above_whole(self, span: float) -> float:
+        """The mean of Jensen's gaps at the merge points of late, where they are known; NaN where none is."""
+        steps = self._history.steps
+        gaps = self._halves_above_whole(span, steps[np.searchsorted(steps, HALVES_FROM * self.step) :])
+        known = gaps[np.isfinite(gaps)]
+        return float(np.mean(known)) if len(known) else float("nan")
 
     def slope(self, span: float) -> float:
         """How fast the merged loss falls over the last quarter of training, per unit of log step."""
@@ -92,15 +89,15 @@ class Curves:
 
     def sampling_noise(self, span: float) -> float:
         """The share of `noise` that a finite number of snapshots adds to a mean over this span."""
-        added = [self._added_by_sampling(length, mean) for length, mean in self._points[-1].means.items()]
+        added = [added_by_sampling(mean.span, mean.number, self._history.average) for mean in self._newest]
         return float(np.interp(np.log(span), np.log(self.spans), added))
 
     @cached_property
     def _recent_raw(self) -> tuple[Floats, Floats]:
-        recent = [point for point in self._points if point.step >= _TREND_FROM * self.step - 1e-9]
-        recent = recent if len(recent) >= 3 else list(self._points[-3:])
-        steps = np.array([point.step for point in recent], dtype=np.float64)
-        return np.log(steps / self.step), np.array([point.raw for point in recent])
+        steps = self._history.steps
+        first = int(np.searchsorted(steps, _TREND_FROM * self.step - 1e-9))
+        first = max(0, min(first, len(steps) - 3))
+        return np.log(steps[first:] / self.step), self._history.raw[first:]
 
     @cached_property
     def _trend(self) -> Floats:
@@ -111,45 +108,52 @@ class Curves:
     def _raw_slope(self) -> float:
         return -float(self._trend[-2]) if len(self._trend) > 1 else 0.0
 
+    def _merged_at(self, span: float, at: Floats) -> Floats:
+        steps, losses = self._along(span)
+        if not len(steps):
+            return np.full(len(at), np.nan)
+        return np.where(at < steps[0] - 1e-9, np.nan, np.interp(np.log(at), np.log(steps), losses))
+
+    def _halves_above_whole(self, span: float, at: Floats) -> Floats:
+        halves = self._merged_at(span / 2, at) + self._merged_at(span / 2, at - span / 2)
+        return halves / 2 - self._merged_at(span, at)
+
     def _along(self, span: float) -> tuple[Floats, Floats]:
-        """The merged loss over one span at every merge point that says something of it."""
-        if span not in self._known:  # asked for at many steps; a long run has thousands of merge points
-            self._known[span] = self._measured_along(span)
+        """The merged loss over one span at every merge point that says something of it.
+
+        Points are left out that lie farther back than the halves of spans are asked for; the newest of them stays, to
+        interpolate from.
+        """
+        if span not in self._known:
+            asked_from = HALVES_FROM * self.step - span
+            first = max(0, int(np.searchsorted(self._history.steps, asked_from)) - 1)
+            steps, losses = self._history.steps[first:], self._measured(span, first)
+            is_known = np.isfinite(losses)
+            self._known[span] = steps[is_known], losses[is_known]
         return self._known[span]
 
-    def _measured_along(self, span: float) -> tuple[Floats, Floats]:
-        known = [(point.step, loss) for point in self._points if np.isfinite(loss := self._at(point, span))]
-        steps, losses = zip(*known, strict=True) if known else ((), ())
-        return np.array(steps, dtype=np.float64), np.array(losses)
+    def _measured(self, span: float, first: int) -> Floats:
+        """The loss of the mean over one span at each point from one on; NaN where it was not measured about there.
 
-    def _at(self, point: Point, span: float) -> float:
-        spans = list(point.means)
-        if not spans or not _SPANS_FROM * spans[0] <= span <= SPANS_UP_TO * spans[-1]:
-            return float("nan")
-        # without noise the loss is nearly linear in the span: the mean lies half a span back on the way
-        noise_left = [
-            _left_by_mean(length / MEMORY) + self._added_by_sampling(length, mean)
-            for length, mean in point.means.items()
-        ]
-        way = np.array([mean.loss for mean in point.means.values()]) - self.noise * np.array(noise_left)
-        noise = self.noise * _left_by_mean(span / MEMORY)
-        if span < spans[0]:
-            return float(way[0] + noise - self._raw_slope / self.step * (spans[0] - span) / 2)
-        return float(np.interp(span, spans, way) + noise)
-
-    def _added_by_sampling(self, span: float, mean: Mean) -> float:
-        if self._is_block:  # every iterate is in the mean, or enough of them
-            return 0.0
-        return _left_by_samples(mean.number, span / (mean.number - 1) / MEMORY) - _left_by_mean(span / MEMORY)
-
-
-@cache
-def _left_by_samples(number: int, gap: float) -> float:
-    """Variance of a mean of equally spaced samples of a process that forgets as exp(-time), as a share of one's."""
-    lags = np.arange(1, number)
-    return 1 / number + 2 / number**2 * float(np.sum((number - lags) * np.exp(-gap * lags)))
-
-
-def _left_by_mean(length: float) -> float:
-    """The same of the mean over a continuous stretch."""
-    return 1 - length / 3 if length < 1e-3 else 2 / length * (1 - (1 - np.exp(-length)) / length)
+        Without noise the loss is nearly linear in the span, as the mean lies half a span back on the way: it is
+        interpolated between the two neighbouring means of a point once the noise that each keeps is taken out.
+        """
+        spans, _, losses, _, kept = self._history.means[:, :, first:]
+        number = self._history.num_means[first:]
+        if not len(spans):
+            return np.full(len(number), np.nan)
+        columns = np.arange(len(number))
+        shorter = np.minimum((spans <= span).sum(axis=0), number) - 1
+        low = np.maximum(shorter, 0)
+        high = np.maximum(np.minimum(low + 1, number - 1), low)
+        from_, to = spans[low, columns], spans[high, columns]
+        way = losses[low, columns] - self.noise * kept[low, columns]
+        way_to = losses[high, columns] - self.noise * kept[high, columns]
+        with np.errstate(invalid="ignore", divide="ignore"):  # where both are one
+            between = (way_to - way) / (to - from_) * (span - from_) + way
+        noise = self.noise * left_by_mean(span / MEMORY)
+        found = np.where(high > low, between, way) + noise
+        below = way + noise - self._raw_slope / self.step * (from_ - span) / 2
+        longest = spans[np.maximum(number - 1, 0), columns]
+        is_near = (number > 0) & (_SPANS_FROM * spans[0] <= span) & (span <= SPANS_UP_TO * longest)
+        return np.where(is_near, np.where(shorter < 0, below, found), np.nan)

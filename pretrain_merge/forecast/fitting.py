@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pretrain_merge.forecast.calibration import LEAST_ERROR, Calibration
-from pretrain_merge.forecast.curves import Floats
 from pretrain_merge.forecast.law import Reading
+from pretrain_merge.forecast.noise import Floats
 
 _LEVELS = tuple(round(0.5 + 0.05 * index, 2) for index in range(10))  # 0.5 to 0.95: some twenty runs tell no more
 _FOLDS = 8

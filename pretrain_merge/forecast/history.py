@@ -6,61 +6,122 @@ law.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pretrain_merge.errors import ForecastError
+from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
+from pretrain_merge.forecast.points import Mean, Points
 from pretrain_merge.records import MergeRecord, Recipe
 
 _LR_TOLERANCE = 1e-3
-_RISE = 0.002  # of a loss over the whole stretch: more is no noise of a merged model
+_RISE = 0.002  # of a loss over the whole stretch: more is not noise of a merged model
+_EVEN = 1e-9  # coefficients of a plain mean differ by rounding only
 _NO_LOSS = re.compile(
     r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|ppl|perplexity|score|em)([^a-z]|$)", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
-class Mean:
-    """The loss of a plain mean of snapshots.
-
-    Attributes:
-        loss: Of the mean model.
-        number: Snapshots in it.
-    """
-
-    loss: float
-    number: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """One merge point.
-
-    Attributes:
-        step: Where it lies.
-        raw: Loss of the live model.
-        means: Means by the steps that they span, shortest first.
-    """
-
-    step: int
-    raw: float
-    means: Mapping[float, Mean]
-
-
-@dataclass(frozen=True)
 class History:
-    """Merge points that may be read together, oldest first.
+    """Merge points that may be read together, oldest first, in columns; at least one.
 
     Attributes:
-        points: At least one.
+        steps: Where they lie.
+        raw: Losses of the live model.
+        means: By field of `points.Mean`, by mean (shortest first) and by point.
+        num_means: How many of each point's means may be read.
+        num_merges: How many merge points these stand for, since long stretches are thinned.
         average: What a snapshot is: "last" or "block".
         why_short: Why no older point belongs to them; empty: there is none.
     """
 
-    points: tuple[Point, ...]
+    steps: Floats
+    raw: Floats
+    means: Floats
+    num_means: NDArray[np.intp]
+    num_merges: int
     average: str
     why_short: str = ""
+
+    def means_at(self, index: int) -> list[Mean]:
+        """The means of one point, shortest first."""
+        return [Mean(*mean) for mean in self.means[:, : self.num_means[index], index].T.tolist()]
+
+
+class RunHistory:
+    """The merge points of one run as they come. What it keeps, and what a forecast reads of it, has a bound.
+
+    Args:
+        metric: The loss.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self._newest: MergeRecord | None = None
+        self._names: set[str] = set()
+        self._is_ordered = True
+        self._points = Points(0)
+        self._num_merges = 0
+        self._constant_from = 0  # a step from which on phase and rate were surely those of now
+        self._why_short = ""
+
+    def append(self, record: MergeRecord) -> None:
+        """The next merge point."""
+        before, self._newest = self._newest, record
+        self._names.add(record.name)
+        self._is_ordered &= before is None or before.step < record.step
+        if before is None or not _belongs(before, record):
+            self._points, self._num_merges = Points(len(record.lr)), 0
+            # where the change was told not to be a break, it lies somewhere between the two
+            is_unseen = before is not None and before.step > record.since
+            self._constant_from = record.step if is_unseen else record.since
+            self._why_short = "" if before is None else _why_short(before.phase, before.step, before.lr, record)
+        if self._metric in record.raw:
+            self._points.append(record.step, record.raw[self._metric], record.lr, _means(record, self._metric))
+            self._num_merges += 1
+
+    def now(self) -> History:
+        """The merge points that belong to the newest one: at its learning rate, since its last break.
+
+        Raises:
+            ForecastError: No record, several runs, a metric that nobody measured, or one that is not a loss.
+        """
+        newest = self._newest
+        if newest is None:
+            raise ForecastError("there are no merges yet. A forecast reads the records of a run's merge points.")
+        if len(self._names) > 1 or not self._is_ordered:
+            raise ForecastError(
+                f"the records are of {sorted(self._names)}, or not in the order of their steps. Give those of one run."
+            )
+        if self._metric not in newest.raw:
+            known = ", ".join(sorted(newest.raw)) or "nothing"
+            raise ForecastError(f"metric {self._metric!r} was not measured at step {newest.step}. Measured: {known}.")
+        history = self._at_one_rate(newest)
+        _refuse_what_is_not_a_loss(history, self._metric)
+        return history
+
+    def _at_one_rate(self, newest: MergeRecord) -> History:
+        """Each rate is within the tolerance of the one before; over many a slow decay leaves it all the same."""
+        steps, raw, means = self._points.columns()
+        other = np.flatnonzero(~_is_same_rate(self._points.lr, np.array(newest.lr)[:, None]).all(axis=0))
+        first = int(other[-1]) + 1 if len(other) else 0
+        constant_from, why_short, num_merges = self._constant_from, self._why_short, self._num_merges
+        if first:
+            constant_from, num_merges = int(steps[first]), len(steps) - first
+            lr = tuple(self._points.lr[:, first - 1].tolist())
+            why_short = _why_short(newest.phase, int(steps[first - 1]), lr, newest)
+        # a longer mean begins earlier: those that begin in time are the first few
+        num_means = np.count_nonzero(means[_START, :, first:] >= constant_from, axis=0)
+        return History(
+            steps[first:], raw[first:], means[:, :, first:], num_means, num_merges, newest.average, why_short
+        )
+
+
+_START, _LOSS = Mean._fields.index("start"), Mean._fields.index("loss")
 
 
 def read_history(records: Sequence[MergeRecord], metric: str) -> History:
@@ -71,25 +132,12 @@ def read_history(records: Sequence[MergeRecord], metric: str) -> History:
         metric: The loss.
 
     Raises:
-        ForecastError: No record, several runs, a metric that nobody measured, or one that is no loss.
+        ForecastError: No record, several runs, a metric that nobody measured, or one that is not a loss.
     """
-    if not records:
-        raise ForecastError("there are no merges yet. A forecast reads the records of a run's merge points.")
-    names = sorted({record.name for record in records})
-    if len(names) > 1 or any(a.step >= b.step for a, b in pairwise(records)):
-        raise ForecastError(f"the records are of {names}, or not in the order of their steps. Give those of one run.")
-    if metric not in records[-1].raw:
-        known = ", ".join(sorted(records[-1].raw)) or "nothing"
-        raise ForecastError(f"metric {metric!r} was not measured at step {records[-1].step}. Measured: {known}.")
-    stretch, constant_from = _newest_stretch(records)
-    points = tuple(
-        Point(record.step, record.raw[metric], _means(record, metric, constant_from))
-        for record in stretch
-        if metric in record.raw
-    )
-    _refuse_what_is_no_loss(points, metric)
-    older = records[len(records) - len(stretch) - 1] if len(stretch) < len(records) else None
-    return History(points, records[-1].average, _why_short(older, records[-1]) if older else "")
+    history = RunHistory(metric)
+    for record in records:
+        history.append(record)
+    return history.now()
 
 
 def span_of(recipe: Recipe, average: str) -> float:
@@ -98,68 +146,74 @@ def span_of(recipe: Recipe, average: str) -> float:
     return between * len(recipe.steps) / (len(recipe.steps) - 1) if average == "block" else float(between)
 
 
-def _newest_stretch(records: Sequence[MergeRecord]) -> tuple[Sequence[MergeRecord], int]:
-    """The records of the newest one's rate, phase and segment, and a step from which on the rate was surely theirs."""
-    newest = records[-1]
-    first = len(records) - 1
-    while first > 0 and _belongs(records[first - 1], newest):
-        first -= 1
-    unseen = first > 0 and records[first - 1].step > newest.since  # a change that was told not to be a break
-    return records[first:], records[first].step if unseen else newest.since
-
-
 def _belongs(record: MergeRecord, newest: MergeRecord) -> bool:
     same_kind = (record.phase, record.average, len(record.lr)) == (newest.phase, newest.average, len(newest.lr))
-    rates = zip(record.lr, newest.lr, strict=True) if same_kind else ()
-    same_rate = all(abs(a - b) <= _LR_TOLERANCE * max(abs(a), abs(b)) for a, b in rates)
-    return same_kind and same_rate and record.step > newest.since
+    if not same_kind or record.step <= newest.since:
+        return False
+    return record.lr == newest.lr or bool(_is_same_rate(np.array(record.lr), np.array(newest.lr)).all())
 
 
-def _why_short(older: MergeRecord, newest: MergeRecord) -> str:
-    if older.phase != newest.phase:
-        return f"a new phase, {newest.phase!r}, began after step {older.step}"
-    if older.step <= newest.since:
+def _is_same_rate(rates: Floats, others: Floats) -> NDArray[np.bool_]:
+    largest = np.maximum(np.abs(rates), np.abs(others))
+    same: NDArray[np.bool_] = np.abs(rates - others) <= _LR_TOLERANCE * largest
+    return same
+
+
+def _why_short(phase: str, step: int, lr: Sequence[float], newest: MergeRecord) -> str:
+    """Why an older record, of this phase, step and rate, does not belong to the newest one."""
+    if phase != newest.phase:
+        return f"a new phase, {newest.phase!r}, began after step {step}"
+    if step <= newest.since:
         return f"there was a break at step {newest.since}"
-    return f"the learning rate was {_listed(older.lr)} at step {older.step} and is {_listed(newest.lr)} now"
+    return f"the learning rate was {_listed(lr)} at step {step} and is {_listed(newest.lr)} now"
 
 
 def _listed(rates: Sequence[float]) -> str:
     return ", ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
 
 
-def _means(record: MergeRecord, metric: str, constant_from: int) -> dict[float, Mean]:
-    found = {
-        span_of(recipe, record.average): Mean(record.views[view][metric], len(recipe.steps))
-        for view, recipe in record.recipes.items()
-        if metric in record.views.get(view, {})
-        and _is_plain(recipe)
-        and _start(recipe, record.average) >= constant_from
-    }
-    return dict(sorted(found.items()))
+def _means(record: MergeRecord, metric: str) -> list[Mean]:
+    found: dict[float, Mean] = {}
+    for view, recipe in record.recipes.items():
+        if metric in record.views.get(view, {}) and _is_plain(recipe):
+            span, number = span_of(recipe, record.average), len(recipe.steps)
+            kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
+            found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)
+    return sorted(found.values())
 
 
 def _is_plain(recipe: Recipe) -> bool:
+    if len(recipe.steps) < 2:
+        return False
     even = 1.0 / len(recipe.steps)
-    return len(recipe.steps) >= 2 and all(abs(value - even) < 1e-9 for value in recipe.coefficients)
+    return even - min(recipe.coefficients) < _EVEN and max(recipe.coefficients) - even < _EVEN
 
 
-def _start(recipe: Recipe, average: str) -> float:
-    return recipe.steps[-1] - span_of(recipe, average)
-
-
-def _refuse_what_is_no_loss(points: Sequence[Point], metric: str) -> None:
+def _refuse_what_is_not_a_loss(history: History, metric: str) -> None:
     if _NO_LOSS.search(metric):
         raise ForecastError(
-            f"metric {metric!r} is no loss by its name. The law holds for a loss such as cross entropy: smaller is "
+            f"metric {metric!r} is not a loss by its name. The law holds for a loss such as cross entropy: smaller is "
             f"better, and above 0. Measure and name one (of a perplexity, its logarithm)."
         )
-    values = [value for point in points for value in (point.raw, *(mean.loss for mean in point.means.values()))]
-    bad = next((value for value in values if not (math.isfinite(value) and value > 0.0)), None)
-    if bad is not None:
-        raise ForecastError(f"metric {metric!r} was {bad!r}, and a loss is above 0 and finite. Name another metric.")
-    merged = [min(mean.loss for mean in point.means.values()) for point in points if point.means]
-    if len(merged) > 2 and not merged[-1] <= merged[0] * (1.0 + _RISE):
+    _refuse_bad_values(history, metric)
+    merged = np.flatnonzero(history.num_means)
+    if len(merged) < 3:
+        return
+    first, last = (min(mean.loss for mean in history.means_at(index)) for index in merged[[0, -1]])
+    if not last <= first * (1.0 + _RISE):
         raise ForecastError(
-            f"metric {metric!r} of the merged model rose from {merged[0]:.6g} to {merged[-1]:.6g} between steps "
-            f"{points[0].step} and {points[-1].step}: no loss, or a run that diverges. Name a metric that falls."
+            f"metric {metric!r} of the merged model rose from {first:.6g} to {last:.6g} between steps "
+            f"{history.steps[0]:.0f} and {history.steps[-1]:.0f}: not a loss, or a run that diverges. Name a metric "
+            f"that falls."
         )
+
+
+def _refuse_bad_values(history: History, metric: str) -> None:
+    bad = ~(np.isfinite(history.raw) & (history.raw > 0.0))
+    losses = history.means[_LOSS]
+    is_read = np.arange(len(losses))[:, None] < history.num_means
+    bad |= (is_read & ~(np.isfinite(losses) & (losses > 0.0))).any(axis=0)
+    for index in np.flatnonzero(bad)[:1].tolist():
+        values = (history.raw[index].item(), *(mean.loss for mean in history.means_at(index)))
+        value = next(value for value in values if not (math.isfinite(value) and value > 0.0))
+        raise ForecastError(f"metric {metric!r} was {value!r}, and a loss is above 0 and finite. Name another metric.")

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain_merge.errors import ForecastError
-from pretrain_merge.forecast.curves import Curves, Floats
+from pretrain_merge.forecast.curves import Curves
+from pretrain_merge.forecast.noise import Floats
 
 KINDS = ("nowcast", "forecast")
 PROGRESS = {"linear": 1 / 2, "cosine": 1 / 2, "1-sqrt": 1 / 3}  # integral of the learning-rate factor
 TERMS = ("c0", "c1", "c_cos", "c_sqrt", "cJ", "cJJ", "kappa")
 DOUBTS = ("base", "noise times share", "extrapolation", "sampling", "raw", "halves")
-_HALVES_FROM = 0.7  # of the steps so far: Jensen's gap moves slowly, its mean over these is less noisy
 _RATIO = (-0.3, 0.5)  # of J to G: beyond, one of them is noise
 _LEAST_GAP = 1e-5  # of the loss
 
@@ -99,12 +99,11 @@ def read(curves: Curves, steps: float, shape: str, kind: str) -> Reading:
 def _halves(curves: Curves, span: float) -> tuple[float, float]:
     """Jensen's gap now, averaged with its mean of late, and how far the two are apart."""
     now = curves.halves_above_whole(span, curves.step)
-    late = [curves.halves_above_whole(span, step) for step in curves.steps if step >= _HALVES_FROM * curves.step]
     if not np.isfinite(now):
         raise ForecastError(
             f"the merges at step {curves.step} say nothing of both halves of {span:g} steps. Merges over about "
             f"{span / 2:g} steps are needed now and {span / 2:g} steps ago: name the forecast in the run's "
             f"configuration, which measures them, or add a view over half the snapshots; merge at least as often."
         )
-    mean = float(np.mean([value for value in late if np.isfinite(value)]))
+    mean = curves.late_halves_above_whole(span)
     return (now + mean) / 2, abs(now - mean)

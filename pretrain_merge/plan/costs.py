@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.plan.hardware import Hardware
 from pretrain_merge.plan.inputs import Merging, Question, Training
-from pretrain_merge.plan.times import HOST_SHARE, Move, Operations
-
-# What stores keep for pieces under way, and what `store: auto` takes of what is free: as in `stores`, which this layer
-# cannot see; a test compares them.
-DEVICE_SHARE = 0.25
-DEVICE_STAGING, HOST_STAGING = 48 * 2**20, 32 * 2**20
+from pretrain_merge.plan.times import Move, Operations
+from pretrain_merge.stores.budget import DEVICE_STAGING, HOST_STAGING, fastest_with_room
 
 # Of training itself, each in the parameters' dtype: weights, gradients and the two moments of AdamW.
 COPIES_IN_TRAINING = 4
@@ -130,7 +126,7 @@ def make_plan(question: Question) -> Plan:
     scratch = elements * merging.itemsize if merging.has_scratch else 0
     accumulator = elements * merging.accumulator_itemsize if merging.in_blocks else 0
     places = _places(hardware, merging, elements, sharing, beside=scratch + accumulator)
-    store = _fastest_with_room(merging.window * slot, places) if merging.store == "auto" else merging.store
+    store = _chosen(places) if merging.store == "auto" else merging.store
     step = _step_seconds(question)
     between_snapshots, between_merges = _steps(merging, question.training)
     return Plan(
@@ -177,11 +173,9 @@ def _places(hardware: Hardware, merging: Merging, elements: int, sharing: int, *
     }
 
 
-def _fastest_with_room(window: int, places: Mapping[str, Place]) -> str:
-    """As `stores.choose_store` does with what it finds free."""
-    if window <= DEVICE_SHARE * places["device"].free:
-        return "device"
-    return "host" if window <= HOST_SHARE * places["host"].free else "disk"
+def _chosen(places: Mapping[str, Place]) -> str:
+    window = places["host"].needed
+    return fastest_with_room(window, free_device=places["device"].free, free_host=places["host"].free)
 
 
 def _step_seconds(question: Question) -> float:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from pretrain_merge.plan.hardware import Hardware
 from pretrain_merge.plan.inputs import Merging
-
-HOST_SHARE = 0.5  # of host memory: what `store: auto` takes at most, and what we count on as page cache
+from pretrain_merge.stores.budget import HOST_SHARE
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ class Operations:
     def _is_cached(self) -> bool:
         """Whether host memory keeps the slot files; a device reads them too slowly from there to count on it."""
         files = self.sharing * (self.merging.window + 1) * self._slot_bytes
+        # of the page cache no more is counted on than `store: auto` takes of host memory
         return self.hardware.link_rate is None and files <= HOST_SHARE * self.hardware.host_bytes
 
     def _in_memory(self, bytes_per_element: int) -> Move:

@@ -1,17 +1,7 @@
 """What was measured: records, their lines of JSON, and where they are shown."""
 
-from pretrain_merge.records.record import (
-    FORECAST,
-    RAW,
-    Expected,
-    MergeRecord,
-    Metrics,
-    Recipe,
-    append_record,
-    keep_records_until,
-    metric_name,
-    read_records,
-)
+from pretrain_merge.records.jsonl import append_record, keep_records_until, read_records
+from pretrain_merge.records.record import FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
 
 __all__ = [
     "FORECAST",

@@ -6,13 +6,12 @@ records and nothing else. It knows no tensors, no trainer and no logger.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import atomic, untrusted
+from pretrain_merge.files import untrusted
 
 RAW = "raw"
 FORECAST = "forecast"
@@ -118,26 +117,35 @@ class MergeRecord:
         Raises:
             ValueError: The line is not JSON, or not one of our records.
         """
-        values = untrusted.parse_json(line.encode() if isinstance(line, str) else line)
-        known = {item.name for item in fields(cls)}
-        has_our_keys = isinstance(values, dict) and values.keys() <= known
+        line = line.encode() if isinstance(line, str) else line
+        values = untrusted.parse_json(line)
+        has_our_keys = isinstance(values, dict) and values.keys() <= _known_fields()
         if not has_our_keys or not all(isinstance(values.get(key), type_) for key, type_ in _TYPES.items()):
-            raise ValueError(f"no merge record: {line[:80]!r}")
+            raise ValueError(f"not a merge record: {line[:80]!r}")
+        # a resumed run reads 100,000 lines, and hardly one of them holds such a number
+        read: Callable[[Any], Any] = (
+            _read_non_finite if b'"NaN"' in line or b'Infinity"' in line else lambda value: value
+        )
         recipes = {
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
         }
         forecasts = {
-            name: {metric: Expected(**_read_non_finite(value)) for metric, value in expected.items()}
+            name: {metric: Expected(**read(value)) for metric, value in expected.items()}
             for name, expected in values.pop("forecasts", {}).items()
         }
-        numbers = _read_non_finite({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
+        numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
         record = cls(
             **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
         )
         if not _is_sound(record):
             raise ValueError("a value is of another type than ours, or out of range")
         return record
+
+
+@cache
+def _known_fields() -> frozenset[str]:
+    return frozenset(item.name for item in fields(MergeRecord))
 
 
 def metric_name(name: str, model: str, metric: str) -> str:
@@ -149,104 +157,32 @@ def metric_name(name: str, model: str, metric: str) -> str:
     return f"{name}/{model}/{metric}"
 
 
-def append_record(path: Path, record: MergeRecord) -> None:
-    """Add one line to a `merges.jsonl`, creating the folder where needed.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.append(path, record.to_json() + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
-            f"choose another with Trainer(default_root_dir=…)."
-        ) from error
-
-
-def read_records(path: Path) -> list[MergeRecord]:
-    """Read a `merges.jsonl`, in the order of its lines.
-
-    Raises:
-        CheckpointError: The file is missing, or a line is no record of ours.
-    """
-    try:
-        return list(_parse(path, untrusted.lines(path)))
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
-
-
-def keep_records_until(path: Path, step: int, *, before: Path | None = None) -> list[MergeRecord]:
-    """Cut off the lines after a step, so that a resumed run writes no step twice; a half-written last line goes too.
-
-    Args:
-        path: A `merges.jsonl`. It changes at once or not at all.
-        step: The last step that is kept.
-        before: Where `path` does not exist: that of the run before, which a resumed run in a new folder begins with.
-
-    Returns:
-        What was kept.
-
-    Raises:
-        CheckpointError: The file cannot be read or rewritten.
-    """
-    source = before if before is not None and not path.exists() else path
-    try:
-        atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
-        if not source.exists():
-            return []
-        lines = list(untrusted.lines(source))
-        whole = [line for line in lines if line.endswith(b"\n")]
-        records = zip(whole, _parse(source, whole), strict=True)
-        kept = [(line, record) for line, record in records if record.step <= step]
-        if len(kept) < len(lines) or source != path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(path, b"".join(line for line, _ in kept))
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
-    return [record for _, record in kept]
-
-
 def _is_sound(record: MergeRecord) -> bool:
     """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
-    counters = (record.step, record.samples, record.tokens, record.window, record.refused, record.since)
     expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
-    recipes = record.recipes.values()
-    return (
-        _are_counters(
-            [*counters, *(item.step for item in expected), *(step for item in recipes for step in item.steps)]
-        )
-        and _are_numbers([record.spread, *record.lr, *record.raw.values(), *record.timing.values()])
-        and all(_are_numbers(metrics.values()) for metrics in record.views.values())
-        and all(_are_numbers(item.coefficients) for item in recipes)
-        and all(_are_numbers((item.mean, item.low, item.high)) for item in expected)
-        and all(isinstance(text, str) for text in (record.phase, record.average, record.slot_dtype))
-        and all(isinstance(reason, str) for reason in record.skipped.values())
+    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since]
+    numbers = [record.spread, *record.lr, *record.raw.values(), *record.timing.values()]
+    for metrics in record.views.values():
+        numbers += metrics.values()
+    for item in expected:
+        counters.append(item.step)
+        numbers += (item.mean, item.low, item.high)
+    for recipe in record.recipes.values():
+        counters += recipe.steps
+        numbers += recipe.coefficients
+    texts = [record.phase, record.average, record.slot_dtype, *record.skipped.values()]
+    return _are_counters(counters) and _are_numbers(numbers) and all(isinstance(text, str) for text in texts)
+
+
+def _are_counters(values: Sequence[int]) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < _LARGEST
+
+
+def _are_numbers(values: Sequence[float]) -> bool:
+    types = set(map(type, values))  # a bool is not an int here
+    return types <= {int, float} and (
+        int not in types or all(abs(value) < _LARGEST for value in values if type(value) is int)
     )
-
-
-def _are_counters(values: Iterable[object]) -> bool:
-    return all(type(value) is int and 0 <= value < _LARGEST for value in values)
-
-
-def _are_numbers(values: Iterable[object]) -> bool:
-    return all(type(value) is float or (type(value) is int and -_LARGEST < value < _LARGEST) for value in values)
-
-
-def _parse(path: Path, lines: Iterable[bytes]) -> Iterable[MergeRecord]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield MergeRecord.from_json(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path}, line {number} is no merge record ({error}). Every line is one JSON object as ModelMerging "
-                f"writes it; remove the line, or name the merges.jsonl of a run."
-            ) from error
 
 
 def _spell_out_non_finite(value: Any) -> Any:

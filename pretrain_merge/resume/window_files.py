@@ -3,7 +3,8 @@
 This module chooses between the two. It knows no window and no cadence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import sharded_folder, snapshot_file
+from pretrain_merge.files import atomic, sharded_folder, snapshot_file
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile
-from pretrain_merge.stores import Store
+from pretrain_merge.stores.store import Store
 
 
 class WindowFiles:
@@ -30,8 +31,29 @@ class WindowFiles:
         self.folder = folder
         self._module = module
         self._is_sharded = parameters.is_sharded(module)
+        self._batch: atomic.Batch | None = None
 
-    def keep(self, store: Store, slot: int, stem: str, kinds: Mapping[str, Any]) -> SnapshotFile:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Files that are complete when the block ends; many small ones do not wait for the disk one by one.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        try:
+            with atomic.batch() as self._batch:
+                yield
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot write the window to {self.folder}: {error}. Free space there, or set window_folder to another "
+                f"folder."
+            ) from error
+        finally:
+            self._batch = None
+
+    def save(self, store: Store, slot: int, stem: str, kinds: Mapping[str, Any]) -> SnapshotFile:
         """Make a file of a store's slot.
 
         Args:
@@ -44,7 +66,7 @@ class WindowFiles:
             CheckpointError: The disk refuses.
         """
         if not self._is_sharded:
-            return store.keep(slot, self.folder, stem)
+            return store.save(slot, self.folder, stem, batch=self._batch)
         tensors = {name: torch.empty(kind.shape, dtype=kind.dtype, device=kind.device) for name, kind in kinds.items()}
         store.read_(list(tensors.values()), slot)
         return self.write(stem, tensors)
@@ -58,7 +80,8 @@ class WindowFiles:
         if self._is_sharded:
             return sharded_folder.write(self.folder, stem, parameters.as_shards(self._module, tensors))
         layout = Layout.of(tensors, [tensor.dtype for tensor in tensors.values()])
-        return snapshot_file.write(self.folder, stem, layout, {name: [tensor] for name, tensor in tensors.items()})
+        parts = {name: [tensor] for name, tensor in tensors.items()}
+        return snapshot_file.write(self.folder, stem, layout, parts, batch=self._batch)
 
     def read(self, file: SnapshotFile, live: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """The tensors of a file, as far as this rank has them, in the order of the live ones.

@@ -14,15 +14,11 @@ from torch import Tensor
 
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.runtime import ranks
+from pretrain_merge.stores.budget import DEVICE_SHARE, HOST_SHARE, fastest_with_room
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore
 from pretrain_merge.stores.host import HostStore
 from pretrain_merge.stores.store import Store
-
-# The choice is made at the first snapshot, when parameters, gradients and optimizer state are there. Later batches,
-# evaluations and data workers may need more than those before.
-_DEVICE_SHARE = 0.25
-_HOST_SHARE = 0.5
 
 
 def choose_store(
@@ -44,7 +40,7 @@ def choose_store(
     free = {"device": _free_device_bytes(device, sharing), "host": _free_host_bytes() // sharing}
     needed = f"the window takes {_gib(num_bytes)} per rank"
     if kind == "auto":
-        kind, why = _fastest_with_room(num_bytes, free["device"], free["host"], folder)
+        kind, why = _chosen(num_bytes, free["device"], free["host"], has_disk=folder is not None)
     elif kind in free and num_bytes > free[kind]:
         why = f"set by `store`, although only {_gib(free[kind])} are free there"
     else:
@@ -52,12 +48,13 @@ def choose_store(
     return _made(kind, folder, num_bytes, slot_bytes, sharing), f"window store: {kind} ({needed}; {why})."
 
 
-def _fastest_with_room(num_bytes: int, free_device: int, free_host: int, folder: Path | None) -> tuple[str, str]:
-    if num_bytes <= _DEVICE_SHARE * free_device:
-        return "device", f"{_gib(free_device)} are free there, and up to {_DEVICE_SHARE:.0%} of that is used"
-    if num_bytes <= _HOST_SHARE * free_host or folder is None:
-        return "host", f"more than {_DEVICE_SHARE:.0%} of the {_gib(free_device)} free on the device"
-    return "disk", f"more than {_HOST_SHARE:.0%} of the {_gib(free_host)} free in host memory"
+def _chosen(num_bytes: int, free_device: int, free_host: int, *, has_disk: bool) -> tuple[str, str]:
+    kind = fastest_with_room(num_bytes, free_device=free_device, free_host=free_host, has_disk=has_disk)
+    return kind, {
+        "device": f"{_gib(free_device)} are free there, and up to {DEVICE_SHARE:.0%} of that is used",
+        "host": f"more than {DEVICE_SHARE:.0%} of the {_gib(free_device)} free on the device",
+        "disk": f"more than {HOST_SHARE:.0%} of the {_gib(free_host)} free in host memory",
+    }[kind]
 
 
 def _made(kind: str, folder: Path | None, num_bytes: int, slot_bytes: int, num_sharing: int) -> Store:

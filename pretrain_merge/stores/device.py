@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain_merge import parameters
 from pretrain_merge.files import snapshot_file
+from pretrain_merge.files.atomic import Batch
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
@@ -55,7 +56,7 @@ class DeviceStore:
         """Whether a slot is bit for bit what these tensors of its dtypes are."""
         return parameters.all_same_bits(tensors, self._slots[slot])
 
-    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+    def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
         """Write a slot to a file.
 
         Raises:
@@ -63,7 +64,9 @@ class DeviceStore:
         """
         tensors = dict(zip(self._names, self._slots[slot], strict=True))
         layout = Layout.of(tensors, [tensor.dtype for tensor in tensors.values()])
-        return snapshot_file.write(folder, stem, layout, {name: [tensor] for name, tensor in tensors.items()})
+        return snapshot_file.write(
+            folder, stem, layout, {name: [tensor] for name, tensor in tensors.items()}, batch=batch
+        )
 
     def clear(self) -> None:
         """Give the memory of all slots back."""

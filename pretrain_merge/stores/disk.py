@@ -4,7 +4,7 @@ This module knows files, threads and buffers. Files are written here and not by 
 wants the whole model in host memory at once; the format is theirs (`slot_file`), and any of its readers opens a slot.
 """
 
-import mmap
+import os
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,13 @@ from torch import Tensor
 from pretrain_merge import parameters
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic, folder_lock, snapshot_file
+from pretrain_merge.files.atomic import Batch
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile, stage
 from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.stores.budget import HOST_STAGING
 from pretrain_merge.stores.streaming import merge_from_host_
 
-STAGING_BYTES = 32 * 2**20
 _NUM_BUFFERS = 2  # one is filled while the other is written
 
 # What a capture hands to the writer: a filled buffer and its bytes; None at the end; an error where it broke off.
@@ -62,7 +63,7 @@ class DiskStore:
         CheckpointError: The folder cannot be made or written, or another process keeps its window there.
     """
 
-    def __init__(self, folder: Path, *, staging_bytes: int = STAGING_BYTES) -> None:
+    def __init__(self, folder: Path, *, staging_bytes: int = HOST_STAGING) -> None:
         self._folder = folder.absolute()
         self._slots: dict[int, _Slot] = {}
         self._staging_bytes = max(staging_bytes // _NUM_BUFFERS, torch.float64.itemsize)
@@ -138,7 +139,7 @@ class DiskStore:
         """
         return parameters.all_same_bits(tensors, self._mapped(slot))
 
-    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+    def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
         """Give the slot's file a second name; a copy where the file system has no links.
 
         Raises:
@@ -146,9 +147,9 @@ class DiskStore:
         """
         self._finish()
         tensors, entry = self._mapped(slot), self._slots[slot]
-        kept = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity)
+        linked = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity, batch=batch)
         parts = {name: [tensor] for name, tensor in zip(entry.layout.places, tensors, strict=True)}
-        return kept or snapshot_file.write(folder, stem, entry.layout, parts)
+        return linked or snapshot_file.write(folder, stem, entry.layout, parts, batch=batch)
 
     def clear(self) -> None:
         """Delete the files of all slots, written or not, and let others use the folder."""
@@ -221,14 +222,21 @@ def _write_file(slot: _Slot, filled: SimpleQueue[_Filled], free: SimpleQueue[Ten
                 draft.file.write(item[0].numpy().data[: item[1]])
                 free.put(item[0])
             draft.file.flush()
-            # private: torch wants memory it could write
-            pages = mmap.mmap(draft.file.fileno(), 0, access=mmap.ACCESS_COPY)
+            pages = _mapped(draft.path, os.fstat(draft.file.fileno()).st_size)
             slot.tensors = slot.layout.tensors_over(pages)
             slot.readable.set()  # a merge need not wait for the disk, only for the page cache
-            slot.checksum, slot.identity = zlib.crc32(pages), snapshot_file.identity_of(draft.path)
+            slot.checksum, slot.identity = zlib.crc32(pages.numpy().data), snapshot_file.identity_of(draft.path)
     except Exception as error:
         slot.failure = error
         free.put(None)
         raise
     finally:
         slot.readable.set()
+
+
+def _mapped(path: Path, num_bytes: int) -> Tensor:
+    """The bytes of a file as private pages, which keep it alive and no descriptor of it open, as `mmap.mmap` would."""
+    try:
+        return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:  # more mappings than the system allows, say
+        raise OSError(f"{path} cannot be mapped: {error}") from error

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain_merge import parameters
 from pretrain_merge.files import snapshot_file
+from pretrain_merge.files.atomic import Batch
 from pretrain_merge.files.layout import Layout
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.kernels.weighted_sum import Spread
@@ -77,7 +78,7 @@ class HostStore:
         self._wait()
         return parameters.all_same_bits(list(_parts(tensors)), self._slots[slot])
 
-    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
+    def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
         """Write a slot to a file.
 
         Raises:
@@ -87,7 +88,7 @@ class HostStore:
         parts = iter(self._slots[slot])
         tensors = {name: [next(parts) for _ in _parts([shape])] for name, shape in self._shapes.items()}
         layout = Layout.of(self._shapes, [shape.dtype for shape in self._shapes.values()])
-        return snapshot_file.write(folder, stem, layout, tensors)
+        return snapshot_file.write(folder, stem, layout, tensors, batch=batch)
 
     def clear(self) -> None:
         """Give the memory of all slots back."""

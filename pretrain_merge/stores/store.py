@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pretrain_merge.files.atomic import Batch
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.kernels.weighted_sum import Spread
 
@@ -39,8 +40,11 @@ class Store(Protocol):
     def holds(self, slot: int, tensors: Sequence[Tensor]) -> bool:
         """Whether a slot is bit for bit what these tensors of its dtypes are; one pass that allocates no model."""
 
-    def keep(self, slot: int, folder: Path, stem: str) -> SnapshotFile:
-        """Make a durable file of a slot, `<stem>-<checksum>.safetensors`, that stays when the slot is overwritten."""
+    def save(self, slot: int, folder: Path, stem: str, *, batch: Batch | None = None) -> SnapshotFile:
+        """Make a durable file of a slot, `<stem>-<checksum>.safetensors`, that stays when the slot is overwritten.
+
+        In a batch it is complete when that is.
+        """
 
     def clear(self) -> None:
         """Give all memory and files back."""

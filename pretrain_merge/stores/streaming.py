@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pretrain_merge.errors import MergeInputError
 from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
+from pretrain_merge.stores.budget import DEVICE_STAGING
 
-STAGING_BYTES = 48 * 2**20  # below the 64 MiB that a merge may take beyond the window
 _ALIGNMENT = 16  # bytes; the widest vector load of the kernels
 _NO_SPREAD = Spread(0.0, 0.0)
 
@@ -54,7 +54,7 @@ def merge_streamed_(
     coefficients: Sequence[float],
     *,
     spread: bool | Sequence[float] = False,
-    staging_bytes: int = STAGING_BYTES,
+    staging_bytes: int = DEVICE_STAGING,
 ) -> Spread | None:
     """`weighted_sum_` of snapshots that lie elsewhere, with at most `staging_bytes` on the device.
 

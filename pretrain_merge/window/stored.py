@@ -16,7 +16,8 @@ from pretrain_merge.config import WindowConfig
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
-from pretrain_merge.stores import Store, choose_store, slot_dtype
+from pretrain_merge.stores.choose import choose_store
+from pretrain_merge.stores.store import Store, slot_dtype
 from pretrain_merge.window.window import Snapshot, Window
 
 

@@ -4,6 +4,7 @@ This module knows steps, slots and breaks. It knows no tensors, no stores and no
 only the snapshots of the current segment are valid for a merge, older ones wait to be overwritten.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from pretrain_merge.cadence import Progress
@@ -30,36 +31,53 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Break:
-    """Why the segment before ended, and at which step."""
+    """Why the segment before ended, and where."""
 
-    step: int
+    progress: Progress
     reason: str
+
+    @property
+    def step(self) -> int:
+        """Step at which it ended."""
+        return self.progress.step
 
 
 class Window:
-    """The newest snapshots, oldest first, at most `size` of them."""
+    """The newest snapshots, oldest first, at most `size` of them.
+
+    What a step asks for costs the same however many are held.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.snapshots: tuple[Snapshot, ...] = ()
         self.segment = 0
         self.last_break: Break | None = None
+        self.num_valid = 0  # snapshots since the last break
+        self._held: deque[Snapshot] = deque()  # in the slots 0, 1, … as far as they were filled
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """All that are held, oldest first."""
+        return tuple(self._held)
 
     @property
     def valid(self) -> tuple[Snapshot, ...]:
         """Snapshots since the last break, oldest first."""
-        return tuple(snapshot for snapshot in self.snapshots if snapshot.segment == self.segment)
+        return tuple(self._held)[len(self._held) - self.num_valid :]
 
     @property
     def newest(self) -> Snapshot | None:
         """The last snapshot taken, valid or not."""
-        return self.snapshots[-1] if self.snapshots else None
+        return self._held[-1] if self._held else None
+
+    @property
+    def before_newest(self) -> Snapshot | None:
+        """The snapshot taken before the last one, valid or not."""
+        return self._held[-2] if len(self._held) > 1 else None
 
     def next_slot(self) -> int:
         """The slot that the next snapshot goes to: a free one, else the oldest snapshot's."""
-        if len(self.snapshots) == self.size:
-            return self.snapshots[0].slot
-        return min(set(range(self.size)) - {snapshot.slot for snapshot in self.snapshots})
+        return self._held[0].slot if len(self._held) == self.size else len(self._held)
 
     def add(
         self, progress: Progress, *, lr: tuple[float, ...] = (), phase: str = "", segment: int | None = None
@@ -73,15 +91,22 @@ class Window:
             segment: Of a snapshot that was taken before the last break; None: the current one.
         """
         snapshot = Snapshot(self.next_slot(), self.segment if segment is None else segment, progress, lr, phase)
-        kept = self.snapshots[1:] if len(self.snapshots) == self.size else self.snapshots
-        self.snapshots = (*kept, snapshot)
+        if len(self._held) == self.size:
+            self.num_valid -= self._held.popleft().segment == self.segment
+        self._held.append(snapshot)
+        self.num_valid += snapshot.segment == self.segment
         return snapshot
 
-    def break_at(self, step: int, reason: str) -> int:
+    @property
+    def since(self) -> Progress:
+        """Where the current segment began: at the last break, or with the run."""
+        return self.last_break.progress if self.last_break else Progress()
+
+    def break_at(self, progress: Progress, reason: str) -> int:
         """End the segment before this step; returns how many snapshots are no longer valid."""
-        num_lost = len(self.valid)
+        num_lost, self.num_valid = self.num_valid, 0
         self.segment += 1
-        self.last_break = Break(step, reason)
+        self.last_break = Break(progress, reason)
         return num_lost
 
     def resume_from(self, segment: int, last_break: Break | None) -> None:
@@ -90,4 +115,5 @@ class Window:
 
     def clear(self) -> None:
         """Forget all snapshots; breaks are remembered."""
-        self.snapshots = ()
+        self._held.clear()
+        self.num_valid = 0

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from forecast.synthetic import MEMORY, NOISE, left, mean_loss, river, run
 
-from pretrain_merge.forecast.curves import Curves, _left_by_mean, _left_by_samples
+from pretrain_merge.forecast.curves import Curves
 from pretrain_merge.forecast.history import read_history
+from pretrain_merge.forecast.noise import left_by_mean, left_by_samples
 
 
 def curves(**options):
@@ -16,18 +17,18 @@ def curves(**options):
 def test_noise_left_by_samples_is_the_mean_of_their_covariances(number, gap):
     times = gap * np.arange(number)
     oracle = np.exp(-np.abs(times[:, None] - times)).mean()
-    assert _left_by_samples(number, gap) == pytest.approx(oracle, rel=1e-12)
+    assert left_by_samples(number, gap) == pytest.approx(oracle, rel=1e-12)
 
 
 @pytest.mark.parametrize("length", [1e-4, 0.01, 1.0, 30.0])
 def test_noise_left_by_a_continuous_mean_is_the_limit_of_many_samples(length):
     times = np.linspace(0, length, 2001)
     oracle = np.exp(-np.abs(times[:, None] - times)).mean()
-    assert _left_by_mean(length) == pytest.approx(oracle, rel=2e-3)
+    assert left_by_mean(length) == pytest.approx(oracle, rel=2e-3)
 
 
 def test_the_memory_of_the_test_is_that_of_the_package():
-    from pretrain_merge.forecast import curves as module
+    from pretrain_merge.forecast import noise as module
 
     assert module.MEMORY == MEMORY
 

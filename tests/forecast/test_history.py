@@ -3,36 +3,52 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from forecast.synthetic import record, run
 
 from pretrain_merge.errors import ForecastError
-from pretrain_merge.forecast.history import read_history
-from pretrain_merge.records import Recipe
+from pretrain_merge.forecast import history as module
+from pretrain_merge.forecast import points
+from pretrain_merge.forecast.history import RunHistory, read_history
+from pretrain_merge.forecast.points import MOST
+from pretrain_merge.records import MergeRecord, Recipe
+
+
+def short(step, **changes):
+    """A record of one mean of two, quickly made."""
+    mean = {"sma2": {"val_loss": 2.0 + 3.0 / step}}
+    recipes = {"sma2": Recipe((step - 50, step), (0.5, 0.5))}
+    fields = {"raw": {"val_loss": 2.1 + 3.0 / step}, "views": mean, "recipes": recipes, "lr": (1e-3,)}
+    return MergeRecord("merge", step, 0, 0, 2, 0.1, **fields | changes)
 
 
 def steps(history):
-    return [point.step for point in history.points]
+    return history.steps.tolist()
+
+
+def spans(history, index=-1):
+    return [mean.span for mean in history.means_at(index)]
 
 
 def test_all_records_of_a_run_at_one_learning_rate_are_read():
     history = read_history(run(500), "val_loss")
     assert steps(history) == [100, 200, 300, 400, 500]
     assert history.why_short == ""
-    assert list(history.points[-1].means) == [50.0, 150.0, 350.0]
-    assert [mean.number for mean in history.points[-1].means.values()] == [2, 4, 8]
+    assert spans(history) == [50.0, 150.0, 350.0]
+    assert [mean.number for mean in history.means_at(-1)] == [2, 4, 8]
 
 
 def test_block_means_reach_one_interval_further_back():
     history = read_history(run(500, average="block"), "val_loss")
-    assert list(history.points[-1].means) == [100.0, 200.0, 400.0]
+    assert spans(history) == [100.0, 200.0, 400.0]
 
 
 def test_only_plain_means_are_read():
     newest = record(400)
     steps_of = newest.recipes["sma4"].steps
     uneven = dataclasses.replace(newest, recipes={**newest.recipes, "sma4": Recipe(steps_of, (0.4, 0.3, 0.2, 0.1))})
-    assert list(read_history([uneven], "val_loss").points[-1].means) == [50.0, 350.0]
+    assert spans(read_history([uneven], "val_loss")) == [50.0, 350.0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +70,7 @@ def test_a_mean_that_reaches_across_a_change_that_was_no_break_is_not_read():
     records = [record(step, lr=(2e-3 if step <= 300 else 1e-3,)) for step in range(100, 601, 100)]
     history = read_history(records, "val_loss")
     # the rate changed somewhere between 300 and 400: only what begins at 400 or later is surely of the new one
-    assert [list(point.means) for point in history.points] == [[], [50.0], [50.0, 150.0]]
+    assert [spans(history, index) for index in range(3)] == [[], [50.0], [50.0, 150.0]]
 
 
 def test_records_before_a_break_are_not_read():
@@ -70,8 +86,8 @@ def test_a_rate_within_a_thousandth_is_the_same():
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "val_acc", "val/acc_top1", "perplexity", "ppl", "val_f1", "bleu"])
-def test_a_metric_that_is_no_loss_by_its_name_is_refused(metric):
-    with pytest.raises(ForecastError, match=r"no loss by its name.*Measure and name one"):
+def test_a_metric_that_is_not_a_loss_by_its_name_is_refused(metric):
+    with pytest.raises(ForecastError, match=r"not a loss by its name.*Measure and name one"):
         read_history(run(500, metric=metric), metric)
 
 
@@ -105,3 +121,55 @@ def test_a_metric_that_rises_is_refused():
 def test_records_that_are_not_one_run_with_the_metric_are_refused(records, message):
     with pytest.raises(ForecastError, match=message):
         read_history(records, "val_loss")
+
+
+def test_what_a_forecast_reads_of_a_long_run_has_a_bound_and_keeps_its_ends():
+    history = RunHistory("val_loss")
+    for step in range(50, 50 * (2 * MOST + 40), 50):
+        history.append(short(step))
+        if step == 50 * MOST:
+            assert steps(history.now()) == list(range(50, step + 1, 50))  # all of them up to here
+    now = history.now()
+    assert len(now.steps) <= MOST + 1
+    assert (now.steps[0], now.steps[-1]) == (50, 50 * (2 * MOST + 39))
+    assert set(np.diff(now.steps[:-1])) == {4 * 50.0}
+    assert now.num_merges == 2 * MOST + 39
+    assert spans(now) == [50.0]
+
+
+def test_a_thinned_run_is_read_alike_as_it_comes_and_afterwards(monkeypatch):
+    monkeypatch.setattr(points, "MOST", 8)
+    history, records = RunHistory("val_loss"), []
+    for step in range(50, 2001, 50):
+        records.append(short(step))
+        history.append(records[-1])
+        again, now = read_history(records, "val_loss"), history.now()
+        assert steps(again) == steps(now)
+        np.testing.assert_array_equal(again.means, now.means)
+
+
+def test_a_break_ends_the_thinning_of_what_was_before():
+    history = RunHistory("val_loss")
+    for step in range(50, 50 * (MOST + 100), 50):
+        history.append(short(step))
+    for step in range(200_000, 200_501, 100):
+        history.append(short(step, since=199_950))
+    assert steps(history.now()) == list(range(200_000, 200_501, 100))
+
+
+def test_one_merge_more_reads_one_record_more(monkeypatch):
+    history, read = RunHistory("val_loss"), []
+    monkeypatch.setattr(module, "_means", lambda record, metric: read.append(record.step) or [])
+    for step in range(50, 5001, 50):
+        history.append(short(step))
+        history.now()
+    assert read == list(range(50, 5001, 50))
+
+
+def test_a_slow_decay_of_the_rate_is_left_where_it_adds_up_to_another_rate():
+    records = [short(step, lr=(1e-3 * (1 - 4e-6 * step),)) for step in range(50, 1001, 50)]
+    history = read_history(records, "val_loss")
+    newest = records[-1].lr[0]
+    assert steps(history) == [record.step for record in records if record.lr[0] - newest <= 1e-3 * record.lr[0]]
+    assert 2 < len(history.steps) < len(records)
+    assert "learning rate was" in history.why_short

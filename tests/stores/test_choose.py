@@ -7,7 +7,8 @@ import torch
 
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.runtime import ranks
-from pretrain_merge.stores import choose, choose_store
+from pretrain_merge.stores import choose
+from pretrain_merge.stores.choose import choose_store
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore
 from pretrain_merge.stores.host import HostStore

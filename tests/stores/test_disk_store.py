@@ -95,6 +95,17 @@ def files_no_larger_than(num_bytes):
 # --- files ---
 
 
+def test_a_window_of_any_size_keeps_no_file_open(new_store):
+    store = new_store()
+    before = len(os.listdir("/proc/self/fd"))
+    for slot in range(200):
+        write(store, slot, weights(slot, count=10))
+    out = list(weights(0, count=10).values())
+    store.merge_(out, range(200), [1 / 200] * 200)
+    assert out[0][0].item() == pytest.approx(99.5)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the one that is being written, perhaps
+
+
 def test_a_slot_is_a_safetensors_file_with_every_tensor_as_it_was(folder, new_store):
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -395,8 +406,8 @@ def test_what_is_kept_of_a_slot_is_its_own_file_though_another_store_has_its_pla
     first, second = new_store(), new_store()
     for store, seed in ((first, 1), (second, 2)):
         write(store, 0, weights(seed))
-        store.keep(0, folder, f"snapshot-0000000{seed}")  # waits for the disk
-    kept = first.keep(0, folder, "snapshot-00000003")
+        store.save(0, folder, f"snapshot-0000000{seed}")  # waits for the disk
+    kept = first.save(0, folder, "snapshot-00000003")
     assert zlib.crc32((folder / kept.name).read_bytes()) == kept.crc32
     first.clear()
     assert path_of(folder, 0).exists()
@@ -412,10 +423,10 @@ def test_a_link_that_cannot_take_its_name_leaves_the_slot_as_it_was(folder, new_
         monkeypatch.setattr(Path, "replace", renamed)
         raise OSError(errno.EIO, "Input/output error")
 
-    store.keep(0, folder, "snapshot-00000001")
+    store.save(0, folder, "snapshot-00000001")
     before = path_of(folder, 0).read_bytes()
     monkeypatch.setattr(Path, "replace", fails_once)
-    kept = store.keep(0, folder, "snapshot-00000002")
+    kept = store.save(0, folder, "snapshot-00000002")
     assert path_of(folder, 0).read_bytes() == before
     assert path_of(folder, 0).stat().st_ino != (folder / kept.name).stat().st_ino
     assert zlib.crc32((folder / kept.name).read_bytes()) == kept.crc32

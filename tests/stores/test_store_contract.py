@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain_merge.stores import slot_dtype
 from pretrain_merge.stores.device import DeviceStore
 from pretrain_merge.stores.disk import DiskStore
 from pretrain_merge.stores.host import HostStore
+from pretrain_merge.stores.store import slot_dtype
 
 WINDOW = 4
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

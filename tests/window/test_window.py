@@ -1,8 +1,12 @@
 """The window's book-keeping: slots never collide, the oldest leaves first, a break makes a suffix valid."""
 
+from collections import deque
+
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from pretrain_merge import RollingMerger
 from pretrain_merge.cadence import Progress
 from pretrain_merge.window.window import Break, Window
 
@@ -17,7 +21,7 @@ def play(size, history):
             window.add(Progress(step), lr=(float(step),), phase=f"phase {segment}")
             expected = [*expected, (step, segment)][-size:]
         elif event == "break":
-            window.break_at(step, "reason")
+            window.break_at(Progress(step), "reason")
             segment += 1
         else:
             window.clear()
@@ -30,6 +34,7 @@ def test_the_newest_snapshots_are_held_oldest_first(size, history):
     window, expected, _ = play(size, history)
     assert [(item.progress.step, item.segment) for item in window.snapshots] == expected
     assert window.newest == (window.snapshots[-1] if expected else None)
+    assert window.before_newest == (window.snapshots[-2] if len(expected) > 1 else None)
 
 
 @given(st.integers(2, 6), events)
@@ -53,17 +58,36 @@ def test_what_came_before_the_last_break_is_never_valid(size, history):
     valid = [item.progress.step for item in window.valid]
     assert valid == [step for step, its_segment in expected if its_segment == segment]
     assert valid == [step for step, _ in expected][len(expected) - len(valid) :]  # a suffix
+    assert window.num_valid == len(valid)
+
+
+class Ends(deque):
+    """Snapshots that may be looked at singly, and never be gone through."""
+
+    def __iter__(self):
+        raise AssertionError("went through all snapshots")
+
+
+def test_a_step_of_a_run_looks_at_single_snapshots_only():
+    merger, model = RollingMerger(window=5, every=1, merge_every=2), nn.Linear(1, 1)
+    window = merger.window
+    window._held = Ends()
+    for step in range(1, 12):
+        merger.observe(model, step)
+        assert merger.merge_is_due() == (step % 2 == 0)
+    assert window.num_valid == 5
+    assert window.break_at(12, "reason") == 5
 
 
 def test_a_break_says_how_many_snapshots_it_cost_and_is_remembered():
     window = Window(4)
     for step in (10, 20, 30):
         window.add(Progress(step))
-    assert window.break_at(35, "learning rate") == 3
-    assert window.break_at(36, "phase") == 0
-    assert window.last_break == Break(36, "phase")
+    assert window.break_at(Progress(35), "learning rate") == 3
+    assert window.break_at(Progress(36), "phase") == 0
+    assert window.last_break == Break(Progress(36), "phase")
     window.clear()
-    assert window.last_break == Break(36, "phase")
+    assert window.last_break == Break(Progress(36), "phase")
 
 
 def test_a_snapshot_carries_what_was_known_when_it_was_taken():

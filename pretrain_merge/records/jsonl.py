@@ -1,0 +1,111 @@
+"""Records in `merges.jsonl`: one line of JSON for each, in the order of their steps.
+
+This module knows a file of lines; what a line holds is the record's business. A long run has 100,000 lines, so they are
+read one after another and never held together, unless a caller asks for a list.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import atomic, untrusted
+from pretrain_merge.records.record import MergeRecord
+
+_BLOCK = 2**20
+
+
+def append_record(path: Path, record: MergeRecord) -> None:
+    """Add one line to a `merges.jsonl`, creating the folder where needed.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.append(path, record.to_json() + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
+            f"choose another with Trainer(default_root_dir=…)."
+        ) from error
+
+
+def read_records(path: Path) -> list[MergeRecord]:
+    """Read a `merges.jsonl`, in the order of its lines.
+
+    Raises:
+        CheckpointError: The file is missing, or a line is not a record of ours.
+    """
+    try:
+        return [_parsed(path, number, line) for number, line in enumerate(untrusted.lines(path), start=1)]
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
+
+
+def keep_records_until(
+    path: Path,
+    step: int,
+    *,
+    before: Path | None = None,
+    read: Callable[[MergeRecord], object] = lambda record: None,
+) -> int:
+    """Cut off the lines after a step, so that a resumed run writes no step twice; a half-written last line goes too.
+
+    Args:
+        path: A `merges.jsonl`. It changes at once or not at all.
+        step: The last step that is kept.
+        before: Where `path` does not exist: that of the run before, which a resumed run in a new folder begins with.
+        read: Called with each record that is kept, in the order of the lines.
+
+    Returns:
+        Step of the last record that is kept; 0 where there is none.
+
+    Raises:
+        CheckpointError: The file cannot be read or rewritten.
+    """
+    source = before if before is not None and not path.exists() else path
+    newest = stop = 0
+    kept: list[tuple[int, int]] = []  # from which byte to which: one part, unless two runs shared the file
+    try:
+        atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
+        if not source.exists():
+            return newest
+        for number, line in enumerate(untrusted.lines(source), start=1):
+            start, stop = stop, stop + len(line)
+            if not line.endswith(b"\n"):
+                continue
+            record = _parsed(source, number, line)
+            if record.step <= step:
+                newest = record.step
+                read(record)
+                first = kept.pop()[0] if kept and kept[-1][1] == start else start
+                kept.append((first, stop))
+        if source != path or kept != [(0, stop)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.draft(path) as draft:
+                draft.file.writelines(_parts(source, kept))
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot cut {source} at step {step}: {error}. Move it away, or unlock it.") from error
+    return newest
+
+
+def _parsed(path: Path, number: int, line: bytes) -> MergeRecord:
+    try:
+        return MergeRecord.from_json(line)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}, line {number} is not a merge record ({error}). Every line is one JSON object as ModelMerging "
+            f"writes it; remove the line, or name the merges.jsonl of a run."
+        ) from error
+
+
+def _parts(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes of a file from one place to another, and so on, in blocks."""
+    with untrusted.opened(path) as file:
+        for start, stop in parts:
+            file.seek(start)
+            yield from (file.read(min(_BLOCK, stop - at)) for at in range(start, stop, _BLOCK))
