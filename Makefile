@@ -1,6 +1,7 @@
 # make demo   sets up .venv, pre-trains a small model with merging on, leaves runs/demo/
 # make test   sets up .venv, then lint, types, import layers, docs and tests: the whole of CI
 # PYTHON=python3.12 make test   uses another interpreter (3.11 or newer: constraints.txt is one set of exact versions)
+# make gpu    measures everything that needs a CUDA device, with the interpreter that has torch for it (docs/gpu.md)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types layers docs pytest mutations format constraints clean
+.PHONY: help demo test lint types layers docs pytest mutations gpu gpu-wheels format constraints clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -42,6 +43,14 @@ pytest: $(VENV)/installed-dev
 # Breaks the package in one place at a time; a test must notice each.
 mutations: $(VENV)/installed-dev
 	$(BIN)/python -m tests.mutations
+
+# On a CUDA machine, without a virtual environment: torch is what is there. GPU_OPTIONS="--forecast", "--rehearse" ...
+gpu:
+	$(PYTHON) -m benchmarks.gpu --json benchmarks/reports/gpu-$$(date +%F).json $(GPU_OPTIONS)
+
+# Where there is a network: what such a machine may lack. One of them is built from source, in pure Python.
+gpu-wheels: $(VENV)/bin/python
+	$(PIP:install=wheel) --no-deps --wheel-dir wheels --requirement benchmarks/gpu/wheels.txt
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -100,14 +100,17 @@ def merging(setup: Setup) -> list[ModelMerging]:
     ]
 
 
-def train(setup: Setup, corpus: Corpus, say: Callable[[str], None]) -> dict[str, Any]:
+def train(setup: Setup, corpus: Corpus, say: Callable[[str], None], *, accelerator: str = "cpu") -> dict[str, Any]:
     """The run, its merges and all its branches; but for `seconds` it depends on the setup and the text alone."""
     started = time.process_time()
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        records = _run(setup, corpus, Path(folder))
+        records = _run(setup, corpus, Path(folder), accelerator)
         seconds = {"run": time.process_time() - started}
         say(f"{setup.name}: run {seconds['run']:.0f} s")
-        anneals = [{**vars(anneal), "loss": _branch(setup, corpus, anneal, Path(folder))} for anneal in setup.anneals]
+        anneals = [
+            {**vars(anneal), "loss": _branch(setup, corpus, anneal, Path(folder), accelerator)}
+            for anneal in setup.anneals
+        ]
     seconds["anneals"] = time.process_time() - started - seconds["run"]
     module = SuiteModel(setup, constant_after_warmup(setup.warmup_steps))
     return {
@@ -118,15 +121,16 @@ def train(setup: Setup, corpus: Corpus, say: Callable[[str], None]) -> dict[str,
     }
 
 
-def _run(setup: Setup, corpus: Corpus, folder: Path) -> dict[str, list[MergeRecord]]:
+def _run(setup: Setup, corpus: Corpus, folder: Path, accelerator: str) -> dict[str, list[MergeRecord]]:
     starts = sorted({anneal.start for anneal in setup.anneals})
     module = SuiteModel(setup, constant_after_warmup(setup.warmup_steps))
     checkpoints = [CheckpointAt(start, _checkpoint(folder, start)) for start in starts]
-    fit(setup, corpus, module, callbacks=[*merging(setup), *checkpoints], default_root_dir=folder, **_QUIET)
+    callbacks = [*merging(setup), *checkpoints]
+    fit(setup, corpus, module, callbacks=callbacks, default_root_dir=folder, accelerator=accelerator, **_QUIET)
     return {path.parent.name: read_records(path) for path in sorted(folder.glob("*/merges.jsonl"))}
 
 
-def _branch(setup: Setup, corpus: Corpus, anneal: Anneal, folder: Path) -> float:
+def _branch(setup: Setup, corpus: Corpus, anneal: Anneal, folder: Path, accelerator: str) -> float:
     """Validation loss at the branch's end."""
     end, curve = anneal.start + anneal.steps, ValidationCurve(None)
     fit(
@@ -139,6 +143,7 @@ def _branch(setup: Setup, corpus: Corpus, anneal: Anneal, folder: Path) -> float
         ckpt_path=_checkpoint(folder, anneal.start),
         callbacks=[curve],
         default_root_dir=folder,
+        accelerator=accelerator,
         check_val_every_n_epoch=None,
         val_check_interval=end,
         **_QUIET,

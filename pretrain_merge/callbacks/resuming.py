@@ -128,7 +128,7 @@ class Start:
         state = self.state
         models = MergedModels(self.folder / "merged", self._config.save, asdict(self._config), state.progress)
         if state.saved is not None:
-            models.go_on_from(state.saved, self._merged_before)
+            models.resume_from(state.saved, self._merged_before)
         return models
 
     def _cut(self, records: Path, until: int, *, before: Path, read: Callable[[MergeRecord], object]) -> None:

@@ -120,7 +120,7 @@ class Run:
                 with ranks.together("save merged models at the end"), merger.swap(self.module) as merge_view:
                     for view in merger.views:
                         if view not in self._not_saved and merger.why_not(view) is None:
-                            self._merged_models.keep_last(self.module, view, newest.progress, merge_view(view))
+                            self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.once("end", f"no merged model is saved at the end: {error}")
         if not self._last_merge:
@@ -249,4 +249,4 @@ class Run:
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
         if view not in self._not_saved:
-            self._merged_models.keep(self._fit.module, view, self.merger.progress, recipe, metrics)
+            self._merged_models.save_if_due(self._fit.module, view, self.merger.progress, recipe, metrics)

@@ -102,7 +102,7 @@ def _settings_of(config: MergeConfig) -> Settings:
             f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
             f"callable from a batch to its number of tokens works too."
         )
-    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
+    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, up to 100")
     _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))

@@ -30,7 +30,7 @@ def _parse_forecast(config: MergeConfig, name: object, value: object) -> Forecas
     key = f"forecast.{name}"
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(
-            f"{key}: {name!r} is not a name. Allowed: letters, digits, '_', '.', '-', a letter first, 100 at most."
+            f"{key}: {name!r} is not a name. Allowed: up to 100 letters, digits, '_', '.', '-', a letter first."
         )
     if not isinstance(value, Mapping):
         allowed = ", ".join(item.name for item in fields(ForecastConfig))

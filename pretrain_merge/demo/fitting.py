@@ -36,6 +36,7 @@ def fit(
     last_step: int | None = None,
     data_seed: int | None = None,
     ckpt_path: Path | None = None,
+    accelerator: str = "cpu",
     **trainer_options: Any,
 ) -> lightning.Trainer:
     """Train a module on the experiment's text, from the first step or from a checkpoint on.
@@ -48,6 +49,7 @@ def fit(
         last_step: Where to end; default: the experiment's last step.
         data_seed: Draws the training blocks; default: the experiment's seed.
         ckpt_path: A Lightning checkpoint to go on from; None: start anew.
+        accelerator: Lightning's name of what it trains on; one device of it.
         **trainer_options: Callbacks, loggers and validation intervals.
 
     Returns:
@@ -62,7 +64,7 @@ def fit(
         seed=experiment.seed if data_seed is None else data_seed,
     )
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         max_steps=experiment.num_steps if last_step is None else last_step,
         gradient_clip_val=1.0,

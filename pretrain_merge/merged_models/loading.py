@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models import whole_weights
 from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
-from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, dtype_name, local, memory, tensors_of
+from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
 from pretrain_merge.parameters import is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
@@ -78,12 +78,12 @@ class _Saved:
         """Shape and dtype of a tensor in the files."""
         shape, spelled = self._weights.kind(name)
         dtype = TORCH_DTYPES.get(spelled)
-        return shape, self._as_integers.get(name) or (dtype_name(dtype) if dtype else spelled)
+        return shape, f"torch.{self._as_integers[name]}" if name in self._as_integers else str(dtype or spelled)
 
     def kind_of(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         """Shape and dtype that a tensor of a module must have in the files."""
         shaped = as_integers(tensor) if name in self._as_integers else tensor
-        return tuple(shaped.shape), dtype_name(tensor.dtype)
+        return tuple(shaped.shape), str(tensor.dtype)
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
         """What this rank holds of it, where the module's own tensor is."""
@@ -181,7 +181,7 @@ def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
         if found != written:
             raise CheckpointError(
                 f"{folder / name} is damaged: it has {found[0]} bytes of checksum {found[1]:08x}, and {written[0]} of "
-                f"{written[1]:08x} were written. Copy it again from where it is whole."
+                f"{written[1]:08x} were written. Copy the folder again from where it is whole."
             )
 
 

@@ -58,8 +58,8 @@ class RollingMerger:
     def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:
         parsed = settings or config.parse_window_settings(options)
         values, notices = parsed.config, Notices()
-        self._cadence, self._merge_cadence = parsed.cadence, parsed.merge_cadence  # when snapshots and merges are due
-        self._views = Views(parsed.views, self._cadence)  # which snapshots, how much of each
+        self._merge_cadence = parsed.merge_cadence  # when merges are due
+        self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
         self._stored = StoredWindow(values)  # which snapshots are held, and their bytes
@@ -149,20 +149,20 @@ class RollingMerger:
         Raises:
             ProgressError: A counter went backwards, or merged weights are in a model.
         """
-        before, self._progress = self._progress, self._progress.followed_by(progress)
+        before, after = self._progress, self._progress.followed_by(progress)
+        self._capture.refuse_merged_weights(after)
+        self._progress = after
         # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(self._progress.step, self._lr)
-        self._snapshot_is_new = False
-        self._snapshot_is_new = self._capture.observe(module, before, self._progress, lr=self._lr)
+        self._breaks.at_new_lr(after.step, self._lr)
+        self._snapshot_is_new = False  # also where the capture fails
+        self._snapshot_is_new = self._capture.observe(module, before, after, lr=self._lr)
         return self._snapshot_is_new
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        before = self.window.before_newest
-        if not self._snapshot_is_new or self.window.num_valid < 2 or before is None:
-            return False
-        return self._merge_cadence.crossed(before.progress, self._progress)
+        before = self.window.before_newest if self._snapshot_is_new and self.window.num_valid >= 2 else None
+        return before is not None and self._merge_cadence.crossed(before.progress, self._progress)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.

@@ -63,7 +63,7 @@ class Views:
         if name not in self._views:
             known = ", ".join(self._views)
             raise ConfigError(f"view {name!r} is not configured{did_you_mean(name, self._views)} Configured: {known}.")
-        state = (window.segment, window.newest, len(window.snapshots), now, num_lost)
+        state = (window.segment, window.newest, window.num_valid, now, num_lost)
         if state != self._state:
             self._resolved, self._state = {}, state
         if name not in self._resolved:

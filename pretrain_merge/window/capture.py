@@ -57,16 +57,7 @@ class Capture:
         self.counts: dict[str, float] = {}
 
     def observe(self, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...]) -> bool:
-        """Look at the model after a step; whether a snapshot was taken.
-
-        Raises:
-            ProgressError: The model may hold a merge.
-        """
-        if self.stored.num_swaps:  # the snapshot could take the very slot that raw is in
-            raise ProgressError(
-                f"observe() was given {now} while merged weights are in the model. Allowed: steps of training, whose "
-                f"weights are raw. Call it after the block of merged() or swap()."
-            )
+        """Look at the model after a step; whether a snapshot was taken."""
         due = self._cadence.crossed(before, now)
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
         touches = due or (self._block is not None and self._block.samples_at(now.step))
@@ -74,6 +65,14 @@ class Capture:
             if self._block is not None:
                 return self._observe_block(self._block, module, before, now, lr=lr, due=due)
             return due and self._take(module, now, lr)
+
+    def refuse_merged_weights(self, now: Progress) -> None:
+        """Raise `ProgressError` while a model may hold a merge: a snapshot could take the very slot that raw is in."""
+        if self.stored.num_swaps:
+            raise ProgressError(
+                f"observe() was given {now} while merged weights are in the model. Allowed: steps of training, whose "
+                f"weights are raw. Call it after the block of merged() or swap()."
+            )
 
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts; the interval that is open there began in the run before."""

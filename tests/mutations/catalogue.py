@@ -217,20 +217,24 @@ FAULTS = (
     ),
     # which tensors
     Fault(
-        "frozen parameters are merged", "parameters/live.py", "if item.requires_grad or name in also]", "]", _SNAPSHOT
+        "frozen parameters are merged",
+        "parameters/live.py",
+        "if item.requires_grad or id(item) in stepped)",
+        ")",
+        _SNAPSHOT,
     ),
     Fault(
         "what is frozen at the moment is no longer merged",
         "parameters/live.py",
-        "if item.requires_grad or name in also]",
-        "if item.requires_grad]",
+        "for name, parameter in parameters if name in self._names]",
+        "for name, parameter in parameters if parameter.requires_grad]",
         f"{_SNAPSHOT} {_WHICH}",
     ),
     Fault(
         "what an optimizer stepped and was frozen again is not merged",
         "parameters/live.py",
-        "or id(parameter) in stepped:",
-        "or False:",
+        "item.requires_grad or id(item) in stepped",
+        "item.requires_grad",
         _SNAPSHOT,
     ),
     Fault(
@@ -413,22 +417,22 @@ FAULTS = (
     Fault(
         "raw is known by its numbers, not its bits",
         "parameters/elements.py",
-        "if not torch.equal(*_as_words(ours, theirs)):",
-        "if not torch.equal(ours.view(tensor.dtype), theirs.view(other.dtype)):",
+        "return all(map(_same_bits, tensors, others))",
+        "return all(map(torch.equal, tensors, others))",
         f"tests/parameters/test_elements.py {_MERGER}",
     ),
     Fault(
         "the end of a tensor is not compared",
         "parameters/elements.py",
-        "if not torch.equal(*_as_words(ours, theirs)):",
-        "if not torch.equal(ours[:-1], theirs[:-1]):",
+        "for start in range(0, len(ours), step):",
+        "for start in range(0, len(ours) - 1, step):",
         "tests/parameters/test_elements.py",
     ),
     Fault(
         "merges are due without regard to merge_every",
         "merging/rolling_merger.py",
-        "return self._merge_cadence.crossed(",
-        "return self._cadence.crossed(",
+        "self._merge_cadence.crossed(",
+        "self._views._cadence.crossed(",
         _MERGER,
     ),
     Fault(
@@ -761,8 +765,8 @@ FAULTS = (
     Fault(
         "records after the resumed step stay",
         "records/jsonl.py",
-        "                if record.step <= step:",
-        "                if True:",
+        "            if record.step <= step:",
+        "            if True:",
         "tests/records/test_jsonl.py tests/system/test_killed_runs.py",
     ),
     # the demo's check
@@ -982,8 +986,8 @@ FAULTS = (
     Fault(
         "a resumed run holds all records in memory",
         "records/jsonl.py",
-        "            for number, line in _lines(source, file):",
-        "            for number, line in list(_lines(source, file)):",
+        "for number, line in enumerate(untrusted.lines(source), start=1):",
+        "for number, line in list(enumerate(untrusted.lines(source), start=1)):",
         "tests/records/test_jsonl.py",
     ),
     Fault(
@@ -1003,7 +1007,7 @@ FAULTS = (
     Fault(
         "a resumed run forecasts without the records before",
         "records/jsonl.py",
-        "                    read(record)\n",
+        "                read(record)\n",
         "",
         "tests/callbacks/test_forecasts.py",
     ),

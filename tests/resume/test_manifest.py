@@ -101,7 +101,7 @@ def test_garbage_under_a_right_checksum_is_read_or_an_error_of_ours(kind, value,
         if isinstance(read, RunState):  # and what was read can be gone on with
             Clock([snapshot_cadence(MergeConfig())], 1, read.progress, read.pending, read.lr)
             if read.saved is not None:
-                MergedModels(Path("nowhere"), SaveConfig(), {}).go_on_from(read.saved, Path(read.run_folder))
+                MergedModels(Path("nowhere"), SaveConfig(), {}).resume_from(read.saved, Path(read.run_folder))
 
 
 @pytest.mark.parametrize("place", list(places(MANIFEST.to_plain()["values"])), ids=str)
