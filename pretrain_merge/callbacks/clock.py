@@ -92,11 +92,12 @@ class Clock:
     def _listed(self) -> tuple[float, ...]:
         return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
 
-    def batch_ends(self, batch: Any) -> Progress | None:
+    def batch_ends(self, batch: Any, *, since: Progress = Progress()) -> Progress | None:  # noqa: B008 - frozen
         """Count a batch.
 
         Args:
             batch: The batch that this rank trained on.
+            since: Where the window's segment began, for an interval that grows from there.
 
         Returns:
             Totals over all ranks if an optimizer stepped in this batch, else None: what accumulates between optimizer
@@ -118,7 +119,7 @@ class Clock:
         before = self.progress
         after = Progress(before.step + 1, before.samples, before.tokens)
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
-        if self._required or self._snapshots.crossed(self.progress, after):
+        if self._required or self._snapshots.crossed(self.progress, after, since=since):
             after = self._with_totals(after)
         self.progress = after
         return after

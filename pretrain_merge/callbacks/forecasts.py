@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from pretrain_merge.cadence import Quantity
 from pretrain_merge.config import Forecast, Settings, View
 from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
@@ -113,9 +114,9 @@ class RunForecasts:
         ).expected
 
     def _steps(self, forecast: Forecast, record: MergeRecord) -> int:
-        """Length of the anneal in steps, also where snapshots are counted in tokens or samples."""
+        """Length of the anneal in steps, also where snapshots are counted in tokens, or their interval grows."""
         intervals, every = forecast.num_intervals, self._settings.cadence.every
-        if every.unit == "steps":
+        if isinstance(every, Quantity) and every.unit == "steps":
             return round(intervals * every.amount)
         taken = max((recipe.steps for recipe in record.recipes.values()), key=len, default=())
         if len(taken) < 2:

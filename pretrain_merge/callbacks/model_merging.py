@@ -48,7 +48,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     Args:
         window: How many snapshots are kept, 2 to 10000.
-        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples"; or a share of the run since
+            its last break, which grows with it: "1%", "1% of tokens".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,

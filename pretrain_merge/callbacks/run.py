@@ -101,7 +101,7 @@ class Run:
 
     def step(self, batch: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
-        if self.clock.batch_ends(batch) is None:
+        if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
             return
         if self._may_change_weights_after_us:
             self._is_unobserved = True

@@ -1,8 +1,9 @@
 """Values against their schema: defaults are filled in, the impossible is refused, each message begins with its key."""
 
+from dataclasses import replace
 from typing import TypeVar
 
-from pretrain_merge.cadence import Cadence, Quantity
+from pretrain_merge.cadence import Cadence, Quantity, Share, parse_interval
 from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
@@ -52,14 +53,19 @@ def parse_window_settings(values: object) -> WindowSettings:
 
 def snapshot_cadence(config: WindowConfig) -> Cadence:
     """When snapshots are due."""
-    return Cadence(
-        Quantity.parse(config.every, key="every"), start=Quantity.parse(config.start, key="start", minimum=0)
-    )
+    return Cadence(parse_interval(config.every), start=Quantity.parse(config.start, key="start", minimum=0))
 
 
 def merge_cadence(config: WindowConfig) -> Cadence | None:
-    """When merges are due; None: at every snapshot once two are held."""
-    return None if config.merge_every is None else Cadence(Quantity.parse(config.merge_every, key="merge_every"))
+    """When merges are due; None: at every snapshot once two are held.
+
+    Snapshots of a growing interval are close together at first, so their merges are a whole window apart unless the
+    user says otherwise: each has snapshots of its own.
+    """
+    if config.merge_every is not None:
+        return Cadence(parse_interval(config.merge_every, key="merge_every"))
+    every = parse_interval(config.every)
+    return Cadence(replace(every, stride=config.window)) if isinstance(every, Share) else None
 
 
 def save_cadence(config: SaveConfig) -> Cadence | None:
@@ -86,10 +92,11 @@ def _window_settings_of(config: WindowConfig) -> WindowSettings:
     cadence = snapshot_cadence(config)
     settings = WindowSettings(config, cadence, merge_cadence(config) or cadence, parse_views(config))
     every = cadence.every
-    if config.average == "block" and every.unit == "steps" and config.sample_every > every.amount:
+    steps = every.amount if isinstance(every, Quantity) and every.unit == "steps" else None
+    if config.average == "block" and steps is not None and config.sample_every > steps:
         raise ConfigError(
-            f"sample_every: {config.sample_every} steps, and a block has {every.amount} (`every`), so most would "
-            f"be empty. Allowed: 1 to {every.amount}."
+            f"sample_every: {config.sample_every} steps, and a block has {steps} (`every`), so most would "
+            f"be empty. Allowed: 1 to {steps}."
         )
     return settings
 
@@ -102,7 +109,7 @@ def _settings_of(config: MergeConfig) -> Settings:
             f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
             f"callable from a batch to its number of tokens works too."
         )
-    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, up to 100")
+    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
     _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))

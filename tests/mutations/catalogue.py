@@ -468,7 +468,7 @@ FAULTS = (
     ),
     Fault(
         "bfloat16 is truncated",
-        "kernels/cpu_kernel.py",
+        "kernels/cpu_vectors.py",
         "b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))",
         "b.lshr(bits, v.constant(I32, 16))",
         _KERNELS,
@@ -496,19 +496,19 @@ FAULTS = (
     ),
     Fault(
         "whole blocks are read under a mask",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "(length if masked else block)",
         "(length if masked else block + tl.minimum(num_snapshots, 0))",
         _COMPILED,
     ),
     Fault(
         "values in local memory",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "else (128 if spread else 64)",
         "else (80 if spread else 40)",
         _COMPILED,
     ),
-    Fault("a kernel for each N", "kernels/cuda.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
+    Fault("a kernel for each N", "kernels/cuda_kernel.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
     # evaluation
     Fault(
         "other random numbers at each pass",
@@ -901,6 +901,48 @@ FAULTS = (
         _PLAN,
     ),
     # cost that grows
+    Fault(
+        "each save looks at all checkpoints",
+        "resume/sidecar.py",
+        "_NUM_LOOKED_AT = 64",
+        "_NUM_LOOKED_AT = 10**9",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "each save writes the needs of all checkpoints",
+        "resume/needs.py",
+        "if self._num_lines > max(_LEAST_LINES, 2 * len(self._needs)):",
+        "if True:",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a run that was killed forgets what its last checkpoints need",
+        "resume/needs.py",
+        "            needs |= {checkpoint: names} if names else {}",
+        "            needs |= {}",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a report prints every merge of a long run",
+        "records/tables.py",
+        "rows = measured if at_most is None else",
+        "rows = measured if True else",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "the smallest accuracy is the best",
+        "records/tables.py",
+        'sign = 1.0 if mode == "min" else -1.0',
+        "sign = 1.0",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "every rank holds the records of a resumed run",
+        "callbacks/forecasts.py",
+        "ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]",
+        "self._asked(record)",
+        "tests/callbacks/test_forecasts.py",
+    ),
     Fault(
         "each file of a window waits for the disk alone",
         "resume/window_files.py",
