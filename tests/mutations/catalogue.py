@@ -52,6 +52,8 @@ _EVALUATE = "tests/evaluation/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
 _DURABLE = "tests/callbacks/test_kept_window.py"
+_RUN_FOLDER = "tests/callbacks/test_run_folder.py"
+_STEPS = "tests/callbacks/test_optimizer_steps.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -660,8 +662,9 @@ FAULTS = (
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/run.py",
-        "self.merger.observe(self._fit.module, progress, lr=self.clock.lr)",
-        "self.merger.observe(self._fit.module, progress, lr=self._fit.trainer.optimizers[0].param_groups[0]['lr'])",
+        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self._merge_if_due()",
+        "rates = [group['lr'] for group in self._fit.trainer.optimizers[0].param_groups]\n        "
+        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self._merge_if_due()",
         "tests/callbacks",
     ),
     Fault(
@@ -829,8 +832,8 @@ FAULTS = (
     Fault(
         "a checkpoint owes no merge",
         "callbacks/run.py",
-        "is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()",
-        "is_owed = False",
+        "return self._last_merge < step and (",
+        "return False and (",
         _DURABLE,
     ),
     Fault(
@@ -1130,5 +1133,62 @@ FAULTS = (
         "if view not in self._not_saved:",
         "if True:",
         "tests/callbacks/test_forecasts.py",
+    ),
+    # runs and their folders
+    Fault(
+        "two runs share a folder",
+        "callbacks/run_folder.py",
+        'if getattr(error.__cause__, "errno", None) not in _NO_LOCKS:',
+        "if False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a resumed run takes another run's files for its own",
+        "callbacks/run_folder.py",
+        'elif identity not in ("", here):',
+        "elif False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a second model of one Trainer goes on with the first one's window",
+        "callbacks/model_merging.py",
+        "or self._last_run.module is not pl_module:",
+        "or False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a wrapper stays when the one above it was taken first",
+        "callbacks/borrowing.py",
+        "layered = now if isinstance(now, _Layered) else _Layered(owner, name)",
+        "layered = _Layered(owner, name)",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "steps of optimizers themselves are not seen",
+        "callbacks/optimizer_steps.py",
+        "handle = register_optimizer_step_post_hook(stepped)",
+        "handle = register_optimizer_step_post_hook(lambda *_: None)",
+        _STEPS,
+    ),
+    Fault(
+        "optimizers of other models count",
+        "callbacks/optimizer_steps.py",
+        "if any(id(parameter) in parameters",
+        "if any(parameters",
+        _STEPS,
+    ),
+    Fault(
+        "weights are observed before the module's own hook",
+        "callbacks/run.py",
+        'not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")',
+        "False",
+        _STEPS,
+    ),
+    Fault(
+        "a snapshot that a checkpoint owes is forgotten",
+        "callbacks/run.py",
+        "if self.merger.progress.step < self.clock.progress.step:",
+        "if False:",
+        _STEPS,
     ),
 )
