@@ -182,8 +182,9 @@ class Alternating(ModelMerging):
     def _timed(self, *hook_arguments: Any) -> None:
         start = time.perf_counter()
         super().on_train_batch_end(*hook_arguments)
-        newest = self._merger.window.newest if self._merger else None
-        if newest is not None and newest.progress == self._merger.progress:
+        merger = self._run.merger if self._run is not None else None
+        newest = merger.window.newest if merger is not None else None
+        if merger is not None and newest is not None and newest.progress == merger.progress:
             _wait()
             self.snapshot_seconds.append(time.perf_counter() - start)
         else:

@@ -14,16 +14,28 @@ if TYPE_CHECKING:
     from pretrain_merge.callbacks import ModelMerging as ModelMerging
     from pretrain_merge.forecast import forecast_anneal as forecast_anneal
     from pretrain_merge.merged_models.merged import load_merged as load_merged
+    from pretrain_merge.merged_models.merged import save_merged as save_merged
     from pretrain_merge.merging.rolling_merger import RollingMerger as RollingMerger
+    from pretrain_merge.offline.merge import merge_checkpoints as merge_checkpoints
 
 _MODULE_OF = {
     "ModelMerging": "pretrain_merge.callbacks",
     "RollingMerger": "pretrain_merge.merging.rolling_merger",
     "load_merged": "pretrain_merge.merged_models.merged",
+    "merge_checkpoints": "pretrain_merge.offline.merge",
+    "save_merged": "pretrain_merge.merged_models.merged",
     "forecast_anneal": "pretrain_merge.forecast",
 }
 
-__all__ = ["ModelMerging", "RollingMerger", "errors", "forecast_anneal", "load_merged"]
+__all__ = [
+    "ModelMerging",
+    "RollingMerger",
+    "errors",
+    "forecast_anneal",
+    "load_merged",
+    "merge_checkpoints",
+    "save_merged",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.data import _extract_batch_size
+from torch import Tensor
 
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.errors import ProgressError
@@ -26,6 +26,11 @@ class Clock:
         start: Counters to go on from.
         pending: What a clock before this one had counted on this rank and not yet added to its counters.
         lr: Learning rates that it knew, by optimizer.
+        share: Data-parallel replicas per rank: below 1 where several ranks read the same data.
+
+    Attributes:
+        num_batches: How many it has seen.
+        num_steps: In how many of them an optimizer stepped.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class Clock:
         start: Progress,
         pending: Mapping[str, int] | None = None,
         lr: Mapping[str, Sequence[float]] | None = None,
+        *,
+        share: float = 1.0,
     ) -> None:
         units = {quantity.unit for cadence in cadences for quantity in (cadence.every, cadence.start)}
         self._required = units - {"steps"}
@@ -44,12 +51,15 @@ class Clock:
         self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
         self._lr = {int(index): tuple(rates) for index, rates in (lr or {}).items()}
         self._failure: ProgressError | None = None
+        self._share = share
+        self._lr_listed = self._listed()
+        self.num_batches = self.num_steps = 0
         self.progress = start
 
     @property
     def lr(self) -> tuple[float, ...]:
-        """Learning rates of the last step of each optimizer, per parameter group."""
-        return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
+        """Learning rates of the last step of each optimizer, per parameter group that has one."""
+        return self._lr_listed
 
     @property
     def lr_by_optimizer(self) -> dict[str, tuple[float, ...]]:
@@ -61,17 +71,33 @@ class Clock:
         """Samples and tokens of this rank that are not yet in `progress`."""
         return dict(self._local)
 
-    def optimizer_steps(self, index: int, optimizer: torch.optim.Optimizer) -> None:
-        """Call before an optimizer steps: its rate is that of this step (P28: afterwards schedulers have moved)."""
+    def step_comes(self) -> None:
+        """Call where Lightning says that an optimizer steps: a gradient scaler may skip the step, which then counts."""
         self._stepped = True
-        self._lr[index] = tuple(float(group["lr"]) for group in optimizer.param_groups)
 
-    def batch_ends(self, batch: Any, *, share: float = 1.0) -> Progress | None:
+    def optimizer_steps(self, place: int, optimizer: Any) -> None:
+        """Call when an optimizer has stepped, before schedulers move its rate (P28), or when it is about to.
+
+        Args:
+            place: Among the optimizers of the run.
+            optimizer: Its rate is that of this step.
+        """
+        self._stepped = True
+        # parameter-free optimizers have no rate, and those with relative steps have None
+        rates = tuple([float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None])
+        if rates != self._lr.get(place):
+            self._lr[place] = rates
+            self._lr_listed = self._listed()
+
+    def _listed(self) -> tuple[float, ...]:
+        return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
+
+    def batch_ends(self, batch: Any, *, since: Progress = Progress()) -> Progress | None:  # noqa: B008 - frozen
         """Count a batch.
 
         Args:
             batch: The batch that this rank trained on.
-            share: Data-parallel replicas per rank: below 1 where several ranks read the same data.
+            since: Where the window's segment began, for an interval that grows from there.
 
         Returns:
             Totals over all ranks if an optimizer stepped in this batch, else None: what accumulates between optimizer
@@ -80,6 +106,7 @@ class Clock:
         Raises:
             ProgressError: A cadence counts samples or tokens and this batch does not tell them.
         """
+        self.num_batches += 1
         try:
             self._local["samples"] += self._counted("samples", batch, _num_samples)
             self._local["tokens"] += self._counted("tokens", batch, self._num_tokens)
@@ -88,21 +115,25 @@ class Clock:
         if not self._stepped:
             return None
         self._stepped = False
-        after = replace(self.progress, step=self.progress.step + 1)
+        self.num_steps += 1
+        before = self.progress
+        after = Progress(before.step + 1, before.samples, before.tokens)
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
-        if self._required or self._snapshots.crossed(self.progress, after):
-            after = self._with_totals(after, share)
+        if self._required or self._snapshots.crossed(self.progress, after, since=since):
+            after = self._with_totals(after)
         self.progress = after
         return after
 
-    def _with_totals(self, progress: Progress, share: float) -> Progress:
+    def _with_totals(self, progress: Progress) -> Progress:
         counts = [self._local["samples"], self._local["tokens"], int(self._failure is not None)]
         samples, tokens, num_failed = ranks.sum_over_ranks(counts)
         if num_failed:
             raise self._failure or ProgressError("another rank could not count its batch; its message says why.")
         self._local = {"samples": 0, "tokens": 0}
         return replace(
-            progress, samples=progress.samples + round(samples * share), tokens=progress.tokens + round(tokens * share)
+            progress,
+            samples=progress.samples + round(samples * self._share),
+            tokens=progress.tokens + round(tokens * self._share),
         )
 
     def _counted(self, unit: str, batch: Any, count: Callable[[Any], int]) -> int:
@@ -132,5 +163,9 @@ class Clock:
 
 
 def _num_samples(batch: Any) -> int:
+    if isinstance(batch, dict | list | tuple):  # as Lightning would find it, at a tenth of the time
+        first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
+        if isinstance(first, Tensor) and first.ndim:
+            return len(first)
     # the first size that Lightning finds; its public function also warns where tensors of one batch differ in size
     return int(next(size for size in _extract_batch_size(batch) if size is not None))

@@ -4,94 +4,24 @@ This module knows which checkpoints a Trainer writes, and where. It knows no hoo
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge import parameters
-from pretrain_merge.cadence import Progress
+from pretrain_merge.callbacks.borrowing import wrapped
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.fingerprints import Fingerprints
-from pretrain_merge.merged_models.retention import SavedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.resume.manifest import Manifest, sealed, unsealed
+from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.sidecar import WindowFolder
 from pretrain_merge.runtime import ranks
 
 
-@dataclass(frozen=True)
-class RunState:
-    """What a Lightning checkpoint holds of ours, as plain values (P11, P12).
-
-    Attributes:
-        progress: Counters.
-        pending: Samples and tokens of a rank that are not yet in `progress`.
-        lr: Learning rates of the last step, by optimizer.
-        run_folder: Where the records are.
-        window_folder: Where the files of the window are.
-        window: Its manifest; None where it was not kept.
-        lost: Why it was not kept.
-        saved: Which merged models are on disk for which reason; None where the run ended before it found out.
-        last_merge: Step of the last merge that was recorded; 0 before the first.
-    """
-
-    progress: Progress
-    pending: Mapping[str, int] = field(default_factory=dict)
-    lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    run_folder: str = ""
-    window_folder: str = ""
-    window: Mapping[str, Any] | None = None
-    lost: str = ""
-    saved: SavedModels | None = None
-    last_merge: int = 0
-
-    def to_plain(self) -> dict[str, Any]:
-        """As Lightning's checkpoints take it."""
-        return sealed(asdict(self))
-
-    @classmethod
-    def from_plain(cls, plain: object) -> "RunState":
-        """The inverse of `to_plain`.
-
-        Raises:
-            CheckpointError: It is damaged.
-        """
-        return unsealed(cls, plain, check=_refuse_impossible)
-
-
-def _refuse_impossible(state: RunState) -> None:
-    if not all(index.isascii() and index.isdigit() for index in state.lr):
-        raise ValueError(f"its learning rates are of optimizers {', '.join(state.lr)}")
-
-
-def refuse_state_of_nobody(states: Mapping[str, object], wanted: str, callbacks: Iterable[Any]) -> None:
-    """Tell a checkpoint that never had a state of ours from one that has it under another key (P21).
-
-    Args:
-        states: What the checkpoint holds of callbacks.
-        wanted: The key of ours.
-        callbacks: All of the Trainer's.
-
-    Raises:
-        CheckpointError: Nothing is there under that key, and a state of our form is there that no callback asks for.
-    """
-    claimed = {callback.state_key for callback in callbacks}
-    lost = [key for key, value in states.items() if key not in claimed and _has_our_form(value)]
-    if wanted not in states and lost:
-        raise CheckpointError(
-            f"the checkpoint has nothing under {wanted!r}, and under {lost[0]!r} a state of ModelMerging that no "
-            f"callback asks for: `name` was changed, or the checkpoint is damaged. Set the name back, or resume from "
-            f"another checkpoint."
-        )
-
-
-def _has_our_form(value: object) -> bool:
-    return isinstance(value, Mapping) and {"format", "crc32", "values"} == value.keys()
-
-
-class DurableWindow:
+class KeptWindow:
     """The sidecar of a run, in step with the checkpoints that its Trainer writes.
 
     Args:
@@ -112,8 +42,8 @@ class DurableWindow:
         self._root = Path(trainer.default_root_dir).absolute()
         folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
         self._fingerprints = Fingerprints(self.folder, [trainer.default_root_dir, trainer.ckpt_path, *folders])
-        self._users_save = trainer.save_checkpoint
-        trainer.save_checkpoint = self._save_checkpoint
+        self._watching = ExitStack()  # until `release`: a checkpoint may be saved after the run
+        self._watching.enter_context(wrapped(trainer, "save_checkpoint", self._save_checkpoint))
 
     def keep(self, merger: RollingMerger) -> Manifest | None:
         """Make the window durable; None on ranks that need not. Collective where the module is sharded.
@@ -133,7 +63,7 @@ class DurableWindow:
         if self._sidecar is not None and self._checkpoint:
             self._sidecar.register(self._checkpoint, self._held, self._fingerprints.of(self._checkpoint))
 
-    def refuse_lost_state(self) -> None:
+    def refuse_missing_state(self) -> None:
         """Tell a checkpoint of a run without ModelMerging from one that lost the state of ours that it had.
 
         Raises:
@@ -166,10 +96,10 @@ class DurableWindow:
                 merger.close()  # also where it was read on this rank
                 raise
 
-    def prune(self) -> None:
+    def prune(self, *, thoroughly: bool = True) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, self._fingerprints.of)
+            self._sidecar.prune(self._held, self._fingerprints.of, thoroughly=thoroughly)
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -181,18 +111,17 @@ class DurableWindow:
     def release(self) -> None:
         """The Trainer's checkpoints do not matter any more."""
         self._sidecar = None
-        if self._trainer.save_checkpoint == self._save_checkpoint:
-            self._trainer.save_checkpoint = self._users_save
+        self._watching.close()
 
-    def _save_checkpoint(self, filepath: Any, *arguments: Any, **options: Any) -> None:
+    def _save_checkpoint(self, save: Callable[..., None], filepath: Any, *arguments: Any, **options: Any) -> None:
         self._fingerprints.trust(filepath)
         self._checkpoint = self._key(filepath)
         try:
-            self._users_save(filepath, *arguments, **options)
+            save(filepath, *arguments, **options)
         finally:
             self._checkpoint = ""
         with ranks.together("note which checkpoints there are"):
-            self.prune()
+            self.prune(thoroughly=False)  # at each save: as long as ever, however many there were
 
     def _key(self, checkpoint: Any) -> str:
         """How the sidecar names a checkpoint: relative where both are of one run, which may be moved as a whole."""

@@ -1,4 +1,4 @@
-"""The Lightning callback: hooks to clock, merger, evaluation, records and files.
+"""The Lightning callback: its keys, and its hooks, each of which hands on to the run.
 
 This module knows the order of Lightning's hooks and nothing of how a merge is computed or measured. Training is read
 and never written, except while merged weights are in the model, between two batches.
@@ -6,31 +6,26 @@ and never written, except while merged weights are in the model, between two bat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge import parameters
-from pretrain_merge.cadence import Cadence
-from pretrain_merge.callbacks import merge_point
-from pretrain_merge.callbacks.clock import Clock, TokensPerBatch
+from pretrain_merge.callbacks import refusals
+from pretrain_merge.callbacks.borrowing import wrapped
+from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
-from pretrain_merge.callbacks.kept_window import DurableWindow, RunState, refuse_state_of_nobody
-from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.callbacks.resuming import Start, refill_or_raise, run_folder
-from pretrain_merge.config import MergeConfig, WindowConfig, build, merge_cadence, save_cadence, snapshot_cadence
-from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
-from pretrain_merge.evaluation import evaluate
-from pretrain_merge.evaluation.evaluate import Evaluator
-from pretrain_merge.merged_models.retention import MergedModels, refuse_unmeasured
-from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import MergeRecord, Recipe, append_record
-from pretrain_merge.records.loggers import Tracker
+from pretrain_merge.callbacks.rehearsal import Rehearsal
+from pretrain_merge.callbacks.resuming import find_state, has_begun
+from pretrain_merge.callbacks.run import Run
+from pretrain_merge.callbacks.run_folder import refuse_remote_folder
+from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.merged_models.merged import try_saving
+from pretrain_merge.merged_models.retention import will_save
+from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
 
@@ -42,13 +37,8 @@ if find_spec("pytorch_lightning"):
     _CALLBACKS += (_OtherCallback,)
 
 
-_REFUSED_STRATEGIES = {
-    "FSDPStrategy": "FSDP1 flattens parameters, also with use_orig_params=True; use FSDP2 (ModelParallelStrategy)",
-    "DeepSpeedStrategy": "DeepSpeed's engine owns parameters and optimizer at every ZeRO stage; use DDP, or FSDP2 "
-    "(ModelParallelStrategy) where the model outgrows a device",
-}
-
-_OF_A_RANK = ("store", "store_folder")
+_INPUT_IDS = "input_ids"
+_MAPPINGS = ("breaks", "parameters", "save", "forecast")  # None stands for an empty one
 
 
 class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
@@ -60,7 +50,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     Args:
         window: How many snapshots are kept, 2 to 10000.
-        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples"; or a share of the run since
+            its last break, which grows with it: "1%", "1% of tokens".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
@@ -101,7 +92,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         views: Sequence[str | dict[str, Any]] = ("sma",),
         average: str = "last",
         sample_every: int = 1,
-        tokens_per_batch: int | str | Callable[[Any], int] = "input_ids",
+        tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
         lr_tolerance: float = 1e-3,
         breaks: Mapping[str, bool] | None = None,
         parameters: Mapping[str, Sequence[str]] | None = None,
@@ -120,28 +111,44 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         name: str = "merge",
         **options: NoReturn,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in {item.name for item in fields(MergeConfig)}}
-        empty: dict[str, Any] = {"breaks": breaks, "parameters": parameters, "save": save, "forecast": forecast}
-        given |= {key: {} if value is None else value for key, value in empty.items()} | options
-        if callable(tokens_per_batch):  # the schema holds what YAML can say
-            given.pop("tokens_per_batch")
-        self.config = build(MergeConfig, {key: _plain(value) for key, value in given.items()})
-        self._tokens_per_batch: TokensPerBatch = tokens_per_batch
-        self._evaluators = _checked_evaluators(evaluators)
-        self._notices = Notices()
-        self._tracker = Tracker()
-        self._forecasts = RunForecasts(self.config, self._notices)
-        self._state: dict[str, Any] = {}
-        self._durable: DurableWindow | None = None
-        self._last_merge = 0
-        self._phase_to_come: str | None = None
-        self._merger: RollingMerger | None = None
-        self._clock: Clock | None = None
-        self._monitors: Monitors | None = None
-        self._merged_models: MergedModels | None = None
-        self._give_back = ExitStack()
-        self._records_path: Path | None = None
-        self.last_record: MergeRecord | None = None
+        given = {
+            "window": window,
+            "every": every,
+            "start": start,
+            "merge_every": merge_every,
+            "views": views,
+            "average": average,
+            "sample_every": sample_every,
+            # the schema holds what YAML can say
+            "tokens_per_batch": _INPUT_IDS if callable(tokens_per_batch) else tokens_per_batch,
+            "lr_tolerance": lr_tolerance,
+            "breaks": breaks,
+            "parameters": parameters,
+            "merge_buffers": merge_buffers,
+            "batch_norm": batch_norm,
+            "store": store,
+            "store_folder": store_folder,
+            "slot_dtype": slot_dtype,
+            "save": save,
+            "forecast": forecast,
+            "validate": validate,
+            "stateful_data": stateful_data,
+            "window_folder": window_folder,
+            "on_missing": on_missing,
+            "name": name,
+        }
+        # every word of the keys as a value, parsed this once
+        self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
+        self.config = self.settings.config  # the keys as they were given, with defaults filled in
+        self._notices = Notices()  # what the user was told; once for all runs of this callback
+        forecasts = RunForecasts(self.settings, self._notices)  # refuses calibrations that cannot be read
+        # what a `Fit` has besides its Trainer and module
+        self._parts = (tokens_per_batch, refusals.checked_evaluators(evaluators), forecasts, self._notices)
+        self._state: dict[str, Any] = {}  # of the checkpoint that is resumed, or as it was remembered last
+        self._phase_to_come: str | None = None  # marked before a run began
+        self._run: Run | Rehearsal | None = None  # between `on_train_start` and the end of `fit`
+        self._last_run: Run | Rehearsal | None = None  # that one, or the one that ended last: its window is kept
+        self._borrowed = ExitStack()  # the fit loop's `run`, and all that a run has; given back when `fit` ends
 
     @classmethod
     def from_config(cls, source: object, **python_only: Any) -> "ModelMerging":
@@ -154,7 +161,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         Raises:
             ConfigError: An unknown key, a wrong type or an impossible value.
         """
-        return cls(**asdict(build(MergeConfig, source)) | python_only)
+        given = read(source)
+        refuse_misfits(MergeConfig, given)
+        return cls(**{**given, **python_only})
 
     @property
     def state_key(self) -> str:
@@ -162,101 +171,72 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         return f"ModelMerging[{self.config.name}]"
 
     @property
+    def last_record(self) -> MergeRecord | None:
+        """What the last merge point of this run, or of the one that ended last, measured."""
+        return self._last_run.last_record if self._last_run is not None else None
+
+    @property
     def best_model_path(self) -> Path | None:
         """The best merged model on disk, by `save.best`."""
-        return self._merged_models.best_path if self._merged_models else None
+        return self._last_run.best_model_path if self._last_run is not None else None
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): merges do not reach across it.
 
         Before `fit` it names the phase that the run is in; a resumed run that was in it already goes on unbroken.
         """
-        if self._merger is not None:
-            self._merger.mark_phase(name)
+        if self._run is not None:
+            self._run.merger.mark_phase(name)
         else:
             self._phase_to_come = name
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies whose parameters cannot be merged in place, before anything is trained."""
-        kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-        refused = next((kind for kind in kinds if kind in _REFUSED_STRATEGIES), None)
-        if stage == "fit" and refused:
-            raise UnsupportedModelError(f"{refused} is not supported: {_REFUSED_STRATEGIES[refused]}.")
-        if stage == "fit" and trainer.global_step == 0:
-            self._state = {}  # of another Trainer's run (P24); that of a resumed run is loaded after this
+        if stage != "fit":
+            return
+        refusals.refuse_strategy(trainer.strategy)
+        refuse_remote_folder(trainer)
+        if not has_begun(trainer) or self._last_run is None or self._last_run.module is not pl_module:
+            self._state = {}  # of another Trainer's run, or model (P24); that of a resumed run is loaded after this
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
-        parameters.mergeable_tensors(
-            pl_module,
-            merge_buffers=self.config.merge_buffers,
-            batch_norm=self.config.batch_norm,
-            **asdict(self.config.parameters),
-        )
-        _refuse_other_configs(self.config)
-        self._watch_for_a_complete_run(trainer, pl_module)
+        refusals.refuse_model(pl_module, trainer.optimizers, self.config)
+        refusals.refuse_other_configs(self.config)
+        if will_save(self.config.save):
+            try_saving(pl_module)
+        self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start or go on counting, and find the run's folder."""
-        if self._durable is not None:
-            self._durable.release()  # of a run before
-            self._durable = None
-        start = Start(self.config, self._notices, trainer, self._state)
-        state, folder = start.state, start.folder
-        self._clock = Clock(self._cadences(), self._tokens_per_batch, state.progress, state.pending, state.lr)
-        self._merger = RollingMerger(**self._window_options(folder))
-        self._merger.watch(pl_module, trainer.optimizers)
-        self._merger.resume_from(state.progress)
-        self.last_record = self._records_path = self._merged_models = None
-        self._tracker = Tracker()
-        self._forecasts = RunForecasts(self.config, self._notices)
-        self._monitors = Monitors(trainer.callbacks, f"{self.config.name}/")
-        if not trainer.fast_dev_run:
-            self._open(trainer, pl_module, self._merger, start)
-        if self._phase_to_come not in (None, self._merger.phase):
-            self._merger.mark_phase(self._phase_to_come)
-        self._phase_to_come = None
+        """Begin a run, or go on with one; makes the merge that its checkpoint owes."""
+        if self._last_run is not None:
+            self._last_run.release()
+            self._last_run = None
+        fit = Fit(self.settings, *self._parts, trainer, pl_module)
+        self._run = self._last_run = Rehearsal(fit) if trainer.fast_dev_run else Run(fit, self._state)
+        self._borrowed.callback(self._run.close)
+        self._run.catch_up()
+        phase, self._phase_to_come = self._phase_to_come, None
+        if phase not in (None, self._run.merger.phase):
+            self._run.merger.mark_phase(phase)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
-        if self._clock is not None:
-            optimizers = [getattr(item, "optimizer", item) for item in trainer.optimizers]
-            index = next((i for i, item in enumerate(optimizers) if item is optimizer), len(optimizers))
-            self._clock.optimizer_steps(index, optimizer)
+        if self._run is not None:
+            self._run.optimizer_steps(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Observe the step; at a merge point, measure and publish."""
-        clock, merger = self._clock, self._merger
-        if clock is None or merger is None:
-            return
-        progress = clock.batch_ends(batch, share=evaluate.data_share(trainer))
-        if progress is None:
-            return
-        if trainer.fast_dev_run:
-            self._rehearse(trainer, pl_module)
-            return
-        merger.observe(pl_module, progress, lr=clock.lr)
-        self._merge_if_due(trainer, pl_module, merger)
+        if self._run is not None:
+            self._run.step(batch)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save merges of the newest snapshots where the user asked for it, and the window for a checkpoint to come."""
-        merger, models = self._merger, self._merged_models
-        newest = merger.window.newest if merger is not None else None
-        if merger is not None and models is not None and self.config.save.at_end and newest is not None:
-            try:
-                with ranks.together("save merged models at the end"), merger.swap(pl_module) as merge_view:
-                    for view in merger.views:
-                        if view not in self._forecasts.views and merger.why_not(view) is None:
-                            models.keep_last(pl_module, view, newest.progress, merge_view(view))
-            except WindowNotReadyError as error:  # another callback changed the model when training ended
-                self._notices.once("end", f"no merged model is saved at the end: {error}")
-        if merger is not None and not self._last_merge:
-            reason = merger.why_not(merger.views[0]) or "no merge point was reached."
-            self._notices.once("no merge", f"training ended at step {trainer.global_step} without a merge: {reason}")
+        if self._run is not None:
+            self._run.finish()
         with ranks.together("keep the window of the end"):
-            self._remember(
-                lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
-            )
+            lost = "" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
+            self._remember(lost=lost)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
@@ -267,8 +247,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
         # those without this choice, as OnExceptionCheckpoint, may do nothing else
         will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
-        reason = f"the run before ended with {type(exception).__name__}."
-        is_on_all = ranks.is_on_all(exception)
+        reason, is_on_all = f"the run before ended with {type(exception).__name__}.", ranks.is_on_all(exception)
         try:
             with ranks.together("keep the window") if is_on_all and will_save else nullcontext():
                 self._remember(lost="" if will_save else reason)
@@ -283,209 +262,44 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
         # every rank is asked, and all must know where one cannot write; after an exception not every rank may be here
-        with ranks.together("keep the window for a checkpoint") if self._merger is not None else nullcontext():
+        with ranks.together("keep the window for a checkpoint") if self._run is not None else nullcontext():
             self._remember()
-            if self._durable is not None:
-                self._durable.announce()
+            if self._last_run is not None:
+                self._last_run.announce()
         return dict(self._state)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds a state of ours which nobody would ask for (P21)."""
-        if trainer.state.fn != "fit":
-            return
-        try:
-            refuse_state_of_nobody(checkpoint.get("callbacks", {}), self.state_key, trainer.callbacks)
-        except CheckpointError as error:
-            refill_or_raise(self.config, self._notices, error, checkpoint["global_step"])
+        if trainer.state.fn == "fit":
+            find_state(self.config, self._notices, checkpoint, self.state_key, trainer.callbacks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
         self._state = dict(state_dict)
 
-    def _watch_for_a_complete_run(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning runs no hook of training where a resumed run has no step left, and this one may owe its last merge.
-
-        A process that was killed at its end also left a lock and the files of a disk store.
-        """
-        fit_loop = trainer.fit_loop
-        users_run = fit_loop.run
-
-        def run() -> None:
-            users_run()
-            if self._merger is None and self._state and trainer.ckpt_path is not None and not trainer.fast_dev_run:
-                self.on_train_start(trainer, pl_module)
-                self.on_train_end(trainer, pl_module)
-
-        fit_loop.run = run
-        self._give_back.callback(vars(fit_loop).pop, "run", None)  # its class has it
-
-    def _end(self) -> None:
-        """Free the window and give other callbacks their hooks back; what a checkpoint may need was remembered."""
-        self._give_back.close()
-        if self._durable is not None:
-            self._durable.close()
-        if self._merger is not None:
-            self._merger.close()
-        if self._monitors is not None:
-            self._monitors.release()
-        self._merger = self._clock = self._monitors = None
+    def _fit(self, trainer: Any, pl_module: Any, users_run: Callable[[], None]) -> None:
+        users_run()
+        # Lightning runs no hook of training where a resumed run has no step left, and this one may owe its last
+        # merge; a process that was killed at its end also left a lock and the files of a disk store
+        if self._run is None and self._state and trainer.ckpt_path is not None and not trainer.fast_dev_run:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def _remember(self, *, lost: str = "") -> None:
         """The state as it is now; writes the files that it refers to, unless the window is to be lost."""
-        clock, merger, durable = self._clock, self._merger, self._durable
-        if clock is None or merger is None or durable is None:
-            return
-        manifest = None if lost else durable.keep(merger)
-        self._state = RunState(
-            progress=clock.progress,
-            pending=clock.pending,  # of this rank: exact on resume where all ranks' batches are of one size
-            lr=clock.lr_by_optimizer,
-            run_folder=str(durable.run_folder),
-            window_folder=str(durable.folder),
-            window=manifest.to_plain() if manifest is not None else None,
-            lost=lost,
-            saved=self._merged_models.state() if self._merged_models is not None else None,
-            last_merge=self._last_merge,
-        ).to_plain()
+        if self._run is not None:
+            self._state = self._run.state(lost=lost)
 
-    def _cadences(self) -> list[Cadence]:
-        optional = (merge_cadence(self.config), save_cadence(self.config.save))
-        return [snapshot_cadence(self.config), *(cadence for cadence in optional if cadence is not None)]
-
-    def _window_options(self, folder: Path) -> dict[str, Any]:
-        values = asdict(self.config)
-        options = {item.name: values[item.name] for item in fields(WindowConfig)}
-        return options | {
-            "store_folder": options["store_folder"] or str(folder / "window"),
-            "views": [*options["views"], *self._forecasts.views],
-        }
-
-    def _open(self, trainer: Any, pl_module: Any, merger: RollingMerger, start: Start) -> None:
-        """Window, records and merged models of the run; makes the merge that its checkpoint owes."""
-        state, folder = start.state, start.folder
-        with ranks.together("open the run's folder"):
-            self._durable = DurableWindow(trainer, folder, Path(self.config.window_folder or folder / "window"))
-            start.fill(merger, pl_module, self._durable)
-            self._last_merge = state.last_merge
-            is_owed = state.last_merge < state.progress.step and merger.merge_is_due()
-            self._say_what_monitors_keep(folder)
-            self._records_path = folder / "merges.jsonl"
-            self._merged_models = start.merged_models()
-            until = state.progress.step - is_owed
-            if trainer.is_global_zero:
-                start.clear(self._records_path, until=until, read=self._forecasts.append)
-        if is_owed:  # the checkpoint was saved before the merge of its step was recorded, say by a signal
-            self._merge_if_due(trainer, pl_module, merger)
-            if self._last_merge < state.progress.step and ranks.any_rank(trainer.received_sigterm):
-                raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
-
-    def _say_what_monitors_keep(self, folder: Path) -> None:
-        if self._monitors is not None and self._monitors.checkpoints:
-            self._notices.once(
-                "monitor",
-                f"a ModelCheckpoint monitors a metric of {self.config.name!r}. Its checkpoints hold RAW weights; the "
-                f"best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
-            )
-
-    def _merge_if_due(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> None:
-        if not merger.merge_is_due():
-            return
-        # rank 0 writes and logs: the others must not go on where it could not
-        with ranks.together(f"merge at step {merger.progress.step}"):
-            self._publish(trainer, self._measured(trainer, pl_module, merger))
-
-    def _measured(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
-        record = self._measure(trainer, pl_module, merger)
-        if record is None and not ranks.any_rank(trainer.received_sigterm):  # a signal after which the run goes on
-            record = self._measure(trainer, pl_module, merger)
-        if record is None:
-            self._notices.once(
-                "broken off",
-                f"step {merger.progress.step}: a signal broke off the merge. A run that is resumed from here makes it.",
-            )
-        return record
-
-    def _measure(self, trainer: Any, pl_module: Any, merger: RollingMerger) -> MergeRecord | None:
-        """Raw and every view on the same batches; None where a signal ended the evaluation early."""
-        models = self._merged_models
-
-        def keep(view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
-            if models is not None and view not in self._forecasts.views:
-                models.keep(pl_module, view, merger.progress, recipe, metrics)
-
-        return merge_point.measured(
-            self.config, trainer, pl_module, merger, evaluators=self._evaluators, notices=self._notices, keep=keep
-        )
-
-    def _publish(self, trainer: Any, record: MergeRecord | None) -> None:
-        if record is None:
-            return
-        record = self._forecasts.added_to(record)
-        self.last_record, self._last_merge = record, record.step
-        self._tracker.publish(trainer.loggers, record)
-        if trainer.is_global_zero and self._records_path is not None:
-            append_record(self._records_path, record)
-        metrics = {key: torch.tensor(value, dtype=torch.float64) for key, value in record.metrics().items()}
-        trainer.callback_metrics.update(metrics)
-        if self._monitors is not None:
-            self._monitors.new_values()
-
-    def _rehearse(self, trainer: Any, pl_module: Any) -> None:
-        """`fast_dev_run`: a full window of this one model, once, so that all views, memory and evaluation are tried."""
-        if self.last_record is not None:
-            return
-        options = self._window_options(run_folder(self.config, trainer)) | {
-            "every": 1,
-            "start": 0,
-            "merge_every": None,
-            "sample_every": 1,
-        }
-        merger = RollingMerger(**options)
-        for step in range(1, self.config.window + 1):
-            merger.observe(pl_module, step)
-        try:
-            record = self._measure(trainer, pl_module, merger)
-            for metrics in record.views.values() if record else ():
-                refuse_unmeasured(self.config.save.best, metrics)
-            self._publish(trainer, record)
-        finally:
-            merger.close()
+    def _end(self) -> None:
+        """Free the window and give back what was borrowed; what a checkpoint may need was remembered."""
+        self._run = None
+        self._borrowed.close()
 
 
-def _refuse_other_configs(config: MergeConfig) -> None:
-    """Ranks that snapshot at other steps would wait for each other: a file may be stale on one node."""
-    of_ranks = ranks.gather(_comparable(asdict(config)))
-    for key, value in of_ranks[0].items():
-        other = next((number for number, item in enumerate(of_ranks) if item[key] != value), None)
-        if other is not None and key not in _OF_A_RANK:
-            raise ConfigError(
-                f"{key}: {value!r} on rank 0 and {of_ranks[other][key]!r} on rank {other}. All ranks need the same; "
-                f"only {' and '.join(_OF_A_RANK)} may differ. Copy the configuration to every node."
-            )
-
-
-def _comparable(value: Any) -> Any:
-    """As other processes can have it: a function (the shape of a decay) by its name."""
-    if isinstance(value, Mapping):
-        return {key: _comparable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_comparable(item) for item in value]
-    return getattr(value, "__qualname__", repr(value)) if callable(value) else value
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as the schema takes them. Text is no list of letters: the schema refuses it as a whole."""
+def _plain(value: Any, is_mapping: bool) -> Any:
+    """Mappings and sequences as the schema takes them. Text is not a list of letters: it is refused as a whole."""
+    if value is None and is_mapping:
+        return {}
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
-    if evaluators is None:
-        return {}
-    if not isinstance(evaluators, Mapping) or not all(callable(item) for item in evaluators.values()):
-        raise ConfigError(
-            f"evaluators: {evaluators!r} does not name functions. Allowed: a mapping from names to functions that take "
-            f"the module and return metrics, such as {{'norm': weight_norm}}."
-        )
-    return dict(evaluators)

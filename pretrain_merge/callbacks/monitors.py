@@ -5,8 +5,11 @@ monitors one would raise at the first validation, or lose its patience over a va
 their checks run only when a new value is there. This module knows callbacks that have a `monitor`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from pretrain_merge.evaluation import isolation
 
 _CHECKS = ("on_validation_end", "on_train_epoch_end")
 
@@ -22,9 +25,6 @@ class Monitors:
     def __init__(self, callbacks: Iterable[Any], prefix: str) -> None:
         self._watching = [item for item in callbacks if str(getattr(item, "monitor", "")).startswith(prefix)]
         self._num_published = 0
-        for callback in self._watching:
-            for hook in _CHECKS:
-                setattr(callback, hook, self._waiting(getattr(callback, hook)))
 
     @property
     def checkpoints(self) -> list[Any]:
@@ -35,12 +35,14 @@ class Monitors:
         """Call after merged metrics were published."""
         self._num_published += 1
 
-    def release(self) -> None:
-        """Give the callbacks their own hooks back."""
-        for callback in self._watching:
-            for hook in _CHECKS:
-                vars(callback).pop(hook, None)
-        self._watching = []
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Until the block ends, their checks run only when a new value is there."""
+        with ExitStack() as hooks:
+            for callback in self._watching:
+                waiting = {hook: self._waiting(getattr(callback, hook)) for hook in _CHECKS}
+                hooks.enter_context(isolation.replaced(callback, **waiting))
+            yield
 
     def _waiting(self, check: Any) -> Any:
         seen = 0

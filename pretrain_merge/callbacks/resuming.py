@@ -3,28 +3,24 @@
 This module knows what may have become of a run's files between two processes, and says so. It knows no hooks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks.kept_window import DurableWindow, RunState
+from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.kept_window import KeptWindow
+from pretrain_merge.callbacks.run_folder import RunFolder, files_of, run_folder
+from pretrain_merge.callbacks.run_state import RunState, refuse_unclaimed_state
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.atomic import remove_leftovers
-from pretrain_merge.files.folders import move_aside
 from pretrain_merge.merged_models.retention import MergedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, keep_records_until
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
-
-
-def run_folder(config: MergeConfig, trainer: Any) -> Path:
-    """Where records, merged models and the window go. Collective."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
-    return folder if config.name == MergeConfig.name else folder / config.name
 
 
 def refill_or_raise(config: MergeConfig, notices: Notices, error: Exception, step: int) -> None:
@@ -38,14 +34,31 @@ def refill_or_raise(config: MergeConfig, notices: Notices, error: Exception, ste
     ) from error
 
 
+def find_state(
+    config: MergeConfig, notices: Notices, checkpoint: Mapping[str, Any], key: str, callbacks: Iterable[Any]
+) -> None:
+    """Refuse a checkpoint that holds a state of ours which nobody would ask for, as `on_missing` wants it (P21).
+
+    Raises:
+        CheckpointError: It does.
+    """
+    try:
+        refuse_unclaimed_state(checkpoint.get("callbacks", {}), key, callbacks)
+    except CheckpointError as error:
+        refill_or_raise(config, notices, error, checkpoint["global_step"])
+
+
+def has_begun(trainer: Any) -> bool:
+    """Whether a Trainer trained before: what it counts differs between automatic and manual optimisation."""
+    return bool(trainer.global_step or trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 class Start:
     """A run that begins, or goes on from a checkpoint.
 
     Args:
-        config: Of the callback.
-        notices: What the user was told already.
-        trainer: A Trainer before its first batch.
-        plain: Our state in the checkpoint; empty where there is none.
+        fit: One call of `Trainer.fit`.
+        plain: Our state in the checkpoint, or of the `fit` before; empty where there is none.
 
     Attributes:
         folder: Of this run.
@@ -55,14 +68,15 @@ class Start:
         CheckpointError: The state is damaged.
     """
 
-    def __init__(self, config: MergeConfig, notices: Notices, trainer: Any, plain: Mapping[str, Any]) -> None:
-        self._config, self._notices, self._trainer = config, notices, trainer
+    def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
+        self._fit, self._config, self._notices, self._trainer = fit, fit.config, fit.notices, fit.trainer
         self._has_state = bool(plain)
+        self._goes_on = bool(plain) or fit.trainer.ckpt_path is not None
         with ranks.together("read the state of the run"):
             self.state = self._read(plain)
-        self.folder = run_folder(config, trainer)
+        self.folder = run_folder(fit.config, fit.trainer)
 
-    def fill(self, merger: RollingMerger, module: Any, durable: DurableWindow) -> None:
+    def fill(self, merger: RollingMerger, kept_window: KeptWindow) -> None:
         """Bring back the window that the checkpoint needs.
 
         Raises:
@@ -75,38 +89,51 @@ class Start:
         elif state.progress.step:
             try:
                 if self._has_state:
-                    durable.restore(merger, module, state)
+                    kept_window.restore(merger, self._fit.module, state)
                 else:
-                    durable.refuse_lost_state()
+                    kept_window.refuse_missing_state()
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
                 merger.resume_from(state.progress)
-        durable.prune()
+        kept_window.prune()
+
+    def open_folder(self, files: RunFolder | None, *, until: int, read: Callable[[MergeRecord], object]) -> str:
+        """Make the folder this run's own: what is of another run, or lies ahead, goes aside. Collective.
+
+        Args:
+            files: The folder, on rank 0.
+            until: The last step whose record stays.
+            read: Called on rank 0 with each record that stays.
+
+        Returns:
+            The run's identity.
+        """
+        identity = ""
+        self._merged_before = self.folder / "merged"
+        if files is not None:
+            remove_leftovers(files.merged)
+            if not self._goes_on:
+                identity = files.begin(self._notices)
+            else:
+                state = self.state
+                identity = files.resume(state.identity, self._notices)
+                before = files_of(state.identity, Path(state.run_folder)) if state.run_folder else None
+                records, self._merged_before = before or (files.records, files.merged)
+                self._cut(files.records, until, before=records, read=read)
+        identity, self._merged_before = ranks.gather((identity, self._merged_before))[0]
+        return identity
 
     def merged_models(self) -> MergedModels:
-        """The folder `merged/`, with the books of the run so far. Collective."""
+        """The folder `merged/` that was opened, with the books of the run so far. Collective."""
         state = self.state
         models = MergedModels(self.folder / "merged", self._config.save, asdict(self._config), state.progress)
         if state.saved is not None:
-            models.go_on_from(state.saved, Path(state.run_folder) / "merged")
+            models.resume_from(state.saved, self._merged_before)
         return models
 
-    def clear(self, records: Path, *, until: int, read: Callable[[MergeRecord], object]) -> None:
-        """Make the folder this run's own, on rank 0: what is of another run, or lies ahead, goes aside.
-
-        Args:
-            records: The file that records are appended to.
-            until: The last step whose record stays.
-            read: Called with each record that stays.
-        """
+    def _cut(self, records: Path, until: int, *, before: Path, read: Callable[[MergeRecord], object]) -> None:
         state = self.state
-        remove_leftovers(self.folder / "merged")
-        if state.progress.step == 0:
-            for path in (records, self.folder / "merged"):
-                if aside := move_aside(path):
-                    self._notices.once(str(path), f"{path} is of an earlier run; it is now {aside}.")
-            return
-        newest = keep_records_until(records, until, before=Path(state.run_folder) / records.name, read=read)
+        newest = keep_records_until(records, until, before=before, read=read)
         if min(state.last_merge, until) > newest:
             self._notices.once(
                 "records",
@@ -116,7 +143,7 @@ class Start:
 
     def _read(self, plain: Mapping[str, Any]) -> RunState:
         trainer = self._trainer
-        if trainer.global_step == 0:
+        if not plain and not has_begun(trainer):
             return RunState(Progress())
         # with optimizers stepped by hand, `global_step` counts each of them
         by_hand = not trainer.lightning_module.automatic_optimization
@@ -126,7 +153,7 @@ class Start:
                 return RunState.from_plain(plain)
             except CheckpointError as error:
                 self._refill_or_raise(error, step)
-        else:
+        elif self._goes_on:
             self._notices.once(
                 "no state",
                 f"resumed at step {step} from a checkpoint without counters of {self._config.name!r}: the window "

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from pretrain_merge.cli.export import export
 from pretrain_merge.cli.forecast import forecast
+from pretrain_merge.cli.merge import as_one_list, merge
 from pretrain_merge.cli.plan import plan
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError, printable
+
+_ROWS = 30  # of a report: a screen
 
 
 def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -27,23 +31,41 @@ def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo")
     run_demo(Experiment(family=model, seed=seed), out=out)
 
 
-def report(run: Path, metric: str = "val_loss", picture: Path | None = None) -> None:
+def report(
+    run: Path,
+    metric: str = "val_loss",
+    mode: Literal["min", "max"] | None = None,
+    all: bool = False,  # noqa: A002 - the option's name
+    name: str = "merge",
+    picture: Path | None = None,
+) -> None:
     """Print the merges of a run as a table, and draw its curves.
 
     Args:
-        run: A run's folder, or its merges.jsonl.
+        run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
         metric: The metric to compare.
-        picture: Where the picture goes; default: report.png beside merges.jsonl.
+        mode: Whether its smallest value is the best or its largest; default: as its name tells.
+        all: Print every merge; else the first, the best, the last, and some between.
+        name: Prefix of the metrics, for a CSV or a W&B run.
+        picture: Where the picture goes; default: report.png in the run's folder.
     """
-    from rich.console import Console
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
+        ) from error
 
-    from pretrain_merge.records import plots, read_records
+    from pretrain_merge.records import plots
+    from pretrain_merge.records.read_run import read_run
     from pretrain_merge.records.tables import merges_table
 
-    path = run if run.is_file() else run / "merges.jsonl"
-    records = read_records(path)
-    table, figure = merges_table(records, metric), plots.curves(records, metric=metric)
-    target = picture or path.with_name("report.png")
+    records = read_run(run, name=name, needs_recipes=False)
+    table = merges_table(records, metric, mode=mode, at_most=None if all else _ROWS)
+    if table.caption:
+        table.caption = f"{table.caption}; --all prints every one"
+    figure = plots.curves(records, metric=metric)
+    target = picture or (run if run.is_dir() else run.parent) / "report.png"
     plots.save(figure, target)
     console = Console(highlight=False)
     console.print(table)
@@ -59,7 +81,12 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
-        auto_cli([demo, report, forecast, plan], as_positional=True, prog="pretrain-merge")
+        auto_cli(
+            [demo, report, forecast, plan, merge, export],
+            args=as_one_list(sys.argv[1:]),
+            as_positional=True,
+            prog="pretrain-merge",
+        )
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -4,9 +4,16 @@ One schema stands behind four doors: Python arguments, an OmegaConf YAML file, L
 knows keys and values; it knows no tensors, no trainer and no files but the YAML it is asked to read.
 """
 
-from pretrain_merge.config.build import build, merge_cadence, save_cadence, snapshot_cadence
+from pretrain_merge.config.build import (
+    build,
+    merge_cadence,
+    parse_settings,
+    parse_window_settings,
+    save_cadence,
+    snapshot_cadence,
+)
 from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
-from pretrain_merge.config.reading import did_you_mean
+from pretrain_merge.config.reading import did_you_mean, read, refuse_misfits
 from pretrain_merge.config.schema import (
     FORECAST_KINDS,
     FORECAST_SHAPES,
@@ -17,24 +24,32 @@ from pretrain_merge.config.schema import (
     SaveConfig,
     WindowConfig,
 )
+from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
 from pretrain_merge.config.views import View, parse_views
 
 __all__ = [
     "FORECAST_KINDS",
     "FORECAST_SHAPES",
     "BreakConfig",
+    "Forecast",
     "ForecastConfig",
     "MergeConfig",
     "ParametersConfig",
     "SaveConfig",
+    "Settings",
     "View",
     "WindowConfig",
+    "WindowSettings",
     "build",
     "did_you_mean",
     "merge_cadence",
     "num_intervals",
     "parse_forecasts",
+    "parse_settings",
     "parse_views",
+    "parse_window_settings",
+    "read",
+    "refuse_misfits",
     "save_cadence",
     "snapshot_cadence",
 ]

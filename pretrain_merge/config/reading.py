@@ -54,7 +54,7 @@ def typed(schema: type[_ConfigT], given: Any, *, at: str) -> _ConfigT:
     Raises:
         ConfigError: Unknown key or wrong type; the message names the key's path.
     """
-    _refuse_misfits(schema, given, at)
+    refuse_misfits(schema, given, at)
     try:
         # objects: the shape of a `decay` view may be a function where the configuration is Python
         overrides = OmegaConf.create(given, flags={"allow_objects": True})
@@ -80,8 +80,17 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {meant!r}?" if meant else "."
 
 
-def _refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str) -> None:
-    """Unknown keys, and what OmegaConf refuses without saying what it was given, or takes for the default."""
+def refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str = "") -> None:
+    """Refuse unknown keys, and what OmegaConf refuses without saying what it was given, or takes for the default.
+
+    Args:
+        schema: A dataclass.
+        values: A mapping.
+        at: Path of the values inside a larger configuration, for messages; empty, or ending with a dot.
+
+    Raises:
+        ConfigError: The message names the key's path.
+    """
     defaults = schema()
     known = {item.name: getattr(defaults, item.name) for item in fields(schema)}
     for key, value in values.items():
@@ -96,7 +105,7 @@ def _refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str) -> None:
             if not isinstance(value, Mapping):
                 allowed = ", ".join(item.name for item in fields(default))
                 raise ConfigError(f"{at}{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")
-            _refuse_misfits(type(default), value, f"{at}{key}.")
+            refuse_misfits(type(default), value, f"{at}{key}.")
 
 
 def _endless(where: object) -> str:

@@ -11,7 +11,7 @@ from pretrain_merge.config.schema import WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.records import FORECAST, RAW
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")  # names of folders, to which more is added
 _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ema": ("ema", {"alpha": 0.2}),  # the better of PMA's two values, early and late
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
@@ -43,7 +43,7 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     Raises:
         ConfigError: An unknown kind or parameter, two views of one name, or more snapshots than the window holds.
     """
-    views = tuple(_parse_view(value, f"views[{index}]") for index, value in enumerate(config.views))
+    views = tuple(parse_view(value, f"views[{index}]") for index, value in enumerate(config.views))
     names = [view.name for view in views]
     if not views or len(set(names)) < len(names):
         raise ConfigError(f"views: {names} must be at least one view, each with a name of its own; set `name`.")
@@ -52,13 +52,19 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     return views
 
 
-def _parse_view(value: object, key: str) -> View:
+def parse_view(value: object, key: str) -> View:
+    """One view in any of its forms.
+
+    Raises:
+        ConfigError: It is not one.
+    """
     if isinstance(value, str):
         return _parse_shorthand(value, key)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not NAME.fullmatch(value["name"]):
         raise ConfigError(
             f"{key}: {value!r} is no view. Allowed: a kind ('sma'), a kind and a number of snapshots ('sma4'), or a "
-            f"mapping with a `name` of letters, digits, '_', '.', '-', a `kind`, and optionally `last` and parameters."
+            f"mapping with a `name` of at most 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` and "
+            f"parameters."
         )
     params = {str(name): item for name, item in value.items() if name not in ("name", "kind", "last")}
     kind, last = value.get("kind", value["name"]), value.get("last")

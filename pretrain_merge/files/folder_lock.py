@@ -1,6 +1,6 @@
 """One process in one folder: a lock that ends with its process, however that ends, and names its holder.
 
-This module knows a file called `lock` and nothing of what else is in the folder.
+This module knows the file that is locked and nothing of what else is in the folder.
 """
 
 import errno
@@ -31,13 +31,14 @@ class _Held:
 _held_here: dict[Path, _Held] = {}
 
 
-def claim(folder: Path, *, remedy: str, is_shared_here: bool = False) -> bool:
+def claim(folder: Path, *, remedy: str, is_shared_here: bool = False, name: str = _NAME) -> bool:
     """Lock a folder, which is created where needed, until `release`.
 
     Args:
         folder: An absolute path.
         remedy: What to do where the folder cannot be had; ends an error's message.
         is_shared_here: Whether others of this process may hold it too, if they allow the same.
+        name: Of the lock's file.
 
     Returns:
         Whether nobody in this process held it before, so that all there is a leftover.
@@ -45,7 +46,7 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False) -> bool:
     Raises:
         CheckpointError: The folder cannot be written, or another run, which is named, is using it.
     """
-    held = _held_here.get(folder)
+    held = _held_here.get(folder / name)
     if held is not None and held.process == os.getpid():
         if not is_shared_here:
             raise _in_use(folder, held.holder, remedy)
@@ -53,7 +54,7 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False) -> bool:
         return False
     try:
         atomic.make_folder(folder)
-        _held_here[folder] = _locked(folder, remedy)
+        _held_here[folder / name] = _locked(folder / name, remedy)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -61,21 +62,21 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False) -> bool:
     return True
 
 
-def release(folder: Path) -> None:
+def release(folder: Path, *, name: str = _NAME) -> None:
     """Let others use the folder."""
-    held = _held_here[folder]
+    path = folder / name
+    held = _held_here[path]
     if held.process != os.getpid():  # inherited by a fork, which holds no lock
         return
     held.num_holders -= 1
     if held.num_holders == 0:
-        del _held_here[folder]
+        del _held_here[path]
         with suppress(OSError):
-            (folder / _NAME).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         os.close(held.descriptor)
 
 
-def _locked(folder: Path, remedy: str) -> _Held:
-    path = folder / _NAME
+def _locked(path: Path, remedy: str) -> _Held:
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -84,7 +85,7 @@ def _locked(folder: Path, remedy: str) -> _Held:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
                 holder = os.read(descriptor, 300).decode(errors="replace").strip()
                 os.close(descriptor)
-                raise _in_use(folder, holder or "another process", remedy) from error
+                raise _in_use(path.parent, holder or "another process", remedy) from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break

@@ -57,24 +57,24 @@ def read_bytes(path: Path, *, at_most: int = MOST_BYTES, is_ours: bool = False) 
     return content
 
 
-def read_json(path: Path, *, at_most: int = MOST_BYTES, is_ours: bool = False) -> Any:
+def read_json(path: Path, *, at_most: int = MOST_BYTES, most_values: int = MOST_VALUES, is_ours: bool = False) -> Any:
     """The value that a file of JSON holds.
 
     Raises:
         OSError: It cannot be read.
         ValueError: It is not JSON, or more than anything that it could be.
     """
-    return parse_json(read_bytes(path, at_most=at_most, is_ours=is_ours))
+    return parse_json(read_bytes(path, at_most=at_most, is_ours=is_ours), most_values=most_values)
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, *, most_values: int = MOST_VALUES) -> Any:
     """The value of JSON in UTF-8.
 
     Raises:
         ValueError: It is not JSON, or holds more values than anything that it could be, or is nested without end.
     """
-    if sum(map(text.count, (b"[", b"{", b","))) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    if sum(map(text.count, (b"[", b"{", b","))) > most_values:
+        raise ValueError(f"it has more than {most_values:,} values")
     try:
         return json.loads(text.decode("utf-8"))
     except RecursionError as error:

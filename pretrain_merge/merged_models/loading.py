@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.merged_models.choosing import Which, chosen
 from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
-from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, dtype_name, local, memory, tensors_of
+from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
 from pretrain_merge.parameters import is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
@@ -26,13 +27,14 @@ _LISTED = 5
 
 
 @torch.no_grad()
-def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
+def load_merged(module: nn.Module, path: str | Path, which: Which | None = None) -> dict[str, Any]:
     """Read a merged model into a module, strictly: every name, shape and dtype must be there, and nothing else.
 
     Args:
         module: The model to write into, as it was when the merge was saved.
         path: A folder that `ModelMerging` saved (`…/merged/step-00001000-sma`), of whatever number of ranks. A module
             that is sharded over ranks takes its own shards on each; no rank waits for another.
+        which: With the folder of a run as `path`: the 'best' of its merged models, by `save.best`, or the 'last' one.
 
     Returns:
         The provenance: steps, coefficients, configuration, versions, metrics.
@@ -40,7 +42,7 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder is not a merged model, is damaged, or belongs to another model; nothing was changed.
     """
-    folder = Path(path)
+    folder = Path(path) if which is None else chosen(Path(path), which)
     provenance = read_provenance(folder)
     wanted = tensors_of(module, provenance["prefix"])
     try:
@@ -78,12 +80,12 @@ class _Saved:
         """Shape and dtype of a tensor in the files."""
         shape, spelled = self._weights.kind(name)
         dtype = TORCH_DTYPES.get(spelled)
-        return shape, self._as_integers.get(name) or (dtype_name(dtype) if dtype else spelled)
+        return shape, f"torch.{self._as_integers[name]}" if name in self._as_integers else str(dtype or spelled)
 
     def kind_of(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         """Shape and dtype that a tensor of a module must have in the files."""
         shaped = as_integers(tensor) if name in self._as_integers else tensor
-        return tuple(shaped.shape), dtype_name(tensor.dtype)
+        return tuple(shaped.shape), str(tensor.dtype)
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
         """What this rank holds of it, where the module's own tensor is."""
@@ -181,7 +183,7 @@ def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
         if found != written:
             raise CheckpointError(
                 f"{folder / name} is damaged: it has {found[0]} bytes of checksum {found[1]:08x}, and {written[0]} of "
-                f"{written[1]:08x} were written. Copy it again from where it is whole."
+                f"{written[1]:08x} were written. Copy the folder again from where it is whole."
             )
 
 

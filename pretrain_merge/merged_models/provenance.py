@@ -4,6 +4,7 @@ This module knows which of its keys are needed to read the weights back; the oth
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,20 @@ PROVENANCE = "provenance.json"
 FORMAT = "pretrain-merge/1"
 
 
-def add_reason(target: Path, reason: str) -> None:
-    """Note in the provenance of a saved model that it is kept for another reason, too; on one rank.
+def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
+    """Note in the provenance of a saved model that it is kept for other reasons, too; on one rank.
 
     Raises:
         CheckpointError: It is not a merged model, or cannot be written.
     """
-    about = read_provenance(target)
-    reasons = about.get("saved_for", [])
-    if isinstance(reasons, list) and reason not in reasons:
+    about = read_provenance(folder)
+    known = about.get("saved_for", [])
+    if isinstance(known, list) and not set(reasons) <= set(map(str, known)):
+        about["saved_for"] = [*known, *(reason for reason in reasons if reason not in known)]
         try:
-            about["saved_for"] = [*reasons, reason]
-            atomic.write(target / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
+            atomic.write(folder / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {target / PROVENANCE}: {error}. Free space there.") from error
+            raise CheckpointError(f"cannot write {folder / PROVENANCE}: {error}. Free space there.") from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -37,22 +38,20 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         CheckpointError: The folder is not a merged model.
     """
     try:
-        provenance = untrusted.read_json(folder / PROVENANCE)
+        found = untrusted.read_json(folder / PROVENANCE)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a merged model ({error}). Name a folder that holds model.safetensors and {PROVENANCE}, "
             f"as ModelMerging saves it under merged/."
         ) from error
-    if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / PROVENANCE} is not of format {FORMAT!r}. Read it with the version that wrote it."
         )
     # those that a folder of an earlier version lacks are filled in
-    provenance = {"as_integers": {}, "files": {}} | provenance
-    texts = [provenance.get("ties"), provenance["as_integers"]]
-    if not (
-        isinstance(provenance.get("prefix"), str) and all(map(_are_texts, texts)) and _are_sums(provenance["files"])
-    ):
+    provenance: dict[str, Any] = {"as_integers": {}, "files": {}} | found
+    are_texts = all(_are_texts(provenance.get(key)) for key in ("ties", "as_integers"))
+    if not are_texts or not isinstance(provenance.get("prefix"), str) or not _are_sums(provenance["files"]):
         raise CheckpointError(f"{folder / PROVENANCE} is damaged. Copy the folder again.")
     return provenance
 

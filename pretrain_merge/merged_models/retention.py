@@ -5,9 +5,12 @@ when it is called; putting merged weights there and taking them out is the calle
 the same books, and rank 0 deletes and renames.
 """
 
+import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,9 +18,12 @@ from typing import Any
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import SaveConfig, save_cadence
-from pretrain_merge.errors import ConfigError
+from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import discard, move_aside
+from pretrain_merge.merged_models.choosing import BEST
 from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
+from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
 from pretrain_merge.records import Recipe
 from pretrain_merge.runtime import ranks
 
@@ -41,6 +47,11 @@ class SavedModels:
     periodic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best: str | None = None
     best_score: float | None = None
+
+
+def will_save(config: SaveConfig) -> bool:
+    """Whether any merged model is to be written."""
+    return config.every is not None or config.best is not None or config.at_end
 
 
 def refuse_unmeasured(best: str | None, metrics: Mapping[str, float]) -> None:
@@ -85,7 +96,7 @@ class MergedModels:
         score, path = self._best
         return SavedModels(start, last, periodic, path.name if path.parent == self.folder else str(path), score)
 
-    def go_on_from(self, saved: SavedModels, before: Path) -> None:
+    def resume_from(self, saved: SavedModels, before: Path) -> None:
         """Go on with what an earlier part of the run saved, as far as it is still there.
 
         Args:
@@ -99,40 +110,82 @@ class MergedModels:
         self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
         best = next((path for path in places if path in there), None)
         self._best = (saved.best_score, best) if best is not None and saved.best_score is not None else None
+        with ranks.together("name the best merged model"):
+            self._name_best()
 
-    def keep(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+    def save_if_due(
+        self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
+    ) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
 
         Raises:
             ConfigError: `save.best` names a metric that was not measured.
             CheckpointError: The disk refuses.
         """
-        if self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress):
-            self._keep_periodic(view, self._save(module, view, progress, recipe, metrics))
-        if self._config.best is not None:
-            self._keep_best(self._config.best, module, view, progress, recipe, metrics)
+        is_due = self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress)
+        score = self._score(metrics)
+        is_best = score is not None and (self._best is None or score < self._best[0])
+        if is_due or is_best:
+            reasons = [*(["every"] if is_due else []), *(["best"] if is_best else [])]
+            path = self._save(module, view, progress, recipe, metrics, reasons)
+            if is_due:
+                self._periodic.setdefault(view, []).append(path)
+            old = self._best if is_best else None
+            if is_best and score is not None:
+                self._best = (score, path)
+                self._name_best()
+            self._drop_surplus(view, old[1] if old is not None else None)
         self._last_merge[view] = progress
 
-    def keep_last(self, module: Any, view: str, progress: Progress, recipe: Recipe) -> Path:
+    def save_last(self, module: Any, view: str, progress: Progress, recipe: Recipe) -> Path:
         """Save the view that is in the module now, for good."""
-        return self._save(module, view, progress, recipe, {})
+        return self._save(module, view, progress, recipe, {}, ["at_end"])
 
-    def _keep_periodic(self, view: str, path: Path) -> None:
-        saved = self._periodic.setdefault(view, [])
-        saved.append(path)
-        while len(saved) > self._config.keep:
-            self._drop(saved.pop(0))
+    def _score(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric of `save.best`, lower is better; None where there is none that can be the best."""
+        refuse_unmeasured(self._config.best, metrics)
+        value = metrics[self._config.best] if self._config.best is not None else math.nan
+        return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
 
-    def _keep_best(
-        self, best: str, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
-    ) -> None:
-        refuse_unmeasured(best, metrics)
-        value = metrics[best]
-        score = -value if self._config.mode == "max" else value
-        if math.isfinite(score) and (self._best is None or score < self._best[0]):
-            old, self._best = self._best, (score, self._save(module, view, progress, recipe, metrics))
-            if old is not None:
-                self._drop(old[1])
+    def _name_best(self) -> None:
+        """Tell whoever looks into the folder which of the models is the best; rank 0."""
+        if ranks.rank() != 0 or self._config.best is None:
+            return
+        target = self.folder / BEST
+        try:
+            about = self._provenance_of_best()
+            if self._best is None or about is None:
+                target.unlink(missing_ok=True)
+                return
+            path = self._best[1]
+            metrics = about.get("metrics")
+            value = metrics.get(self._config.best) if isinstance(metrics, Mapping) else None
+            what = {
+                "folder": path.name if path.parent == self.folder else str(path),
+                "view": about.get("view"),
+                "step": about.get("step"),
+                "metric": self._config.best,
+                "mode": self._config.mode,
+                "value": value,
+            }
+            atomic.make_folder(self.folder)
+            atomic.write(target, json.dumps(what, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot write {target}: {error}. Free space there.") from error
+
+    def _provenance_of_best(self) -> Mapping[str, Any] | None:
+        if self._best is not None:
+            with suppress(CheckpointError):  # a checkpoint may name anything
+                return read_provenance(self._best[1])
+        return None
+
+    def _drop_surplus(self, view: str, old_best: Path | None) -> None:
+        saved = self._periodic.get(view, [])
+        surplus = [saved.pop(0) for _ in range(len(saved) - self._config.keep)]
+        for path in [*surplus, *([old_best] if old_best is not None else [])]:
+            self._drop(path)
 
     def _drop(self, path: Path) -> None:
         """Delete a saved model unless it is still wanted for another reason, or is not of this folder."""
@@ -140,7 +193,15 @@ class MergedModels:
         if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name) and ranks.rank() == 0:
             discard(path)
 
-    def _save(self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]) -> Path:
+    def _save(
+        self,
+        module: Any,
+        view: str,
+        progress: Progress,
+        recipe: Recipe,
+        metrics: Mapping[str, float],
+        reasons: Sequence[str],
+    ) -> Path:
         target = self.folder / f"step-{progress.step:08d}-{view}"
         provenance = {
             "view": view,
@@ -149,9 +210,13 @@ class MergedModels:
             "coefficients": list(recipe.coefficients),
             "config": dict(self._settings),
             "metrics": dict(metrics),
+            "saved_for": list(reasons),
         }
-        if ranks.gather(target.exists())[0]:
+        if ranks.gather(os.path.lexists(target))[0]:
             if holds_weights_of(module, target):
+                with ranks.together(f"note why {target} is kept"):
+                    if ranks.rank() == 0:
+                        add_reasons(target, reasons)
                 return target
             with ranks.together(f"move {target} aside"):
                 if ranks.rank() == 0:

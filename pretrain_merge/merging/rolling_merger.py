@@ -33,6 +33,7 @@ class RollingMerger:
     """A rolling window of snapshots of one model, and their merges.
 
     Args:
+        settings: Parsed settings; None: they are parsed from the options.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
             `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`, `batch_norm`,
             `store`, `store_folder`, `slot_dtype`.
@@ -54,19 +55,18 @@ class RollingMerger:
     [[40.0, 40.0]]
     """
 
-    def __init__(self, **options: Any) -> None:
-        settings = config.build(config.WindowConfig, options)
-        notices = Notices()
-        self._cadence = config.snapshot_cadence(settings)  # when snapshots are due
-        self._merge_cadence = config.merge_cadence(settings) or self._cadence  # when merges are
-        self._views = Views(config.parse_views(settings), self._cadence)  # which snapshots, how much of each
+    def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:
+        parsed = settings or config.parse_window_settings(options)
+        values, notices = parsed.config, Notices()
+        self._merge_cadence = parsed.merge_cadence  # when merges are due
+        self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
-        self._block = BlockMean(settings.sample_every) if settings.average == "block" else None
-        self._stored = StoredWindow(settings)  # which snapshots are held, and their bytes
-        self._breaks = Breaks(self._stored.window, self._block, settings, notices)  # rate, phase, refusals
+        self._block = BlockMean(values.sample_every) if values.average == "block" else None
+        self._stored = StoredWindow(values)  # which snapshots are held, and their bytes
+        self._breaks = Breaks(self._stored.window, self._block, values, notices)  # rate, phase, refusals
         # fills the window from the live model, on all ranks or on none; knows which tensors are merged
-        self._capture = Capture(settings, self._stored, self._block, self._breaks, notices)
-        self._saved = SavedWindow(settings, self._block, self._breaks, self._capture)  # which files hold the snapshots
+        self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices)
+        self._saved = SavedWindow(parsed, self._block, self._breaks, self._capture)  # which files hold the snapshots
         self._progress = Progress()  # counters of the last observed step
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot
@@ -149,20 +149,22 @@ class RollingMerger:
         Raises:
             ProgressError: A counter went backwards, or merged weights are in a model.
         """
-        before, self._progress = self._progress, self._progress.followed_by(progress)
+        before, after = self._progress, self._progress.followed_by(progress)
+        self._capture.refuse_merged_weights(after)
+        self._progress = after
         # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(self._progress.step, self._lr)
-        self._snapshot_is_new = False
-        self._snapshot_is_new = self._capture.observe(module, before, self._progress, lr=self._lr)
+        self._breaks.at_new_lr(after, self._lr)
+        self._snapshot_is_new = False  # also where the capture fails
+        self._snapshot_is_new = self._capture.observe(module, before, after, lr=self._lr)
         return self._snapshot_is_new
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        before = self.window.before_newest
-        if not self._snapshot_is_new or self.window.num_valid < 2 or before is None:
-            return False
-        return self._merge_cadence.crossed(before.progress, self._progress)
+        before = self.window.before_newest if self._snapshot_is_new and self.window.num_valid >= 2 else None
+        return before is not None and self._merge_cadence.crossed(
+            before.progress, self._progress, since=self.window.since
+        )
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
@@ -211,7 +213,7 @@ class RollingMerger:
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
-        self._breaks.at_phase(self._progress.step, name)
+        self._breaks.at_phase(self._progress, name)
 
     def manifest(self, module: nn.Module, folder: Path) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.

@@ -5,7 +5,7 @@ are weighted. Everything is local to this rank: merging is elementwise, so shard
 """
 
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from pretrain_merge.errors import UnsupportedModelError, nearest
-from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard
+from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard, unwrapped
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALL = ("*",)
@@ -23,89 +23,99 @@ _NUM_NAMED = 8  # parameters that a message lists
 
 
 class Trained:
-    """The set of parameters that are merged: those that train, or once did when this looked.
+    """The set of tensors that are merged: what trains or once did when this looked, and chosen buffers.
 
     `requires_grad` at one moment does not define it (P36): a GAN freezes one half while the other steps, and callbacks
     unfreeze layers after training has begun. So what was merged stays merged, and the set only grows.
 
     Args:
-        **options: Of `mergeable_tensors`, but for `also`.
+        merge_buffers: Patterns (as in fnmatch) of float buffers that are merged like parameters.
+        batch_norm: "refuse", "live" or "merge", for running statistics of BatchNorm layers.
+        include: Patterns of parameters that may be merged.
+        exclude: Patterns of parameters that are not; one name of a tied parameter is enough.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
+    def __init__(
+        self,
+        *,
+        merge_buffers: Sequence[str] = (),
+        batch_norm: str = "refuse",
+        include: Sequence[str] = _ALL,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        self._merge_buffers, self._batch_norm = merge_buffers, batch_norm
+        self._include, self._exclude = include, exclude
         self._names: set[str] = set()
         self._optimizers: tuple[Any, ...] = ()
 
     def watch(self, module: nn.Module, optimizers: Iterable[Any]) -> None:
         """Look when training starts, and remember whose state says what is stepped."""
         self._optimizers = tuple(optimizers)
-        self.look(module)
+        self._look(_parameters(_parts(module)))
 
     def remember(self, names: Iterable[str]) -> None:
         """Parameters that a run before merged."""
         self._names.update(names)
 
-    def look(self, module: nn.Module) -> None:
-        """Remember what requires a gradient now, or has been stepped."""
-        stepped = {id(parameter) for item in self._optimizers for parameter in getattr(item, "state", ())}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad or id(parameter) in stepped:
-                self._names.add(plain_name(name))
-
+    @torch.no_grad()  # under grad mode to_local() is an autograd view with a version counter of its own
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The local tensors to be merged, by name; see `mergeable_tensors`."""
-        self.look(module)
-        return mergeable_tensors(module, also=self._names, **self._options)
+        """The local tensors by name, each once.
+
+        They share memory with the module, so writing into them changes the live model. They are contiguous: a parameter
+        with other strides (channels last) comes with its dimensions in memory order. FSDP2 modules are resharded first
+        (P18). Names are free of the prefixes that `torch.compile` and DDP add (P14).
+
+        Raises:
+            UnsupportedModelError: A tensor cannot be merged exactly, or a pattern matches nothing; names the way out.
+        """
+        refuse_fsdp1(module)
+        reshard(module)
+        parts = _parts(module)
+        parameters = _parameters(parts)
+        self._look(parameters)
+        wanted = _matching([name for name, _ in parameters], self._include, self._exclude)
+        left_out = {id(parameter) for name, parameter in parameters if name not in wanted}
+        trained = [(name, parameter) for name, parameter in parameters if name in self._names]
+        tensors: dict[str, Tensor] = {}
+        seen: set[tuple[object, ...]] = set()
+        for name, parameter in trained:
+            if id(parameter) not in left_out:
+                local = _local(name, parameter)
+                # P22: two Parameter objects over one storage are tied as much as one object under two names
+                identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
+                if identity not in seen:
+                    seen.add(identity)
+                    tensors[name] = local
+        tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
+        if not tensors:
+            raise UnsupportedModelError(_why_nothing(module, [name for name, _ in trained]))
+        _refuse_overlaps(tensors)
+        return tensors
+
+    def _look(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Remember what requires a gradient now, or has been stepped."""
+        states = [getattr(item, "state", None) for item in self._optimizers]
+        stepped = {id(parameter) for state in states if isinstance(state, Mapping) for parameter in state}
+        self._names.update(name for name, item in parameters if item.requires_grad or id(item) in stepped)
 
 
-def mergeable_tensors(
-    module: nn.Module,
-    *,
-    merge_buffers: Sequence[str] = (),
-    batch_norm: str = "refuse",
-    include: Sequence[str] = _ALL,
-    exclude: Sequence[str] = (),
-    also: Collection[str] = (),
-) -> dict[str, Tensor]:
-    """The local tensors that snapshots hold, by name: trainable float parameters, each once, and chosen buffers.
+def mergeable_tensors(module: nn.Module, **options: Any) -> dict[str, Tensor]:
+    """What `Trained` with these options finds at a first look."""
+    return Trained(**options).tensors(module)
 
-    The returned tensors share memory with the module, so writing into them changes the live model. They are contiguous:
-    a parameter with other strides (channels last) comes with its dimensions in memory order. FSDP2 modules are
-    resharded first (P18). Names are free of the prefixes that `torch.compile` adds (P14).
 
-    Args:
-        module: The live model.
-        merge_buffers: Patterns (as in fnmatch) of float buffers that are merged like parameters.
-        batch_norm: "refuse", "live" or "merge", for running statistics of BatchNorm layers.
-        include: Patterns of parameters that may be merged.
-        exclude: Patterns of parameters that are not; one name of a tied parameter is enough.
-        also: Names of parameters that are merged although they require no gradient now.
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Submodules by prefix, under all of their names: one walk for all that asks for names, at every snapshot."""
+    return list(unwrapped(module).named_modules(remove_duplicate=False))
 
-    Raises:
-        UnsupportedModelError: A parameter cannot be merged exactly, or a pattern matches nothing; names the way out.
-    """
-    refuse_fsdp1(module)
-    reshard(module)
-    parameters = [(plain_name(name), item) for name, item in module.named_parameters(remove_duplicate=False)]
-    wanted = _matching([name for name, _ in parameters], include, exclude)
-    left_out = {id(parameter) for name, parameter in parameters if name not in wanted}
-    trained = [(name, item) for name, item in parameters if item.requires_grad or name in also]
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
-    for name, parameter in trained:
-        if id(parameter) not in left_out:
-            local = _local(name, parameter)
-            # P22: two Parameter objects over one storage are tied as much as one object under two names
-            identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
-            if identity not in seen:
-                seen.add(identity)
-                tensors[name] = local
-    tensors |= _chosen_buffers(module, merge_buffers, batch_norm)
-    if not tensors:
-        raise UnsupportedModelError(_why_nothing(module, [name for name, _ in trained]))
-    _refuse_overlaps(tensors)
-    return tensors
+
+def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
+    return [
+        (plain_name(f"{prefix}.{key}" if prefix else key), parameter)
+        for prefix, part in parts
+        for key, parameter in part._parameters.items()
+        if parameter is not None
+    ]
 
 
 def _matching(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
@@ -117,6 +127,8 @@ def _matching(names: Sequence[str], include: Sequence[str], exclude: Sequence[st
                     f"parameters.{key}: {pattern!r} matches no parameter{meant} "
                     f"Allowed: patterns (as in fnmatch) of names such as {', '.join(map(repr, names[:_NUM_NAMED]))}."
                 )
+    if tuple(include) == _ALL and not exclude:
+        return set(names)
     included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
     return included - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
 
@@ -153,9 +165,8 @@ def _refuse_overlaps(tensors: Mapping[str, Tensor]) -> None:
 def _local(name: str, tensor: Tensor) -> Tensor:
     if reason := _why_not_mergeable(tensor):
         raise UnsupportedModelError(f"parameter {name!r} {reason}")
-    with torch.no_grad():  # under grad mode to_local() is an autograd view with a version counter of its own
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-        return local if local.is_contiguous() else _in_memory_order(name, local)
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local if local.is_contiguous() else _in_memory_order(name, local)
 
 
 def _why_not_mergeable(tensor: Tensor) -> str | None:
@@ -207,15 +218,19 @@ def _in_memory_order(name: str, tensor: Tensor) -> Tensor:
     return ordered
 
 
-def _chosen_buffers(module: nn.Module, patterns: Sequence[str], batch_norm: str) -> Mapping[str, Tensor]:
-    statistics = set(_batch_norm_statistics(module))
+def _chosen_buffers(
+    module: nn.Module, parts: Sequence[tuple[str, nn.Module]], patterns: Sequence[str], batch_norm: str
+) -> Mapping[str, Tensor]:
+    statistics = set(_batch_norm_statistics(parts))
     if statistics and batch_norm == "refuse":
         raise UnsupportedModelError(
             f"{type(module).__name__} has BatchNorm running statistics ({sorted(statistics)[0]!r} and "
             f"{len(statistics) - 1} more). They belong to the raw weights, and merged weights need others. Choose "
             f"batch_norm='live' (evaluate merged weights with the live statistics) or 'merge' (average them too)."
         )
-    buffers = {plain_name(name): buffer for name, buffer in module.named_buffers()}
+    if not patterns and batch_norm != "merge":
+        return {}
+    buffers = {plain_name(name): buffer for name, buffer in unwrapped(module).named_buffers()}
     for pattern in patterns:
         matched = fnmatch.filter(buffers, pattern)
         if not matched or not all(buffers[name].is_floating_point() for name in matched):
@@ -228,8 +243,8 @@ def _chosen_buffers(module: nn.Module, patterns: Sequence[str], batch_norm: str)
     return {name: _local(name, buffer) for name, buffer in buffers.items() if name in wanted}
 
 
-def _batch_norm_statistics(module: nn.Module) -> Iterator[str]:
-    for prefix, part in module.named_modules():
+def _batch_norm_statistics(parts: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
+    for prefix, part in parts:
         # _NormBase: InstanceNorm with track_running_stats keeps the same statistics
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.running_mean is not None:
             yield from (plain_name(f"{prefix}.{name}".lstrip(".")) for name in ("running_mean", "running_var"))

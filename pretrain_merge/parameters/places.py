@@ -14,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.tensor import DTensor
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, reshard
+from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, reshard, unwrapped
 
 
 class _Place(NamedTuple):
@@ -46,7 +46,7 @@ class Places:
 
     def __init__(self, module: nn.Module, names: Collection[str]) -> None:
         reshard(module)
-        self._module = module
+        self._module = module = unwrapped(module)
         self._names = frozenset(names)
         self._places = [place for place in _all_places(module) if _is_parameter(place) or place.name in self._names]
 

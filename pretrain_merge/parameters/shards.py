@@ -31,6 +31,13 @@ def plain_name(name: str) -> str:
     return name
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of DDP, so that names are the same whichever of the two a loop passes on."""
+    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        module = module.module
+    return module
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: of a DTensor its shard, else the tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -53,7 +60,7 @@ def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         module: The live model, whose parameters tell how they are sharded.
         tensors: By the names of `mergeable_tensors`, in the shapes of its tensors and any dtype.
     """
-    parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in unwrapped(module).named_parameters()}
     return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
 
 

@@ -26,7 +26,14 @@ _LARGEST_STEP = 2**53  # beyond, floats skip integers
 Row = Mapping[str, float]
 
 
-def read_run(path: Path, *, every: int | None = None, average: str = "last", name: str = "merge") -> list[MergeRecord]:
+def read_run(
+    path: Path,
+    *,
+    every: int | None = None,
+    average: str = "last",
+    name: str = "merge",
+    needs_recipes: bool = True,
+) -> list[MergeRecord]:
     """The merge points of a run, oldest first.
 
     Args:
@@ -35,15 +42,19 @@ def read_run(path: Path, *, every: int | None = None, average: str = "last", nam
         every: Steps between snapshots. A CSV and a W&B run do not say.
         average: What a snapshot of such a run is: "last" or "block".
         name: Prefix of the metrics.
+        needs_recipes: Whether the records must say which snapshots each view merged; else those of a CSV and of W&B
+            may lack it.
 
     Raises:
-        CheckpointError: Nothing of ours is there, or it cannot be read.
+        CheckpointError: No merge of ours is there, or it cannot be read.
         ConfigError: `every` is needed and missing.
     """
     source = _source(path)
     if source.suffix == ".jsonl":
-        return read_records(source)
-    if every is None:
+        if not (records := read_records(source)):
+            raise CheckpointError(f"{source} holds no merge yet. Wait for the first, or name another run.")
+        return records
+    if every is None and needs_recipes:
         raise ConfigError(
             f"every: not given, and {source.name} does not say how far apart the snapshots were. Name the steps of one "
             f"interval (--every 1000), or the run's merges.jsonl, which says."
@@ -139,7 +150,7 @@ def _leveldb_records(file: BinaryIO) -> Iterator[bytes]:
         position += _HEADER.size + length
 
 
-def _records(name: str, rows: Iterable[Row], every: int, average: str) -> Iterator[MergeRecord]:
+def _records(name: str, rows: Iterable[Row], every: int | None, average: str) -> Iterator[MergeRecord]:
     num_snapshots = 0
     for row in rows:
         record = _record(name, row, every, average)
@@ -149,7 +160,7 @@ def _records(name: str, rows: Iterable[Row], every: int, average: str) -> Iterat
         yield record
 
 
-def _record(name: str, row: Row, every: int, average: str) -> MergeRecord:
+def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord:
     measured: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         prefix, _, rest = key.partition("/")
@@ -168,7 +179,7 @@ def _record(name: str, row: Row, every: int, average: str) -> MergeRecord:
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
         views=measured,
-        recipes=dict(_recipes(measured, step, window, every)),
+        recipes=dict(_recipes(measured, step, window, every)) if every is not None else {},
         average=average,
     )
 

@@ -1,7 +1,9 @@
 """Records to a table in the terminal. This module knows rich and how raw and merged numbers are read side by side."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
@@ -10,8 +12,13 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+Mode = Literal["min", "max"]
+_T = TypeVar("_T")
 
 _LONGEST_NAME = 120
+_LARGER_IS_BETTER = re.compile(
+    r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|score|em|recall|precision|map|reward)([^a-z]|$)", re.IGNORECASE
+)
 
 
 def merges_table(
@@ -22,16 +29,20 @@ def merges_table(
     views: Sequence[str] | None = None,
     forecast: str | None = None,
     gap_closed: Mapping[int, float | None] | None = None,
+    mode: Mode | None = None,
+    at_most: int | None = None,
 ) -> "Table":
-    """One row for each merge point: step, raw, every view, and how far the lowest view is from raw.
+    """One row for each merge point: step, raw, every view, and how far the best view is from raw.
 
     Args:
         records: Merge points of one run, oldest first, at least one.
-        metric: A metric that the records hold. Views below raw are green, the lowest one bold, views above raw red.
+        metric: A metric that the records hold. Views better than raw are green, the best one bold, others red.
         title: Title of the table.
         views: Names of the merged views to show; default: all.
         forecast: Name of a forecast to show, with its interval; default: none.
         gap_closed: `(raw - merged) / (raw - annealed)` at the steps where a real anneal ended, for a column of its own.
+        mode: Whether the smallest value is the best or the largest; None: as the metric's name tells.
+        at_most: Rows, at least 3: evenly chosen with the first, the best and the last, as a caption says; None: all.
 
     Raises:
         ConfigError: No record holds the metric.
@@ -52,11 +63,24 @@ def merges_table(
     table = Table(title=as_text(title) if title else None, title_justify="left")
     for column in ("step", "raw", *shown, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):
         table.add_column(as_text(column), justify="right")
-    for record in measured:
+    mode = mode or mode_of(metric)
+    rows = measured if at_most is None else _chosen(measured, metric, shown, mode, at_most)
+    if len(rows) < len(measured):
+        table.caption, table.caption_justify = f"{len(rows)} of {len(measured)} merges", "left"
+    for record in rows:
         closed = [percent(gap_closed[record.step]) if record.step in gap_closed else ""] if gap_closed else []
         expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
-        table.add_row(*_row(record, metric, shown), *expected, *closed)
+        table.add_row(*_row(record, metric, shown, mode), *expected, *closed)
     return table
+
+
+def mode_of(metric: str) -> Mode:
+    """Whether a metric is better the smaller or the larger it is, by its name.
+
+    >>> mode_of("val_loss"), mode_of("val_acc")
+    ('min', 'max')
+    """
+    return "max" if _LARGER_IS_BETTER.search(metric) else "min"
 
 
 def as_text(name: str) -> "Text":
@@ -81,20 +105,48 @@ def expected_cell(value: Expected | None) -> str:
     return "–" if value is None else f"{value.mean:.4f} ±{(value.high - value.low) / 2:.4f}"
 
 
-def _row(record: MergeRecord, metric: str, views: Sequence[str]) -> list[str]:
-    raw = record.raw[metric]
-    values = {view: record.views[view][metric] for view in views if metric in record.views.get(view, {})}
-    best = min(values, key=lambda view: values[view]) if values else None
+def _chosen(
+    records: Sequence[MergeRecord], metric: str, views: Sequence[str], mode: Mode, at_most: int
+) -> list[MergeRecord]:
+    if len(records) <= at_most:
+        return list(records)
+    last = len(records) - 1
+    places = {round(index * last / (at_most - 2)) for index in range(at_most - 1)}
+    merged = [index for index, record in enumerate(records) if _values(record, metric, views)]
+    if merged:
+        places.add(_best(merged, mode, lambda index: _best_value(records[index], metric, views, mode)))
+    return [records[place] for place in sorted(places)]
+
+
+def _best_value(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> float:
+    values = _values(record, metric, views)
+    return values[_best(values, mode, values.__getitem__)]
+
+
+def _best(items: Iterable[_T], mode: Mode, value: Callable[[_T], float]) -> _T:
+    """NaN is never the best, unless there is nothing else."""
+    sign = 1.0 if mode == "min" else -1.0
+    return min(items, key=lambda item: sign * value(item) if not math.isnan(value(item)) else math.inf)
+
+
+def _values(record: MergeRecord, metric: str, views: Sequence[str]) -> dict[str, float]:
+    return {view: record.views[view][metric] for view in views if metric in record.views.get(view, {})}
+
+
+def _row(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> list[str]:
+    raw, values = record.raw[metric], _values(record, metric, views)
+    best = _best(values, mode, values.__getitem__) if values else None
     return [
         str(record.step),
         f"{raw:.4f}",
-        *(_cell(values.get(view), raw, is_best=view == best) for view in views),
+        *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in views),
         f"{values[best] / raw - 1:+.1%}" if best and raw else "",
     ]
 
 
-def _cell(value: float | None, raw: float, *, is_best: bool) -> str:
+def _cell(value: float | None, raw: float, *, is_best: bool, mode: Mode) -> str:
     if value is None:
         return "–"
-    style = "red" if value > raw else "bold green" if is_best else "green"
+    is_worse = value > raw if mode == "min" else value < raw
+    style = "red" if is_worse else "bold green" if is_best else "green"
     return f"[{style}]{value:.4f}[/]"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.config import WindowConfig, snapshot_cadence
+from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.snapshot_file import SnapshotFile
 from pretrain_merge.resume import saved_block
@@ -36,7 +36,7 @@ class SavedWindow:
 
     def __init__(
         self,
-        settings: WindowConfig,
+        settings: WindowSettings,
         block: BlockMean | None,
         breaks: Breaks,
         capture: Capture,
@@ -150,14 +150,15 @@ class SavedWindow:
                     f"{manifest.settings.get(key)!r}. Set it back, or start with an empty window by "
                     f"on_missing='refill'."
                 )
-        if len(manifest.snapshots) > self._settings.window:
+        if len(manifest.snapshots) > self._settings.config.window:
             raise ConfigError(
-                f"window: {self._settings.window}, and the resumed run holds {len(manifest.snapshots)} snapshots. Keep "
+                f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} snapshots. Keep "
                 f"at least as many, or start with an empty window by on_missing='refill'."
             )
 
 
-def _what_a_snapshot_is(settings: WindowConfig) -> dict[str, Any]:
+def _what_a_snapshot_is(parsed: WindowSettings) -> dict[str, Any]:
+    settings = parsed.config
     keys = ["average", "slot_dtype", "batch_norm", *(["sample_every"] if settings.average == "block" else [])]
-    chosen = {key: getattr(settings, key) for key in keys} | {"every": str(snapshot_cadence(settings).every)}
+    chosen = {key: getattr(settings, key) for key in keys} | {"every": str(parsed.cadence.every)}
     return chosen | {"merge_buffers": list(settings.merge_buffers), "parameters": asdict(settings.parameters)}

@@ -106,9 +106,9 @@ def test_a_clock_goes_on_from_where_a_run_was():
 
 
 def test_ranks_that_read_the_same_batch_count_it_once():
-    own = clock()
+    own = Clock([Cadence(Quantity.parse("10 tokens"))], "input_ids", Progress(), share=0.5)
     own.optimizer_steps(0, optimizer(0.1))
-    assert own.batch_ends(BATCH, share=0.5) == Progress(1, 1, 8)
+    assert own.batch_ends(BATCH) == Progress(1, 1, 8)
 
 
 def test_a_step_cadence_sums_over_ranks_only_where_a_snapshot_is_due(monkeypatch):

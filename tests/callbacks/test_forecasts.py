@@ -13,7 +13,7 @@ from torch import nn
 
 from pretrain_merge import ModelMerging
 from pretrain_merge.callbacks.forecasts import RunForecasts
-from pretrain_merge.config import MergeConfig
+from pretrain_merge.config import parse_settings
 from pretrain_merge.forecast import forecast_anneal
 from pretrain_merge.records import MergeRecord, Recipe, read_records
 from pretrain_merge.runtime.log import Notices
@@ -122,8 +122,9 @@ def test_a_forecast_that_is_refused_says_why_once_and_in_every_record(tmp_path, 
 
 
 def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
-    config = MergeConfig(window=5, every="100 tokens", forecast={"now": {"steps": "200 tokens", "kind": "nowcast"}})
-    forecasts = RunForecasts(config, Notices())
+    keys = {"window": 5, "every": "100 tokens", "forecast": {"now": {"steps": "200 tokens", "kind": "nowcast"}}}
+    settings = parse_settings(keys)
+    forecasts = RunForecasts(settings, Notices())
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
-    assert forecasts._steps(next(iter(forecasts._forecasts.values())), record) == 40
+    assert forecasts._steps(settings.forecasts["now"], record) == 40

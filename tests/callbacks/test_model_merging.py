@@ -35,13 +35,15 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 import pretrain_merge.callbacks.merge_point
-import pretrain_merge.callbacks.model_merging
+import pretrain_merge.callbacks.run
 import pretrain_merge.evaluation.evaluate
 import pretrain_merge.evaluation.isolation
 import pretrain_merge.merging.rolling_merger
 import pretrain_merge.runtime.signals
 from pretrain_merge import ModelMerging
+from pretrain_merge.callbacks.run import Run
 from pretrain_merge.errors import ConfigError, EvaluationError, UnsupportedModelError
+from pretrain_merge.evaluation import isolation
 from pretrain_merge.records import read_records
 
 pytestmark = LIGHTNING_REMARKS
@@ -359,7 +361,7 @@ _OURS = {
     str(Path(module.__file__))
     for module in (
         pretrain_merge.callbacks.merge_point,
-        pretrain_merge.callbacks.model_merging,
+        pretrain_merge.callbacks.run,
         pretrain_merge.evaluation.evaluate,
         pretrain_merge.evaluation.isolation,
         pretrain_merge.merging.rolling_merger,
@@ -375,7 +377,7 @@ def _with_signal(folder: Path, signum: int, at: tuple[str, int] | None) -> dict[
     saving = ModelCheckpoint(folder / "kept", filename="at-exception", save_on_exception=True, save_top_k=0)
     own = trainer(folder, _RawAfterStep(), merging, saving, max_steps=4, logger=MemoryLogger(folder))
     callbacks, loggers = list(own.callbacks), list(own.loggers)
-    measure, before = merging._measure, sys.gettrace()
+    measure, before = Run._measure, sys.gettrace()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -395,9 +397,9 @@ def _with_signal(folder: Path, signum: int, at: tuple[str, int] | None) -> dict[
         finally:
             sys.settrace(before)
 
-    merging._measure = traced
     try:
-        own.fit(module, rows(8), rows(4, seed=1))
+        with isolation.replaced(Run, _measure=traced):
+            own.fit(module, rows(8), rows(4, seed=1))
     except SystemExit:
         raised = True
     finally:
@@ -685,7 +687,7 @@ def test_the_window_is_freed_after_an_exception(tmp_path):
     module, merging = _Breaks(), ModelMerging(window=2, every=2)
     with pytest.raises(RuntimeError, match="validation broke"):
         trainer(tmp_path, _RawAfterStep(), merging, max_steps=8).fit(module, rows(), rows(10, seed=1))
-    assert merging._merger is None
+    assert merging._run is None
 
 
 def test_misconfiguration_of_lightning_is_lightnings_to_say(tmp_path):

@@ -194,14 +194,14 @@ class _Watching(pl.Callback):
 def test_each_hook_runs_once_for_each_new_value():
     callback = _Watching("merge/sma/x")
     monitors = Monitors([callback], "merge/")
-    callback.on_validation_end(None, None)
-    for _ in range(2):
-        monitors.new_values()
+    with monitors.waiting():
+        callback.on_validation_end(None, None)
         for _ in range(2):
-            callback.on_validation_end(None, None)
-            callback.on_train_epoch_end(None, None)
-    assert callback.calls == ["validation", "epoch"] * 2
-    monitors.release()
+            monitors.new_values()
+            for _ in range(2):
+                callback.on_validation_end(None, None)
+                callback.on_train_epoch_end(None, None)
+        assert callback.calls == ["validation", "epoch"] * 2
     callback.on_validation_end(None, None)
     assert callback.calls == [*["validation", "epoch"] * 2, "validation"]
 
@@ -216,17 +216,18 @@ def test_a_check_that_raises_is_made_again():
     callback = Fails("merge/sma/x")
     monitors = Monitors([callback], "merge/")
     monitors.new_values()
-    with pytest.raises(OSError, match="disk full"):
+    with monitors.waiting():
+        with pytest.raises(OSError, match="disk full"):
+            callback.on_validation_end(None, None)
         callback.on_validation_end(None, None)
-    callback.on_validation_end(None, None)
     assert len(callback.calls) == 2
 
 
 @pytest.mark.parametrize("monitor", [None, "val_loss", "merged/sma/x", "late/sma/x"])
 def test_other_metrics_are_not_ours(monitor):
     callback = _Watching(monitor)
-    Monitors([callback, pl.Callback()], "merge/")
-    callback.on_validation_end(None, None)
+    with Monitors([callback, pl.Callback()], "merge/").waiting():
+        callback.on_validation_end(None, None)
     assert callback.calls == ["validation"]
 
 

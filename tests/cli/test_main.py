@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves, and how it refuses."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from pretrain_merge.cli import main as cli
 from pretrain_merge.errors import ConfigError
-from pretrain_merge.records import MergeRecord, append_record
+from pretrain_merge.records import MergeRecord, append_record, tables
 from pretrain_merge.records.tables import merges_table
 
 
@@ -76,3 +77,65 @@ def test_a_view_that_was_skipped_leaves_a_dash(run):
 def test_a_table_of_a_metric_that_nobody_measured_is_refused():
     with pytest.raises(ConfigError, match="Measured: val_loss"):
         merges_table([record(100, 2.0)], "accuracy")
+
+
+def long_run(folder, number=500, best=333, **changes):
+    path = folder / "merges.jsonl"
+    path.write_text(
+        "".join(
+            record(step, 2.0, sma=1.0 if step == best else 1.9, **changes).to_json() + "\n"
+            for step in range(1, number + 1)
+        )
+    )
+    return path
+
+
+def printed_steps(text):
+    return [int(line.split("│")[1]) for line in text.splitlines() if line.startswith("│")]
+
+
+def test_a_report_of_a_long_run_shows_some_rows_with_the_first_the_best_and_the_last(monkeypatch, capsys, tmp_path):
+    long_run(tmp_path)
+    call(monkeypatch, "report", tmp_path)
+    printed = capsys.readouterr().out
+    steps = printed_steps(printed)
+    assert len(steps) <= 30
+    assert {1, 333, 500} <= set(steps)
+    assert max(after - before for before, after in itertools.pairwise(steps)) < 25
+    assert f"{len(steps)} of 500 merges; --all" in printed
+    call(monkeypatch, "report", tmp_path, "--all", "true")
+    assert printed_steps(capsys.readouterr().out) == list(range(1, 501))
+
+
+def test_a_table_of_a_long_run_makes_cells_of_the_rows_that_it_shows(monkeypatch):
+    cells = []
+    cell = tables._cell
+    monkeypatch.setattr(tables, "_cell", lambda *given, **options: cells.append(given) or cell(*given, **options))
+    merges_table([record(step, 2.0, sma=1.9) for step in range(1, 2001)], "val_loss", at_most=30)
+    assert len(cells) <= 30
+
+
+@pytest.mark.parametrize(("metric", "mode", "best"), [("val_acc", None, "+10.0%"), ("val_acc", "min", "-20.0%")])
+def test_the_best_view_is_the_largest_of_a_metric_that_should_be_large(metric, mode, best):
+    measured = MergeRecord("merge", 1, 0, 0, 4, 0.1, {metric: 0.5}, {"sma": {metric: 0.55}, "sma4": {metric: 0.4}})
+    table = merges_table([measured], metric, mode=mode)
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells[-1] == best
+    assert ("bold green" in cells[2]) == (mode is None)
+    assert ("red" in cells[3]) == (mode is None)
+
+
+def test_a_report_reads_what_a_logger_wrote(monkeypatch, capsys, tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "step,merge/step,merge/raw/val_loss,merge/sma/val_loss,merge/window\n9,10,2.0,1.9,2\n19,20,1.8,1.7,3\n"
+    )
+    call(monkeypatch, "report", tmp_path)
+    assert "1.7000" in capsys.readouterr().out
+    assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "forecast"])
+def test_a_run_without_a_merge_says_so(monkeypatch, tmp_path, command):
+    (tmp_path / "merges.jsonl").touch()
+    with pytest.raises(SystemExit, match=r"holds no merge yet\. Wait for the first"):
+        call(monkeypatch, command, tmp_path)

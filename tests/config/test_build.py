@@ -385,7 +385,7 @@ def test_the_length_of_a_forecast_is_counted_like_snapshots():
 @pytest.mark.parametrize(
     ("forecast", "message"),
     [
-        ({"1st": {}}, r"forecast.1st: '1st' is no name"),
+        ({"1st": {}}, r"forecast.1st: '1st' is not a name"),
         ({"ours": 200}, r"forecast.ours: 200 is no mapping. Allowed: a mapping with keys of steps, shape"),
         ({"ours": {"step": 200}}, r"forecast.ours.step: unknown key; did you mean 'steps'\?"),
         (

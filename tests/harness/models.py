@@ -156,7 +156,7 @@ class TiedModel(pl.LightningModule):
 
 
 class MemoryLogger(Logger):
-    """A logger with nothing but what Lightning's interface demands; keeps what it is given."""
+    """A logger with nothing but what Lightning's interface demands; keeps what it is given. Its runs lie in `save_dir`."""
 
     def __init__(self, save_dir: Any = None) -> None:
         super().__init__()
@@ -165,11 +165,11 @@ class MemoryLogger(Logger):
 
     @property
     def name(self) -> str:
-        return "memory"
+        return ""
 
     @property
-    def version(self) -> int:
-        return 0
+    def version(self) -> str:
+        return ""
 
     @property
     def save_dir(self) -> Any:

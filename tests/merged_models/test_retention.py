@@ -29,7 +29,7 @@ from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.atomic import remove_leftovers
 from pretrain_merge.files.folders import discard
 from pretrain_merge.merged_models.merged import holds_weights_of
-from pretrain_merge.merged_models.retention import MergedModels, SavedModels
+from pretrain_merge.merged_models.retention import BEST, MergedModels, SavedModels
 from pretrain_merge.records import Recipe
 
 pytestmark = LIGHTNING_REMARKS
@@ -41,12 +41,12 @@ def models(folder: Path, start: Progress | None = None, **options: Any) -> Merge
 
 def keep(own: MergedModels, step: int, *, view: str = "sma", **metrics: float) -> None:
     recipe = Recipe((step - 1, step), (0.5, 0.5))
-    own.keep(nn.Linear(1, 1), view, Progress(step, step * 2, step * 10), recipe, metrics)
+    own.save_if_due(nn.Linear(1, 1), view, Progress(step, step * 2, step * 10), recipe, metrics)
 
 
 def saved(folder: Path) -> list[str]:
     merged = folder / "merged"
-    return sorted(path.name for path in merged.iterdir()) if merged.exists() else []
+    return sorted(path.name for path in merged.iterdir() if path.name != BEST) if merged.exists() else []
 
 
 # --- which are written ---
@@ -110,7 +110,7 @@ def test_what_was_saved_is_known_after_a_restart(tmp_path):
         keep(own, step, score=score)
     state = own.state()
     own = models(tmp_path, Progress(20, 40, 200), every=10, keep=1, best="score")
-    own.go_on_from(state, tmp_path / "merged")
+    own.resume_from(state, tmp_path / "merged")
     keep(own, 25, score=3.0)  # neither due nor better
     assert saved(tmp_path) == ["step-00000010-sma", "step-00000020-sma"]
     keep(own, 30, score=4.0)
@@ -121,7 +121,7 @@ def test_what_was_saved_is_known_after_a_restart(tmp_path):
 def test_a_best_model_that_is_gone_is_not_best(tmp_path):
     own = models(tmp_path, best="score")
     gone = "step-00000001-sma"
-    own.go_on_from(SavedModels(periodic={"sma": (gone,)}, best=gone, best_score=0.1), tmp_path / "merged")
+    own.resume_from(SavedModels(periodic={"sma": (gone,)}, best=gone, best_score=0.1), tmp_path / "merged")
     keep(own, 10, score=1.0)
     assert own.best_path.name == "step-00000010-sma"
 
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_in_a_copy_of_its_folder_deletes_nothing_of_the_origi
     keep(own, 10, score=1.0)
     shutil.copytree(tmp_path / "original", tmp_path / "copy")
     copy = models(tmp_path / "copy", every=10, keep=1, best="score")
-    copy.go_on_from(own.state(), tmp_path / "original" / "merged")
+    copy.resume_from(own.state(), tmp_path / "original" / "merged")
     for step, score in ((20, 0.5), (30, 0.1)):
         keep(copy, step, score=score)
     assert saved(tmp_path / "original") == ["step-00000010-sma"]
@@ -142,9 +142,9 @@ def test_a_run_that_goes_on_in_a_new_folder_knows_the_best_before_and_leaves_it_
     own = models(tmp_path / "first", every=10, keep=1, best="score")
     keep(own, 10, score=1.0)
     second = models(tmp_path / "second", every=10, keep=1, best="score")
-    second.go_on_from(own.state(), own.folder)
+    second.resume_from(own.state(), own.folder)
     third = models(tmp_path / "third", every=10, keep=1, best="score")
-    third.go_on_from(second.state(), second.folder)
+    third.resume_from(second.state(), second.folder)
     keep(third, 15, score=2.0)
     assert third.best_path == tmp_path / "first" / "merged" / "step-00000010-sma"
     keep(third, 25, score=0.5)
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_names_another_folder_makes_nothing_go_there(name, tmp
     for path in (tmp_path / "window", tmp_path / "merged" / "notes", tmp_path.parent / "precious"):
         path.mkdir(parents=True, exist_ok=True)
     own = models(tmp_path, every=10, keep=1, best="score")
-    own.go_on_from(SavedModels(periodic={"sma": (name,)}, best=name, best_score=9.0), tmp_path / "merged")
+    own.resume_from(SavedModels(periodic={"sma": (name,)}, best=name, best_score=9.0), tmp_path / "merged")
     keep(own, 10, score=1.0)
     assert saved(tmp_path) == ["notes", "step-00000010-sma"]
     assert (tmp_path / "window").exists()
@@ -168,7 +168,7 @@ def test_a_view_not_yet_merged_keeps_its_turn_through_a_restart(tmp_path):
     own = models(tmp_path, every=20)
     keep(own, 15)
     again = models(tmp_path, Progress(25, 50, 250), every=20)
-    again.go_on_from(own.state(), own.folder)
+    again.resume_from(own.state(), own.folder)
     keep(again, 30, view="wma")  # the first merge of this view, at or after 20
     assert saved(tmp_path) == ["step-00000030-wma"]
 
@@ -353,7 +353,7 @@ def test_another_model_is_refused_with_what_differs_and_left_as_it_was(other, pi
 
 
 def test_a_folder_that_is_no_merged_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no merged model.*as ModelMerging saves it under merged/"):
+    with pytest.raises(CheckpointError, match=r"is not a merged model.*as ModelMerging saves it under merged/"):
         load_merged(TiedModel(), tmp_path)
 
 

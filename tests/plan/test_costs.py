@@ -39,9 +39,12 @@ def asked(model, layout=None, *, hardware=CPU, training=RUN, **merging):
     return make_plan(Question(model, layout or Layout(), hardware, Merging(**options), training))
 
 
-def full_window(module, **options):
-    merger = RollingMerger(window=WINDOW, every=1, **options)
-    for step in range(1, WINDOW + 1):
+def full_window(module, *, every=1, **options):
+    merger = RollingMerger(window=WINDOW, every=every, **options)
+    for step in range(1, WINDOW * every + 1):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(step)  # no snapshot is like another
         merger.observe(module, step)
     return merger
 
@@ -134,7 +137,7 @@ def test_an_open_block_takes_what_was_predicted(dtype):
 )
 def test_raw_is_copied_aside_exactly_where_that_was_predicted(monkeypatch, options, merging):
     module = network()
-    merger, copies = full_window(module, store="device", **options), []
+    merger, copies = full_window(module, store="device", every=2, **options), []  # the mean of one step would be raw
     clone = torch.Tensor.clone
 
     def counted(tensor, *args, **kwargs):

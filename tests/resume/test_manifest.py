@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.clock import Clock
-from pretrain_merge.callbacks.kept_window import RunState
+from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig, SaveConfig, snapshot_cadence
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.snapshot_file import SnapshotFile
@@ -31,7 +31,7 @@ MANIFEST = Manifest(
     phase="second",
     num_refused=1,
     segment=1,
-    last_break=Break(3, "phase 'second'"),
+    last_break=Break(Progress(3), "phase 'second'"),
     snapshot_is_new=True,
     parameters=("a", "b"),
     snapshots=(HELD, replace(HELD, progress=Progress(6, 24, 240))),
@@ -101,7 +101,7 @@ def test_garbage_under_a_right_checksum_is_read_or_an_error_of_ours(kind, value,
         if isinstance(read, RunState):  # and what was read can be gone on with
             Clock([snapshot_cadence(MergeConfig())], 1, read.progress, read.pending, read.lr)
             if read.saved is not None:
-                MergedModels(Path("nowhere"), SaveConfig(), {}).go_on_from(read.saved, Path(read.run_folder))
+                MergedModels(Path("nowhere"), SaveConfig(), {}).resume_from(read.saved, Path(read.run_folder))
 
 
 @pytest.mark.parametrize("place", list(places(MANIFEST.to_plain()["values"])), ids=str)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge import ModelMerging, RollingMerger
 from pretrain_merge.callbacks import model_merging
-from pretrain_merge.callbacks.kept_window import DurableWindow
+from pretrain_merge.callbacks.kept_window import KeptWindow
+from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merged_models import whole_weights
@@ -114,16 +115,16 @@ def run(
         kind, folder, *(callbacks(merging) if here else []), merging, saving, max_steps=STEPS, enable_checkpointing=True
     )
     records = []
-    publish, merging._publish = (
-        merging._publish,
-        lambda trainer, record: (records.append(record), publish(trainer, record)),
-    )
+    publish = Publisher.publish
+    Publisher.publish = lambda publisher, record: records.append(record) or publish(publisher, record)
     error = ""
     try:
         validation = DataLoader(Rows(fails=here and fails_at == "data"), 2)
         trainer.fit(Model(kind != "ddp", fails_at if here else ""), DataLoader(Rows(), 2), validation, ckpt_path=resume)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
+    finally:
+        Publisher.publish = publish
     return {
         "error": error,
         "step": trainer.global_step,
@@ -189,7 +190,7 @@ def all_runs(folder):
             runs[f"{kind}, store full"] = run(kind, f"{folder}/{kind}-store", store="disk")
         with broken_here(model_merging, "append_record", on_rank=0):
             runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
-        with broken_here(DurableWindow, "keep", on_rank=0):
+        with broken_here(KeptWindow, "keep", on_rank=0):
             runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saves_every=2)
         once = iter([False])
         with broken_here(WindowFolder, "register", on_rank=0, unless=lambda once=once: next(once, True)):
@@ -204,12 +205,12 @@ def all_runs(folder):
         runs[f"{kind}, configuration"] = run(kind, f"{folder}/{kind}-configuration", every=1 + here)
         tokens = {"every": "4 tokens", "tokens_per_batch": Tokens()}
         runs[f"{kind}, tokens"] = run(kind, f"{folder}/{kind}-tokens", **tokens)
-        with broken_here(DurableWindow, "keep", on_rank=0):
+        with broken_here(KeptWindow, "keep", on_rank=0):
             runs[f"{kind}, end"] = run(kind, f"{folder}/{kind}-end")
         whole = f"{folder}/{kind}-whole"
         run(kind, whole, saves_every=4)
         for fails_at, error in RESTORING.items():
-            with broken_here(DurableWindow, fails_at, lambda *_, error=error: fail(*error)):
+            with broken_here(KeptWindow, fails_at, lambda *_, error=error: fail(*error)):
                 runs[f"{kind}, {fails_at}"] = run(
                     kind, f"{whole}/{fails_at}", resume=f"{whole}/step=4.ckpt", window_folder=f"{whole}/window"
                 )

@@ -1,0 +1,44 @@
+"""A record on its way out: to the forecasts, the loggers, `merges.jsonl` and Lightning's own metrics."""
+
+from pathlib import Path
+
+import torch
+
+from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.records import MergeRecord, append_record
+from pretrain_merge.records.loggers import Tracker
+
+
+class Publisher:
+    """Shows the records of one run.
+
+    Args:
+        fit: Whose Trainer has the loggers.
+        forecasts: Of the run; they go on from each record.
+        monitors: Are told that there are new values.
+        file: `merges.jsonl`; None: records are written nowhere.
+    """
+
+    def __init__(self, fit: Fit, forecasts: RunForecasts, monitors: Monitors, file: Path | None = None) -> None:
+        self._trainer = fit.trainer
+        self._forecasts = forecasts
+        self._monitors = monitors
+        self._file = file
+        self._tracker = Tracker()
+
+    def publish(self, record: MergeRecord) -> MergeRecord:
+        """Show a record; returns it with its forecasts.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        record = self._forecasts.with_forecasts(record)
+        self._tracker.publish(self._trainer.loggers, record)
+        if self._trainer.is_global_zero and self._file is not None:
+            append_record(self._file, record)
+        metrics = {key: torch.tensor(value, dtype=torch.float64) for key, value in record.metrics().items()}
+        self._trainer.callback_metrics.update(metrics)
+        self._monitors.new_values()
+        return record

@@ -1,0 +1,252 @@
+"""One run from its first batch to its end: steps counted, snapshots taken, merges measured and published, files kept.
+
+A `Run` is built whole or not at all, and gives back what it borrowed when it is closed. It knows the order of these
+things and nothing of how a merge is computed or measured; Lightning's hooks are `ModelMerging`'s business.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks.borrowing import wrapped
+from pretrain_merge.callbacks.clock import Clock
+from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.kept_window import KeptWindow
+from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
+from pretrain_merge.callbacks.publisher import Publisher
+from pretrain_merge.callbacks.resuming import Start
+from pretrain_merge.callbacks.run_folder import RunFolder
+from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.errors import WindowNotReadyError
+from pretrain_merge.evaluation import evaluate
+from pretrain_merge.merging.rolling_merger import RollingMerger
+from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.runtime import ranks
+
+
+class Run:
+    """One call of `Trainer.fit` that trains.
+
+    Args:
+        fit: The call.
+        plain: Our state in the checkpoint, or of the `fit` before; empty where there is none.
+
+    Attributes:
+        clock: Counts steps, samples and tokens, and knows the rate of each step.
+        merger: Holds the window.
+        last_record: What was measured at the last merge point; None before the first.
+
+    Raises:
+        CheckpointError: The window cannot be restored, or the run's folder not be written.
+        ConfigError: The configuration makes other snapshots than the window holds.
+    """
+
+    clock: Clock
+    merger: RollingMerger
+
+    def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
+        self._fit, self.module = fit, fit.module
+        self.last_record: MergeRecord | None = None
+        # P32: the module's own hook runs after ours, and may clip or project
+        self._may_change_weights_after_us = not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")
+        self._is_unobserved = False  # a step that was counted, while the module's own hook has not run yet
+        start = Start(fit, plain)
+        state, folder = start.state, start.folder
+        self._last_merge = state.last_merge  # step of the last record; what is younger is owed
+        forecasts = fit.forecasts.of_a_run()
+        self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
+        with ExitStack() as borrowed:
+            window = fit.settings.window_in(folder, forecasts.views)
+            self.merger = borrowed.enter_context(closing(RollingMerger(window)))
+            self.merger.watch(fit.module, fit.trainer.optimizers)
+            self.merger.resume_from(state.progress)
+            self.clock = Clock(
+                fit.settings.cadences,
+                fit.tokens_per_batch,
+                state.progress,
+                state.pending,
+                state.lr,
+                share=evaluate.data_share(fit.trainer),
+            )
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
+            self.optimizer_steps = borrowed.enter_context(steps)
+            if self._may_change_weights_after_us:
+                loop = fit.trainer.fit_loop.epoch_loop
+                borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
+            monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
+            borrowed.enter_context(monitors.waiting())
+            with ranks.together("open the run's folder"):
+                self._open(start, forecasts, monitors, borrowed)
+            self._borrowed = borrowed.pop_all()  # given back in `close`, the last first
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The best merged model on disk."""
+        return self._merged_models.best_path
+
+    def catch_up(self) -> None:
+        """Make the snapshot and the merge that the checkpoint owes: it was saved before they were, say by a signal."""
+        if self.merger.progress.step < self.clock.progress.step:
+            self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
+        if self._last_merge < self.clock.progress.step and self.merger.merge_is_due():
+            self._merge_if_due()
+            if self._last_merge < self.clock.progress.step and ranks.any_rank(self._fit.trainer.received_sigterm):
+                raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
+
+    def step(self, batch: Any) -> None:
+        """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
+        if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
+            return
+        if self._may_change_weights_after_us:
+            self._is_unobserved = True
+        else:
+            self._observe()
+
+    def finish(self) -> None:
+        """Training has ended: save merges of the newest snapshots where the user asked for it; say why there are none.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        merger, newest = self.merger, self.merger.window.newest
+        if self._fit.config.save.at_end and newest is not None:
+            try:
+                with ranks.together("save merged models at the end"), merger.swap(self.module) as merge_view:
+                    for view in merger.views:
+                        if view not in self._not_saved and merger.why_not(view) is None:
+                            self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
+            except WindowNotReadyError as error:  # another callback changed the model when training ended
+                self._fit.notices.once("end", f"no merged model is saved at the end: {error}")
+        if not self._last_merge:
+            self._fit.notices.once(
+                "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
+            )
+
+    def state(self, *, lost: str = "") -> dict[str, Any]:
+        """The state as it is now, as plain values; writes the files that it refers to.
+
+        Args:
+            lost: Why the window is not to be kept; empty: it is.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        manifest = None if lost else self._kept_window.keep(self.merger)
+        return RunState(
+            progress=self.clock.progress,
+            pending=self.clock.pending,  # of this rank: exact on resume where all ranks' batches are of one size
+            lr=self.clock.lr_by_optimizer,
+            identity=self._identity,
+            run_folder=str(self._kept_window.run_folder),
+            window_folder=str(self._kept_window.folder),
+            window=manifest.to_plain() if manifest is not None else None,
+            lost=lost,
+            saved=self._merged_models.state(),
+            last_merge=self._last_merge,
+        ).to_plain()
+
+    def announce(self) -> None:
+        """A checkpoint that is being written will need the window that `state` kept; also after the run."""
+        self._kept_window.announce()
+
+    def close(self) -> None:
+        """Free the window and give back what was borrowed; what a checkpoint may need was kept by `state`."""
+        self._borrowed.close()
+
+    def release(self) -> None:
+        """The checkpoints of its Trainer do not matter any more."""
+        self._kept_window.release()
+
+    def _open(self, start: Start, forecasts: RunForecasts, monitors: Monitors, borrowed: ExitStack) -> None:
+        """Window, records and merged models of the run."""
+        fit, state, folder = self._fit, start.state, start.folder
+        files = None
+        if fit.trainer.is_global_zero:
+            files = RunFolder(folder)
+            borrowed.callback(files.close)
+        self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
+        try:
+            borrowed.callback(self._kept_window.close)
+            start.fill(self.merger, self._kept_window)
+            self._say_what_monitors_keep(monitors, folder)
+            is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
+            until = state.progress.step - is_owed
+            self._identity = start.open_folder(files, until=until, read=forecasts.append)
+            self._merged_models = start.merged_models()
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+        except BaseException:
+            self._kept_window.release()
+            raise
+
+    def _why_no_merge(self) -> str:
+        if self.clock.num_batches and not self.clock.num_steps:
+            return (
+                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
+                f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
+            )
+        last, num_valid = self.merger.window.last_break, self.merger.window.num_valid
+        if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
+            across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
+            return (
+                f"a view needs two snapshots at least, and the window held {num_valid} since the break at step "
+                f"{last.step} ({last.reason}). {across if last.reason.startswith('learning rate') else ''}"
+            ).strip()
+        return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
+
+    def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:
+        """After the module's own hook, before validation."""
+        if self._is_unobserved:
+            self._is_unobserved = False
+            self._observe()
+        advance_end(*arguments)
+
+    def _observe(self) -> None:
+        self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
+        self._merge_if_due()
+
+    def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
+        if monitors.checkpoints:
+            self._fit.notices.once(
+                "monitor",
+                f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
+                f"the best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
+            )
+
+    def _merge_if_due(self) -> None:
+        if not self.merger.merge_is_due():
+            return
+        step = self.merger.progress.step
+        # rank 0 writes and logs: the others must not go on where it could not
+        with ranks.together(f"merge at step {step}"):
+            record = self._measure()
+            if record is None and not ranks.any_rank(self._fit.trainer.received_sigterm):
+                record = self._measure()  # after a signal that lets the run go on
+            if record is not None:
+                self.last_record, self._last_merge = self._publisher.publish(record), record.step
+                return
+        self._fit.notices.once(
+            "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
+        )
+
+    def _measure(self) -> MergeRecord | None:
+        """Raw and every view on the same batches; None where a signal ended the evaluation early."""
+        fit = self._fit
+        return merge_point.measured(
+            fit.config,
+            fit.trainer,
+            fit.module,
+            self.merger,
+            evaluators=fit.evaluators,
+            notices=fit.notices,
+            keep=self._save_if_due,
+        )
+
+    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+        if view not in self._not_saved:
+            self._merged_models.save_if_due(self._fit.module, view, self.merger.progress, recipe, metrics)

@@ -1,0 +1,210 @@
+"""A merged model, or any one checkpoint or snapshot, as what another program reads.
+
+This module knows what a Lightning checkpoint is made of. Folders are written as a merge of one checkpoint is.
+"""
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
+from pretrain_merge.files import atomic
+from pretrain_merge.offline import recognise, safetensors_format, torch_format
+from pretrain_merge.offline.files import Files, is_remote, size_of
+from pretrain_merge.offline.merge import merge_sources
+from pretrain_merge.offline.pieces import Piece, Reader
+from pretrain_merge.offline.tensors import Kind, Source
+
+Target = Literal["ckpt", "hf", "safetensors"]
+_OPTIMIZER_FILE = "optimizer"
+_CALLBACK = "ModelMerging"  # begins the key of our own state among those of callbacks
+_LISTED = 5
+
+
+def export_checkpoint(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    to: Target,
+    base: str | Path | None = None,
+    optimizer: Literal["newest", "average", "drop"] = "newest",
+) -> Path:
+    """Write a merged model, or one checkpoint or snapshot, for another program.
+
+    Args:
+        folder: A merged folder, a snapshot of a window, or any checkpoint that `merge_checkpoints` reads.
+        out: The file (ckpt) or folder to be made.
+        to: 'ckpt' is a Lightning checkpoint, which `Trainer.test` and `fit` take; 'hf' a folder for `from_pretrained`;
+            'safetensors' a plain one.
+        base: For 'ckpt', a Lightning checkpoint of the run: loops, hyperparameters, optimizer, and the tensors that
+            `folder` lacks. For the others a checkpoint that gives those; for 'hf' a folder with `config.json`.
+        optimizer: For 'ckpt': the 'newest' is the base's, 'average' what `merge_checkpoints(optimizer='average')` left
+            in the folder; with 'drop' the file can be tested and loaded, and not resumed.
+
+    Returns:
+        What was made.
+
+    Raises:
+        CheckpointError: Something cannot be read as plain data, or `out` exists or cannot be written.
+        MergeInputError: The base is of another model.
+        ConfigError: A base is needed, or what was asked for is not in the folder.
+    """
+    if to not in ("ckpt", "hf", "safetensors"):
+        raise ConfigError(f"to: {to!r} is not known. Allowed: 'ckpt', 'hf', 'safetensors'.")
+    target = Path(out).absolute()
+    if target.exists():
+        raise CheckpointError(f"{target} exists and is never overwritten. Move it away, or write elsewhere.")
+    source = recognise.find_one(folder)
+    based = recognise.find_one(base) if base is not None else None
+    if to == "ckpt":
+        if based is None or based.format != "lightning":
+            raise ConfigError(
+                "base: a Lightning checkpoint needs one of the same run, which has its loops, hyperparameters and "
+                "optimizer. Name a .ckpt file, for instance last.ckpt."
+            )
+        _write_lightning(source, based, target, optimizer)
+        return target
+    if to == "hf":
+        source = _as_hugging_face(source, based)
+    merge_sources([source], target, [1.0], newest=["*"], base=based)
+    return target
+
+
+def _as_hugging_face(source: Source, base: Source | None) -> Source:
+    """With the names and companions that the model has in a folder of Hugging Face."""
+    companions = source.companions or (base.companions if base is not None else ())
+    if not any(path.endswith("/config.json") for path in companions):
+        raise ConfigError(
+            f"to='hf' needs a config.json, and {source.place} has none. Name as base a folder that has it, such as the "
+            f"one of the model that training began with."
+        )
+    prefix = _prefix(source, base) if base is not None else ""
+    own = {name.removeprefix(prefix): name for name in source.tensors}
+    return replace(
+        source,
+        tensors={short: source.tensors[name] for short, name in own.items()},
+        ties={a.removeprefix(prefix): b.removeprefix(prefix) for a, b in source.ties.items()},
+        locate=lambda short: source.locate(own[short]),
+        companions=companions,
+    )
+
+
+def _prefix(source: Source, base: Source) -> str:
+    """What a wrapping module puts before every name of the model."""
+    names = {*source.tensors, *source.ties}
+    some = next(iter(sorted(base.tensors)))
+    for name in sorted(names, key=len):
+        if name.endswith(some) and all(f"{name.removesuffix(some)}{other}" in names for other in base.tensors):
+            return name.removesuffix(some)
+    raise MergeInputError(
+        f"{base.place} is of another model than {source.place}: no part of it has all of its names, such as {some}. "
+        f"Name the folder of the model that training began with."
+    )
+
+
+def _write_lightning(source: Source, base: Source, target: Path, optimizer: str) -> None:
+    with Files() as files:
+        content = _loaded(base.place, files)
+        state = content["state_dict"]
+        prefix = str(source.about.get("prefix") or "")
+        found = _tensors(source, source.tensors, files)
+        new = {f"{prefix}{name}": tensor for name, tensor in found.items()}
+        new |= {f"{prefix}{alias}": found[name] for alias, name in source.ties.items()}
+        problems = [f"{name} is not in the base" for name in new.keys() - state.keys()]
+        problems += [
+            f"{name} is {tuple(tensor.shape)} and {tuple(state[name].shape)} in the base"
+            for name, tensor in new.items()
+            if name in state and tensor.shape != state[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+            raise MergeInputError(
+                f"{source.place} does not fit {base.place}: {'; '.join(sorted(problems)[:_LISTED])}{more}. Name a base "
+                f"of the same run."
+            )
+        state.update(new)
+        # our window is of the raw run; from here on it is another one
+        callbacks = content.get("callbacks", {})
+        for key in [key for key in callbacks if str(key).startswith(_CALLBACK)]:
+            del callbacks[key]
+        if optimizer == "drop":
+            content.pop("optimizer_states", None)
+            content.pop("lr_schedulers", None)
+        elif optimizer == "average":
+            _average_optimizer(source, content, files)
+        _save(content, target)
+
+
+def _average_optimizer(source: Source, content: dict[str, Any], files: Files) -> None:
+    folder = Path(source.place)
+    paths = sorted(map(str, folder.glob(f"{_OPTIMIZER_FILE}*.safetensors"))) if folder.is_dir() else []
+    if not paths:
+        raise ConfigError(
+            f"optimizer='average' needs averaged states, and {folder} has none. Merge with optimizer='average' first, "
+            f"or take 'newest'."
+        )
+    averaged = safetensors_format.open_files(source.place, paths)
+    states = torch_format.optimizer_tensors(content)
+    if {name: tuple(item.shape) for name, item in states.items()} != {
+        name: kind.shape for name, kind in averaged.tensors.items()
+    }:
+        raise MergeInputError(f"{folder} has optimizer states of another model than the base. Name a base of the run.")
+    for name, tensor in _tensors(averaged, averaged.tensors, files).items():
+        _, number, key, item = name.split("/", 3)
+        state = content["optimizer_states"][int(number)]["state"]
+        state[next(own for own in state if str(own) == key)][item] = tensor
+
+
+def _loaded(path: str, files: Files) -> dict[str, Any]:
+    """A Lightning checkpoint, its tensors mapped from the file."""
+    torch_format.open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return dict(content)
+
+
+def _tensors(source: Source, kinds: Mapping[str, Kind], files: Files) -> dict[str, Tensor]:
+    """Whole tensors, mapped from their files where they lie in one piece."""
+    reader, mapped = Reader(source, files), _Mapped()
+    found = {}
+    for name, kind in kinds.items():
+        blocks = source.locate(name)
+        if len(blocks) == 1 and blocks[0].strides is None and not is_remote(blocks[0].file) and kind.num_bytes:
+            found[name] = mapped.tensor(blocks[0].file, blocks[0].start, kind)
+            continue
+        found[name] = torch.empty(kind.shape, dtype=kind.dtype)
+        if kind.num_bytes:
+            shape = kind.shape or (1,)
+            reader.read_into([Piece(name, (), (0, shape[0]), shape)], [found[name].view(shape)])
+    return found
+
+
+class _Mapped:
+    def __init__(self) -> None:
+        self._pages: dict[str, mmap.mmap] = {}
+
+    def tensor(self, file: str, start: int, kind: Kind) -> Tensor:
+        if file not in self._pages:
+            with open(file, "rb") as opened:
+                # private: torch wants memory it could write
+                self._pages[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(self._pages[file], dtype=kind.dtype, count=kind.num_elements, offset=start)
+        return flat.view(kind.shape)
+
+
+def _save(content: Mapping[str, Any], target: Path) -> None:
+    try:
+        atomic.make_folder(target.parent)
+        with atomic.draft(target) as draft:
+            torch.save(dict(content), draft.file)
+            draft.file.flush()
+            with Files() as files:  # what was written can be read, before it has its name
+                torch_format.open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write {target}: {error}. Free space there, or choose another place.") from error

@@ -1,0 +1,176 @@
+"""Tensors cut into pieces, pieces packed into batches, and batches read from a source.
+
+A piece is a run of elements of a tensor in row-major order that is also a box, so that what one block of a file holds
+of it is one run of bytes, whatever the sharding. This module knows shapes and blocks. It does no arithmetic.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain_merge.offline.files import Files
+from pretrain_merge.offline.tensors import Block, Kind, Source
+
+_ALIGNMENT = 64  # bytes, so that vector loads cross no cache line
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a tensor: fixed indices of the first dimensions, a range of the next, everything of the rest.
+
+    Attributes:
+        name: Of the tensor.
+        lead: The fixed indices.
+        rows: The range.
+        shape: Its own: the rows, then the rest.
+    """
+
+    name: str
+    lead: tuple[int, ...]
+    rows: tuple[int, int]
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """At least 0."""
+        return math.prod(self.shape)
+
+
+def cut(name: str, shape: Sequence[int], longest: int) -> Iterator[Piece]:
+    """The pieces of a tensor in row-major order, each of at most `longest` elements."""
+    shape = tuple(shape) or (1,)
+    if 0 in shape:
+        return
+    yield from _cut(name, (), shape, longest)
+
+
+def _cut(name: str, lead: tuple[int, ...], shape: tuple[int, ...], longest: int) -> Iterator[Piece]:
+    row = math.prod(shape[1:])
+    if row > longest:
+        for index in range(shape[0]):
+            yield from _cut(name, (*lead, index), shape[1:], longest)
+        return
+    step = longest // row
+    for first in range(0, shape[0], step):
+        last = min(shape[0], first + step)
+        yield Piece(name, lead, (first, last), (last - first, *shape[1:]))
+
+
+def batches(kinds: Mapping[str, Kind], longest: int) -> Iterator[list[Piece]]:
+    """Pieces of tensors in their order, as many at a time as `longest` elements hold."""
+    batch: list[Piece] = []
+    room = longest
+    for name, kind in kinds.items():
+        for piece in cut(name, kind.shape, longest):
+            if piece.num_elements > room:
+                yield batch
+                batch, room = [], longest
+            batch.append(piece)
+            room -= piece.num_elements
+    if batch:
+        yield batch
+
+
+class Buffer:
+    """Memory for one batch of one source, used again for the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensors(
+        self, pieces: Sequence[Piece], dtypes: Sequence[torch.dtype], *, is_packed: bool = False
+    ) -> list[Tensor]:
+        """A tensor per piece in this memory; packed: one behind the other without a gap."""
+        starts, end = [], 0
+        for piece, dtype in zip(pieces, dtypes, strict=True):
+            starts.append(end)
+            end += piece.num_elements * dtype.itemsize
+            end = end if is_packed else -(-end // _ALIGNMENT) * _ALIGNMENT
+        if end > self._memory.numel():
+            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        parts = zip(pieces, dtypes, starts, strict=True)
+        return [
+            self._memory[start : start + piece.num_elements * dtype.itemsize].view(dtype).view(piece.shape)
+            for piece, dtype, start in parts
+        ]
+
+    def packed(self, num_bytes: int) -> memoryview:
+        """The first bytes as memory to be written to a file."""
+        return self._memory[:num_bytes].numpy().data
+
+
+class Reader:
+    """Reads pieces of one source.
+
+    Args:
+        source: The checkpoint.
+        files: Open ones.
+    """
+
+    def __init__(self, source: Source, files: Files) -> None:
+        self._source, self._files = source, files
+        self._located: tuple[str, Sequence[Block]] = ("", ())
+
+    def read_into(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> None:
+        """Fill a tensor per piece.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        for piece, target in zip(pieces, targets, strict=True):
+            name = self._source.ties.get(piece.name, piece.name)
+            if self._located[0] != name:
+                self._located = (name, self._source.locate(name))
+            for block in self._located[1]:
+                _read_common(self._files, block, piece, target)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> None:
+    """Read what a block and a piece have in common into the piece's tensor."""
+    offsets, shape = block.offsets or (0,), block.shape or (1,)
+    depth = len(piece.lead)
+    if any(not o <= index < o + size for index, o, size in zip(piece.lead, offsets, shape, strict=False)):
+        return
+    first = max(piece.rows[0], offsets[depth])
+    last = min(piece.rows[1], offsets[depth] + shape[depth])
+    rest, rest_offsets = shape[depth + 1 :], offsets[depth + 1 :]
+    if first >= last or 0 in rest:
+        return
+    part = target[first - piece.rows[0] : last - piece.rows[0]]
+    for dim, (offset, size) in enumerate(zip(rest_offsets, rest, strict=True), 1):
+        part = part.narrow(dim, offset, size)
+    own = tuple(index - o for index, o in zip((*piece.lead, first), offsets, strict=False))
+    if block.strides is not None:
+        part.copy_(_strided(files, block, own, last - first, target.dtype))
+        return
+    row = math.prod(rest)
+    skipped = sum(index * math.prod(shape[dim + 1 :]) for dim, index in enumerate(own))
+    whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+    files.read_into(
+        block.file,
+        block.start + skipped * target.dtype.itemsize,
+        memory_of(whole)[: (last - first) * row * target.dtype.itemsize],
+    )
+    if whole is not part:
+        part.copy_(whole)
+
+
+def _strided(files: Files, block: Block, own: tuple[int, ...], num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Part of a tensor that lies in another order (channels last, transposed): all its bytes are read for it."""
+    strides = block.strides or ()
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, strides, strict=True))
+    storage = torch.empty(reach, dtype=dtype)
+    files.read_into(block.file, block.start, memory_of(storage))
+    whole = storage.as_strided(block.shape, strides)
+    for index in own[:-1]:
+        whole = whole[index]
+    return whole[own[-1] : own[-1] + num_rows]

@@ -1,0 +1,172 @@
+"""Which kind of checkpoint lies at a place, and at which step it was saved.
+
+This module knows names of files and folders. Each format has a module of its own.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain_merge.errors import CheckpointError
+from pretrain_merge.merged_models.provenance import PROVENANCE
+from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
+from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
+from pretrain_merge.offline.tensors import Source
+from pretrain_merge.runtime.log import logger
+
+_TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth")
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_WINDOW = re.compile(r"snapshot-([0-9]{8,20})-[0-9a-f]{8}\.(safetensors|sharded)")
+_OPEN_BLOCK = re.compile(r"block-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
+# step=1000, step-1000, step_1000, step1000, global_step1000; Hugging Face's checkpoint-1000
+_STEP = re.compile(r"(?:^|[^a-z])(?:global_)?(?:step|steps|checkpoint|iter)[-=_]?([0-9]+)(?![0-9])", re.IGNORECASE)
+_COMPANIONS = re.compile(
+    r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template.*)"
+    r"\.(json|txt|model|jinja)|merges\.txt"
+)
+
+
+def find(places: Sequence[str | Path]) -> list[Source]:
+    """Open every checkpoint that is named; a folder of checkpoints stands for all of them.
+
+    Raises:
+        CheckpointError: A place holds no checkpoint, or one that cannot be read.
+    """
+    return [source for place in places for source in _sources(str(place))]
+
+
+def find_one(place: str | Path) -> Source:
+    """Open a place that is one checkpoint.
+
+    Raises:
+        CheckpointError: It holds none, or several.
+    """
+    found = find([place])
+    if len(found) != 1:
+        raise CheckpointError(f"{place} holds {len(found)} checkpoints, and one is needed. Name one of them.")
+    return found[0]
+
+
+def step_in_name(place: str) -> int | None:
+    """The step that a path names: in its last part, else in the one before.
+
+    >>> step_in_name("run/epoch=0-step=1000.ckpt"), step_in_name("run/checkpoint-500/model.safetensors")
+    (1000, 500)
+    """
+    parts = place.rstrip("/").split("/")
+    for part in reversed(parts[-2:]):
+        if found := _STEP.findall(part) or re.findall(r"^[a-z]+-([0-9]{8,20})-", part):
+            return int(found[-1])
+    last = re.findall(r"[0-9]+", parts[-1].partition(".")[0])
+    return int(last[-1]) if len(last) == 1 else None
+
+
+def _sources(place: str) -> list[Source]:
+    names = list_folder(place)
+    if names is None:
+        if size_of(place) is None:
+            raise CheckpointError(f"{place} is not there. Name a checkpoint: a file, or a folder of one or of several.")
+        return [_with_step(_file(place))]
+    if (source := _folder(place, names)) is not None:
+        return [_with_step(source)]
+    inner = [source for name in names for source in _member(join(place, name))]
+    if not inner:
+        raise CheckpointError(
+            f"{place} holds no checkpoint. Allowed: .ckpt, .pt, .bin and .safetensors files, folders of Hugging Face, "
+            f"of torch.distributed.checkpoint or of this package (window/, merged/step-…), and a folder of those."
+        )
+    return _without_doubles(inner)
+
+
+def _member(place: str) -> list[Source]:
+    """What a folder of checkpoints has: one checkpoint, or something else."""
+    name = place.rpartition("/")[2]
+    if name.startswith(".") or _OPEN_BLOCK.fullmatch(name):  # what a killed process left; half a snapshot of a window
+        return []
+    names = list_folder(place)
+    if names is None:
+        return [_with_step(_file(place))] if name.endswith((*_TORCH_SUFFIXES, ".safetensors")) else []
+    source = _folder(place, names)
+    return [] if source is None else [_with_step(source)]
+
+
+def _file(place: str) -> Source:
+    if place.endswith(".safetensors"):
+        return safetensors_format.open_files(place, [place])
+    if place.endswith(_TORCH_SUFFIXES):
+        return torch_format.open_file(place)
+    raise CheckpointError(
+        f"{place} is not a checkpoint that can be read by its name. Allowed: {', '.join(_TORCH_SUFFIXES)} and "
+        f".safetensors files, and folders."
+    )
+
+
+def _folder(place: str, names: Sequence[str]) -> Source | None:
+    """The one checkpoint that a folder is; None where it is something else."""
+    if dcp_format.METADATA in names:
+        return dcp_format.open_folder(place)
+    companions = tuple(join(place, name) for name in names if _COMPANIONS.fullmatch(name))
+    options: dict[str, Any] = {"kind": "safetensors", "companions": companions}
+    if PROVENANCE in names:
+        options |= {"kind": "merged", "about": _provenance(place)}
+        options["step"] = options["about"].get("step")
+        options["ties"] = options["about"].get("ties") or {}
+    tensor_files = [name for name in names if name.endswith(".safetensors")]
+    for index in (name for name in names if name.endswith(safetensors_format.INDEX_SUFFIX)):
+        return safetensors_format.open_files(place, safetensors_format.indexed_files(place, index), **options)
+    if place.endswith(".sharded"):
+        return safetensors_format.open_files(place, [join(place, name) for name in tensor_files], kind="window")
+    if "model.safetensors" in names:
+        return safetensors_format.open_files(place, [join(place, "model.safetensors")], **options)
+    if _TORCH_INDEX in names:
+        return _sharded_torch(place, companions)
+    if "pytorch_model.bin" in names:
+        return replace(torch_format.open_file(join(place, "pytorch_model.bin")), place=place, companions=companions)
+    if "config.json" in names and len(tensor_files) == 1:
+        return safetensors_format.open_files(place, [join(place, tensor_files[0])], **options)
+    return None
+
+
+def _sharded_torch(place: str, companions: tuple[str, ...]) -> Source:
+    parts = [torch_format.open_file(path) for path in safetensors_format.indexed_files(place, _TORCH_INDEX)]
+    owner = {name: part for part in parts for name in (*part.tensors, *part.ties)}
+    tensors = {name: kind for part in parts for name, kind in part.tensors.items()}
+    if len(owner) != sum(len(part.tensors) + len(part.ties) for part in parts):
+        raise CheckpointError(f"{place} has a tensor in two files. Copy the folder again.")
+    files = tuple(file for part in parts for file in part.files)
+    ties = {alias: name for part in parts for alias, name in part.ties.items()}
+    return Source(place, "torch", tensors, lambda name: owner[name].locate(name), files, ties, companions=companions)
+
+
+def _provenance(place: str) -> dict[str, Any]:
+    path = join(place, PROVENANCE)
+    try:
+        about = safetensors_format.read_json(path)
+        if not isinstance(about, dict) or not isinstance(about.get("ties") or {}, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Copy the folder again.") from error
+    return about
+
+
+def _with_step(source: Source) -> Source:
+    """What the content says, else what the name does."""
+    name = source.place if is_remote(source.place) else str(Path(source.place).absolute())
+    step = source.step if type(source.step) is int else step_in_name(name)
+    if window := _WINDOW.fullmatch(name.rpartition("/")[2]):
+        return replace(source, step=int(window[1]), format="window")
+    return replace(source, step=step)
+
+
+def _without_doubles(sources: list[Source]) -> list[Source]:
+    """`last.ckpt` is mostly a second copy of the newest one; a folder that has both means it once."""
+    kept = []
+    for source in sources:
+        others = [other for other in sources if other is not source and other.step == source.step is not None]
+        if others and source.place.rpartition("/")[2].startswith("last"):
+            logger.info(f"{source.place} is left out: {others[0].place} is of the same step, {source.step}.")
+        else:
+            kept.append(source)
+    return kept

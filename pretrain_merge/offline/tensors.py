@@ -1,0 +1,83 @@
+"""What a checkpoint on disk holds, in one form for every format: named tensors, and where their bytes lie.
+
+This module knows shapes, dtypes and byte positions. It opens no file. A format's reader makes a `Source`; everything
+after it (comparing, reading in pieces, merging) sees only this.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements, without gaps."""
+        return self.num_elements * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of a tensor that lies in one file, its elements one behind the other.
+
+    Attributes:
+        file: Path or URL.
+        start: Its first byte there.
+        offsets: Where the box begins in the tensor.
+        shape: Of the box.
+        strides: In elements, where it does not lie in row-major order; None: it does.
+    """
+
+    file: str
+    start: int
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint.
+
+    Attributes:
+        place: What the user named.
+        format: In a word, for provenance.
+        tensors: What can be merged or copied, by name.
+        locate: The blocks that make up a tensor. Called when its bytes are needed: some formats look inside a file.
+        files: Every file with tensors in it.
+        ties: Other names of a tensor in `tensors`.
+        step: At which it was saved, as its content says; None: it does not say.
+        optimizer: Tensors of optimizer states, by a name that says where each belongs.
+        companions: Files beside the weights that belong to the model (`config.json`, a tokenizer).
+        about: What else its own provenance says.
+    """
+
+    place: str
+    format: str
+    tensors: Mapping[str, Kind]
+    locate: Callable[[str], Sequence[Block]]
+    files: tuple[str, ...]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    step: int | None = None
+    optimizer: Mapping[str, Kind] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)

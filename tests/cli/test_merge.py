@@ -1,0 +1,98 @@
+"""The commands `merge` and `export`: their words, what they print, and how they refuse."""
+
+import json
+import sys
+
+import pytest
+import torch
+from offline import writers
+from offline.writers import read, tensors
+
+from pretrain_merge.cli.main import main
+from pretrain_merge.cli.merge import read_mergekit
+from pretrain_merge.errors import ConfigError
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return [str(writers.lightning(tmp_path, step, tensors(step)).name) for step in (100, 200, 300)]
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", *map(str, arguments)])
+    main()
+
+
+def test_checkpoints_are_words_before_the_options(monkeypatch, capsys, places):
+    call(monkeypatch, "merge", *places, "--view", "wma", "--out", "out")
+    assert read("out")[1]["coefficients"] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    printed = capsys.readouterr().out
+    assert "+0.5000  step 300" in printed
+    assert "Merged: out" in printed
+
+
+@pytest.mark.parametrize(
+    ("view", "coefficients"),
+    [
+        ("[-0.5, 0.5, 1.0]", [-0.5, 0.5, 1.0]),
+        ("sma2", [0.5, 0.5]),
+        ("{name: d, kind: decay, shape: [1, 0.5, 0.5, 0]}", [0.5, 0.0, 0.5]),
+    ],
+)
+def test_a_view_is_a_name_a_mapping_or_a_list(monkeypatch, places, view, coefficients):
+    call(monkeypatch, "merge", *places, "--view", view, "--out", "out")
+    assert read("out")[1]["coefficients"] == pytest.approx(coefficients)
+
+
+def test_a_plan_says_what_would_happen_and_does_nothing(monkeypatch, capsys, places, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    call(monkeypatch, "merge", *places, "--out", "out", "--plan", "true")
+    printed = capsys.readouterr().out
+    assert "6 merged" in printed or "merged" in printed
+    assert "MiB at most" in printed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_refusal_is_one_line_and_code_1(monkeypatch, places):
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, "merge", *places, "missing.ckpt", "--out", "out")
+    assert str(caught.value.code).startswith("CheckpointError: missing.ckpt")
+
+
+def test_the_linear_merge_of_mergekit_is_taken_as_it_is(monkeypatch, places, tmp_path):
+    text = f"""
+    merge_method: linear
+    models:
+      - {{model: {places[0]}, parameters: {{weight: 1.0}}}}
+      - {{model: {places[2]}, parameters: {{weight: 3.0}}}}
+    dtype: float32
+    """
+    (tmp_path / "mergekit.yaml").write_text(text)
+    call(monkeypatch, "merge", "mergekit.yaml", "--out", "out")
+    found, about = read("out")
+    assert about["coefficients"] == [0.25, 0.75]
+    assert found["a.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("text", "piece"),
+    [
+        ("merge_method: ties\nmodels: []", "'ties'"),
+        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", "model"),
+        ("merge_method: linear\nmodels: []\nslices: []", "slices"),
+        ("[]", "None"),
+    ],
+)
+def test_another_merge_of_mergekit_is_refused(tmp_path, text, piece):
+    (tmp_path / "merge.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"merge\.yaml") as caught:
+        read_mergekit(tmp_path / "merge.yaml", None)
+    assert piece in str(caught.value)
+
+
+def test_export_writes_what_it_names(monkeypatch, capsys, places):
+    call(monkeypatch, "merge", *places, "--out", "merged")
+    call(monkeypatch, "export", "merged", "--to", "safetensors", "--out", "plain")
+    assert "Exported" in capsys.readouterr().out
+    assert json.dumps(read("plain")[1]["sources"][0]["place"]) == '"merged"'
