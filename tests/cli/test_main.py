@@ -129,7 +129,7 @@ def test_the_best_view_is_the_largest_of_a_metric_that_should_be_large(metric, m
 def test_a_view_that_is_not_a_number_is_never_the_best():
     nan = float("nan")
     table = merges_table([record(1, 2.0, sma=nan, sma4=2.1), record(2, 2.0, sma=nan)], "val_loss")
-    assert [list(column.cells)[0] for column in table.columns][2:] == ["[red]nan[/]", "[red]2.1000[/]", "+5.0%"]
+    assert [next(iter(column.cells)) for column in table.columns][2:] == ["[red]nan[/]", "[red]2.1000[/]", "+5.0%"]
     assert list(table.columns[-1].cells)[1] == ""
 
 
