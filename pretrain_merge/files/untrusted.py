@@ -81,7 +81,7 @@ def parse_json(text: bytes, *, most_values: int = MOST_VALUES) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:
     """The lines of a file, each with its end.
 
     Raises:
@@ -89,7 +89,7 @@ def lines(path: Path) -> Iterator[bytes]:
         ValueError: A line is longer than anything that it could be.
     """
     with opened(path) as file:
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"a line has more than {LONGEST_LINE:,} bytes")
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                raise ValueError(f"a line has more than {longest:,} bytes")
             yield line
