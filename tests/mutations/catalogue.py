@@ -139,15 +139,15 @@ FAULTS = (
     Fault(
         "fires on the remainder only",
         "cadence.py",
-        "return self.index(after, since=since) > last and",
+        "return now > last and",
         "return not self.is_beyond(after, since=since) and",
         _CADENCE,
     ),
     Fault(
         "fires again at a standstill",
         "cadence.py",
-        "return self.index(after, since=since) > last and",
-        "return self.index(after, since=since) >= last and",
+        "return now > last and",
+        "return now >= last and",
         _CADENCE,
     ),
     Fault(
