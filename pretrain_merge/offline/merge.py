@@ -115,8 +115,8 @@ def merge_checkpoints(
         ConfigError: An option is not one, or does not fit the sources.
     """
     job = _Job.of(
-        _found(sources), local_path(out), view, steps=steps, base=_one(base), dtype=dtype, newest=newest, average=average,
-        on_missing=on_missing, optimizer=optimizer, largest_file=largest_file,
+        _found(sources), local_path(out), view, steps=steps, base=_one(base), dtype=dtype, newest=newest,
+        average=average, on_missing=on_missing, optimizer=optimizer, largest_file=largest_file,
     )  # fmt: skip
     return job.run(_device(device), progress)
 
