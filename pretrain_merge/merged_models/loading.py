@@ -179,11 +179,11 @@ def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Modu
 
 def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
     for name, written in files.items():
-        found = whole_weights.checksums(folder, [name])[name]
-        if found != written:
+        num_bytes = (folder / name).stat().st_size
+        if num_bytes != written[0] or whole_weights.checksums(folder, [name])[name] != written:
             raise CheckpointError(
-                f"{folder / name} is damaged: it has {found[0]} bytes of checksum {found[1]:08x}, and {written[0]} of "
-                f"{written[1]:08x} were written. Copy the folder again from where it is whole."
+                f"{folder / name} is damaged: it is not, byte for byte, the file of {written[0]} bytes that was saved "
+                f"({num_bytes} are there). Copy the folder again from where it is whole."
             )
 
 
