@@ -1245,6 +1245,7 @@ FAULTS = (
         '(int(found[path].get("step", 0)), path.stat().st_mtime_ns)',
         "path.name",
         "tests/offline/test_export.py",
+    ),
     # runs and their folders
     Fault(
         "two runs share a folder",
