@@ -61,6 +61,11 @@ class Memento:
                 f"hook that moves them can ask pretrain_merge.is_evaluating_merge() first.",
             )
 
+    @property
+    def num_kept(self) -> int:
+        """How many objects are put back where they changed."""
+        return len(self._states) + len(self._empty)
+
     def put_back(self) -> None:
         """Write back what changed since."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
