@@ -3,10 +3,14 @@
 This module knows counters and nothing else: no tensors, no trainer, no window. A cadence keeps no state. Whether it
 fires is a function of the counters before and after, so a counter may jump over a multiple (several optimizers in one
 batch, tokens counted in bulk, a resumed run) and the cadence still fires exactly once.
+
+An interval is a fixed `Quantity`, or a `Share` of what was counted since the run or its last break began: it grows, so
+that a number of intervals always reaches back over the same part of the run.
 """
 
+import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -23,6 +27,12 @@ _QUANTITY = re.compile(
     r"(?P<multiplier>[kmbt]?)\s*(?P<unit>(?:step|sample|token)s?)?",
     re.IGNORECASE | re.ASCII,
 )
+_SHARE = re.compile(
+    r"(?P<number>[0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%\s*(?:of\s+)?(?P<unit>(?:step|sample|token)s?)?",
+    re.IGNORECASE | re.ASCII,
+)
+_FURTHEST = 10**15  # floats tell neighbours apart up to here
+_LEAST_PERCENT, _MOST_PERCENT = 0.001, 50.0  # below, a window spans nothing; above, two snapshots span a third of a run
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,11 @@ class Progress:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        # one is made at every step, so no reflection here
+        for name, value in (("step", self.step), ("samples", self.samples), ("tokens", self.tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ProgressError(
-                    f"{field.name}={value!r} is no count. Counters are integers of at least 0; "
+                    f"{name}={value!r} is no count. Counters are integers of at least 0; "
                     f"pass totals since the start of the run."
                 )
 
@@ -102,43 +112,145 @@ class Quantity:
                 f"{key}: {value!r} is not a quantity. Allowed: a whole number of at least {minimum} steps, samples or "
                 f"tokens. Write it as 1000, '1000 steps', '8B tokens' or '2e6 samples'."
             )
-        unit = (match["unit"] or "steps").lower()
-        return cls(int(amount), next(known for known in UNITS if known.startswith(unit.removesuffix("s"))))
+        return cls(int(amount), _unit(match["unit"]))
+
+
+@dataclass(frozen=True)
+class Share:
+    """An interval that grows: a percentage of what was counted since an origin, and at least one.
+
+    The k-th point after the origin is where `index` reaches k: k itself up to the count of which the share is one, and
+    from there on `(1 + ln(p t)) / p`, whose slope `1 / (p t)` makes two neighbours lie `p t` apart.
+
+    Attributes:
+        percent: Of the count, 0.001 to 50.
+        unit: What is counted.
+        stride: How many of these points make one: with 10, every tenth counts.
+
+    >>> Share.parse("1%")
+    Share(percent=1.0, unit='steps', stride=1)
+    >>> [Share(10.0).reached(k) for k in (1, 10, 11, 20, 40)]  # one by one up to step 10, then a tenth apart
+    [1, 10, 12, 28, 201]
+    """
+
+    percent: float
+    unit: Unit = "steps"
+    stride: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}% of {self.unit}"
+
+    @classmethod
+    def parse(cls, value: object, *, key: str = "every") -> "Share":
+        """Read a share as people write it: `"1%"`, `"0.5 % tokens"`, `"2% of samples"`.
+
+        Raises:
+            ConfigError: The value is not a percentage from 0.001 to 50, or its unit is unknown.
+        """
+        match = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+        percent = float(match["number"]) if match else math.nan
+        if match is None or not _LEAST_PERCENT <= percent <= _MOST_PERCENT:
+            raise ConfigError(
+                f"{key}: {value!r} is not a share of the run so far. Allowed: {_LEAST_PERCENT:g}% to "
+                f"{_MOST_PERCENT:g}%, of steps, samples or tokens. Write it as '1%' (of the steps) or '1% of tokens'."
+            )
+        return cls(percent, _unit(match["unit"]))
+
+    def index(self, count: int) -> int:
+        """How many points lie behind a count; 0 at the origin and before it."""
+        share = self.percent / 100.0
+        if count * share <= 1.0:
+            return max(count, 0) // self.stride
+        return math.floor((1.0 + math.log(count * share)) / share) // self.stride
+
+    def reached(self, index: int) -> int:
+        """The first count at which so many points lie behind; 10**15 at the most, beyond which no run counts."""
+        share, points = self.percent / 100.0, index * self.stride
+        if points * share <= 1.0:
+            return points
+        if points * share - 1.0 > math.log(_FURTHEST * share):
+            return _FURTHEST
+        count = math.ceil(math.exp(points * share - 1.0) / share)
+        # the exponential rounds: look at the neighbours, so that this is the inverse of `index` to the last count
+        while self.index(count) < index:
+            count += 1
+        while self.index(count - 1) >= index:
+            count -= 1
+        return count
+
+
+Interval = Quantity | Share
+
+
+def parse_interval(value: object, *, key: str = "every") -> Interval:
+    """A fixed quantity, or a share of the run so far where the text has a percent sign.
+
+    Raises:
+        ConfigError: The value is neither.
+    """
+    is_share = isinstance(value, str) and "%" in value
+    return Share.parse(value, key=key) if is_share else Quantity.parse(value, key=key)
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """Every so many steps, samples or tokens, counted from the first batch of the run, not before `start`.
+    """Every so many steps, samples or tokens, not before `start`.
 
     Attributes:
-        every: The interval V. It is due at V, 2V, 3V, …
+        every: The interval V. A fixed one is due at V, 2V, 3V, … of the run; a share counts from `since`.
         start: Nothing is due before this point; the multiples stay where they are.
     """
 
-    every: Quantity
+    every: Interval
     start: Quantity = Quantity(0)
 
-    def crossed(self, before: Progress, after: Progress) -> bool:
+    def crossed(self, before: Progress, after: Progress, *, since: Progress = Progress()) -> bool:
         """Whether a multiple of the interval, itself not before `start`, was reached after `before` and up to `after`.
 
         Where `start` counts in another unit, it must be reached by `after`.
+
+        Args:
+            before: Counters at the observation before.
+            after: Counters now.
+            since: Where the stretch began of which the interval is a share; a fixed interval does not ask.
         """
-        last = self.index(before)
+        last = self.index(before, since=since)
         if self.start.unit == self.every.unit:
             # a multiple before `start` is not due late because the counter jumped over both
-            last = max(last, (self.start.amount - 1) // self.every.amount)
-        return self.index(after) > last and after.count(self.start.unit) >= self.start.amount
+            last = max(last, self._index(self.start.amount - 1, since))
+        return self.index(after, since=since) > last and after.count(self.start.unit) >= self.start.amount
 
-    def due_after(self, progress: Progress, *, times: int = 1) -> Quantity:
+    def due_after(self, progress: Progress, *, times: int = 1, since: Progress = Progress()) -> Quantity:
         """Where it will be due next, or for the given number of times; `start` in another unit may delay it further."""
-        first = self.index(progress) + 1
+        last = self.index(progress, since=since)
         if self.start.unit == self.every.unit:
-            first = max(first, -(-self.start.amount // self.every.amount))
-        return Quantity((first + times - 1) * self.every.amount, self.every.unit)
+            last = max(last, self._index(self.start.amount - 1, since))
+        if isinstance(self.every, Share):
+            count = since.count(self.every.unit) + self.every.reached(last + times)
+            return Quantity(count, self.every.unit)
+        return Quantity((last + times) * self.every.amount, self.every.unit)
 
-    def index(self, progress: Progress) -> int:
+    def index(self, progress: Progress, *, since: Progress = Progress()) -> int:
         """How many whole intervals lie behind: k for the block ((k-1)V, kV] that ends here or ended last."""
-        return progress.count(self.every.unit) // self.every.amount
+        return self._index(progress.count(self.every.unit), since)
+
+    def is_beyond(self, progress: Progress, *, since: Progress = Progress()) -> bool:
+        """Whether the last point lies behind, and not at, these counters."""
+        count = progress.count(self.every.unit)
+        if isinstance(self.every, Share):
+            count -= since.count(self.every.unit)
+            return count > self.every.reached(self.every.index(count))
+        return count % self.every.amount > 0
+
+    def _index(self, count: int, since: Progress) -> int:
+        if isinstance(self.every, Share):
+            return self.every.index(count - since.count(self.every.unit))
+        return count // self.every.amount
+
+
+def _unit(written: str | None) -> Unit:
+    unit = (written or "steps").lower().removesuffix("s")
+    return next(known for known in UNITS if known.startswith(unit))
 
 
 def _amount(match: re.Match[str]) -> Fraction:

@@ -1,11 +1,14 @@
 """When something is due: quantities as people write them, and firing on crossing whatever the counters do."""
 
+import math
+from itertools import pairwise
+
 import pytest
 from harness import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_merge.cadence import UNITS, Cadence, Progress, Quantity
+from pretrain_merge.cadence import UNITS, Cadence, Progress, Quantity, Share, parse_interval
 from pretrain_merge.errors import ConfigError, ProgressError
 
 
@@ -168,3 +171,75 @@ def test_a_start_may_be_zero_and_an_interval_may_not():
 def test_counters_that_are_no_counts_are_refused(count):
     with pytest.raises(ProgressError, match="integers of at least 0"):
         Progress(tokens=count)
+
+
+shares = st.builds(Share, st.floats(0.001, 50.0))
+
+
+@given(shares, st.integers(1, 10**12))
+def test_the_count_of_a_point_is_the_first_at_which_it_lies_behind(share, near):
+    index = share.index(near)
+    count = share.reached(index)
+    assert share.index(count) == index
+    assert share.index(count - 1) == index - 1
+
+
+@given(shares, st.integers(1, 10**9))
+def test_points_of_a_share_lie_the_share_of_the_count_apart_and_at_least_one(share, count):
+    before, after = (share.reached(share.index(count) + number) for number in (0, 1))
+    # (1 + ln(p t)) / p grows by one where t grows by a factor of e^p, and both ends are rounded up
+    assert 1 <= after - before <= max(1.0, before * math.expm1(share.percent / 100.0) + 2.0)
+
+
+@given(st.integers(300, 10**9))
+def test_ten_snapshots_at_one_percent_span_a_twelfth_to_an_eleventh_of_the_run_whenever(step):
+    share = Share(1.0)
+    newest = share.index(step)
+    span = share.reached(newest) - share.reached(newest - 9)
+    assert 1 / 12 < span / share.reached(newest) < 1 / 11
+
+
+@given(shares, strategies.runs(), st.integers(0, 50))
+def test_a_share_fires_once_where_a_point_after_its_origin_is_crossed(share, run, origin):
+    cadence, since = Cadence(share), Progress(origin)
+    points = {origin + share.reached(index) for index in range(1, share.index(run[-1].step) + 1)}
+    fired = [b for a, b in zip([Progress(), *run], run, strict=False) if cadence.crossed(a, b, since=since)]
+    expected = [b for a, b in zip([Progress(), *run], run, strict=False) if points & set(range(a.step + 1, b.step + 1))]
+    assert fired == expected
+
+
+def test_a_share_of_tokens_counts_tokens_from_its_origin():
+    cadence, since = Cadence(Share(10.0, "tokens")), Progress(5, tokens=1000)
+    assert cadence.due_after(Progress(6, tokens=1300), since=since).unit == "tokens"
+    counts = [Progress(5 + step, tokens=1000 + 100 * step) for step in range(60)]
+    due = [b.step for a, b in pairwise(counts) if cadence.crossed(a, b, since=since)]
+    assert due[:10] == list(range(6, 16))  # a tenth of the tokens is less than a step
+    assert max(b - a for a, b in pairwise(due)) == 5  # a tenth of some 54
+
+
+def test_nothing_is_due_before_the_start_of_a_share_either():
+    cadence = Cadence(Share(10.0), start=Quantity(100))
+    due = [step for step in range(1, 200) if cadence.crossed(Progress(step - 1), Progress(step))]
+    assert min(due) >= 100
+    assert cadence.due_after(Progress(3)) == Quantity(due[0])
+    assert cadence.due_after(Progress(3), times=3) == Quantity(due[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("1%", Share(1.0)),
+        (" 0.5 % ", Share(0.5)),
+        ("2% of steps", Share(2.0)),
+        ("1% tokens", Share(1.0, "tokens")),
+        ("10% of Samples", Share(10.0, "samples")),
+    ],
+)
+def test_a_share_is_read_as_people_write_it(text, share):
+    assert parse_interval(text) == share == parse_interval(str(share))
+
+
+@pytest.mark.parametrize("text", ["0%", "51%", "-1%", "1%%", "%", "1e400%", "nan%", "1% of epochs", "1 % 2", "0.0001%"])
+def test_what_is_not_a_share_is_refused_with_the_key_and_a_form_that_is(text):
+    with pytest.raises(ConfigError, match=r"^every: .*Allowed: 0\.001% to 50%.*'1%'"):
+        parse_interval(text)

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.crashes import processes
 from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.files.sharded_folder import SUFFIX
+from pretrain_merge.resume.needs import read_needs
 
 Outcome = dict[str, Any]
 
@@ -41,8 +42,7 @@ def differences(expected: Outcome, found: Outcome) -> list[str]:
 def unexplained(folder: Path, reference: Path) -> list[str]:
     """Files of an ended run that nothing needs, and files that a checkpoint needs and that are not there."""
     known = {str(path.relative_to(reference)) for path in _files(reference) if path.parent.name != "window"}
-    needs_path = folder / "window" / "checkpoints.json"
-    needs = json.loads(needs_path.read_text()) if needs_path.exists() else {}
+    needs = read_needs(folder / "window")
     needed = {f"window/{name}" for all_needs in needs.values() for names in all_needs for name in names}
     names = [str(path.relative_to(folder)) for path in _files(folder)]
 

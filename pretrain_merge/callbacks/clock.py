@@ -71,6 +71,10 @@ class Clock:
         """Samples and tokens of this rank that are not yet in `progress`."""
         return dict(self._local)
 
+    def step_comes(self) -> None:
+        """Call where Lightning says that an optimizer steps: a gradient scaler may skip the step, which then counts."""
+        self._stepped = True
+
     def optimizer_steps(self, place: int, optimizer: Any) -> None:
         """Call when an optimizer has stepped, before schedulers move its rate (P28), or when it is about to.
 
@@ -88,11 +92,12 @@ class Clock:
     def _listed(self) -> tuple[float, ...]:
         return tuple(rate for _, rates in sorted(self._lr.items()) for rate in rates)
 
-    def batch_ends(self, batch: Any) -> Progress | None:
+    def batch_ends(self, batch: Any, *, since: Progress = Progress()) -> Progress | None:  # noqa: B008 - frozen
         """Count a batch.
 
         Args:
             batch: The batch that this rank trained on.
+            since: Where the window's segment began, for an interval that grows from there.
 
         Returns:
             Totals over all ranks if an optimizer stepped in this batch, else None: what accumulates between optimizer
@@ -111,9 +116,10 @@ class Clock:
             return None
         self._stepped = False
         self.num_steps += 1
-        after = replace(self.progress, step=self.progress.step + 1)
+        before = self.progress
+        after = Progress(before.step + 1, before.samples, before.tokens)
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
-        if self._required or self._snapshots.crossed(self.progress, after):
+        if self._required or self._snapshots.crossed(self.progress, after, since=since):
             after = self._with_totals(after)
         self.progress = after
         return after
@@ -157,8 +163,8 @@ class Clock:
 
 
 def _num_samples(batch: Any) -> int:
-    if isinstance(batch, Mapping | list | tuple):  # as Lightning would find it, at a tenth of the time
-        first = next(iter(batch.values() if isinstance(batch, Mapping) else batch), None)
+    if isinstance(batch, dict | list | tuple):  # as Lightning would find it, at a tenth of the time
+        first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
         if isinstance(first, Tensor) and first.ndim:
             return len(first)
     # the first size that Lightning finds; its public function also warns where tensors of one batch differ in size

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain_merge.callbacks.clock import TokensPerBatch
+from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.config import MergeConfig, Settings
 from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.runtime.log import Notices
@@ -18,6 +19,7 @@ class Fit:
         settings: Of the callback.
         tokens_per_batch: Tokens of one batch on one rank: a number, a key of the batch, or a function of the batch.
         evaluators: Further evaluations by name.
+        forecasts: Forecasts without a history.
         notices: What the user was told already.
         trainer: A Trainer before its first batch.
         module: Its module.
@@ -26,6 +28,7 @@ class Fit:
     settings: Settings
     tokens_per_batch: TokensPerBatch
     evaluators: Mapping[str, Evaluator]
+    forecasts: RunForecasts
     notices: Notices
     trainer: Any
     module: Any

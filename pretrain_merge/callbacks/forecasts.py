@@ -4,10 +4,12 @@ This module knows the key `forecast` of the configuration and the run's history;
 `pretrain_merge.forecast`'s business.
 """
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from pretrain_merge.cadence import Quantity
 from pretrain_merge.config import Forecast, Settings, View
 from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
@@ -41,9 +43,7 @@ class RunForecasts:
                 f"Choose another name for the view."
             )
         self._notices = notices
-        self._histories = {
-            forecast.config.metric: RunHistory(forecast.config.metric) for forecast in settings.forecasts.values()
-        }  # on rank 0
+        self._histories = self._empty()  # on rank 0
 
     def __bool__(self) -> bool:
         """Whether there is anything to forecast."""
@@ -60,6 +60,12 @@ class RunForecasts:
             for number in spans(forecast.num_intervals, window=config.window, average=config.average)
         }
         return tuple(View(f"sma{number}", "sma", number) for number in sorted(needed - measured))
+
+    def of_a_run(self) -> "RunForecasts":
+        """The same forecasts, of a run that has no records yet."""
+        twin = copy.copy(self)
+        twin._histories = self._empty()
+        return twin
 
     def append(self, record: MergeRecord) -> None:
         """The next record of the run, on rank 0; a resumed run begins with those before."""
@@ -78,6 +84,10 @@ class RunForecasts:
             self._notices.once(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
         refusals = {f"{FORECAST}/{name}": reason for name, reason in refused.items()}
         return replace(record, forecasts=expected, skipped={**record.skipped, **refusals})
+
+    def _empty(self) -> dict[str, RunHistory]:
+        metrics = {forecast.config.metric for forecast in self._settings.forecasts.values()}
+        return {metric: RunHistory(metric) for metric in metrics}
 
     def _asked(self, record: MergeRecord) -> tuple[dict[str, dict[str, Expected]], dict[str, str]]:
         """What is expected by name and metric, and what is refused, by name."""
@@ -104,9 +114,9 @@ class RunForecasts:
         ).expected
 
     def _steps(self, forecast: Forecast, record: MergeRecord) -> int:
-        """Length of the anneal in steps, also where snapshots are counted in tokens or samples."""
+        """Length of the anneal in steps, also where snapshots are counted in tokens, or their interval grows."""
         intervals, every = forecast.num_intervals, self._settings.cadence.every
-        if every.unit == "steps":
+        if isinstance(every, Quantity) and every.unit == "steps":
             return round(intervals * every.amount)
         taken = max((recipe.steps for recipe in record.recipes.values()), key=len, default=())
         if len(taken) < 2:

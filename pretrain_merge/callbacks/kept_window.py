@@ -96,10 +96,10 @@ class KeptWindow:
                 merger.close()  # also where it was read on this rank
                 raise
 
-    def prune(self) -> None:
+    def prune(self, *, thoroughly: bool = True) -> None:
         """Delete files that no checkpoint needs any more."""
         if self._sidecar is not None:
-            self._sidecar.prune(self._held, self._fingerprints.of)
+            self._sidecar.prune(self._held, self._fingerprints.of, thoroughly=thoroughly)
 
     def close(self) -> None:
         """Let other runs use the folder. A checkpoint that is saved later still announces what it needs."""
@@ -121,7 +121,7 @@ class KeptWindow:
         finally:
             self._checkpoint = ""
         with ranks.together("note which checkpoints there are"):
-            self.prune()
+            self.prune(thoroughly=False)  # at each save: as long as ever, however many there were
 
     def _key(self, checkpoint: Any) -> str:
         """How the sidecar names a checkpoint: relative where both are of one run, which may be moved as a whole."""

@@ -6,7 +6,6 @@ and never written, except while merged weights are in the model, between two bat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,21 +14,15 @@ from typing import Any, NoReturn
 import lightning.pytorch as lightning
 import torch
 
-from pretrain_merge import parameters
 from pretrain_merge.callbacks import refusals
 from pretrain_merge.callbacks.borrowing import wrapped
-from pretrain_merge.callbacks.clock import TokensPerBatch
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.rehearsal import Rehearsal
-from pretrain_merge.callbacks.resuming import has_begun, refill_or_raise
+from pretrain_merge.callbacks.resuming import find_state, has_begun
 from pretrain_merge.callbacks.run import Run
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.callbacks.run_state import refuse_unclaimed_state
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
-from pretrain_merge.errors import CheckpointError
-from pretrain_merge.merged_models.merged import try_saving
-from pretrain_merge.merged_models.retention import will_save
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
@@ -42,6 +35,7 @@ if find_spec("pytorch_lightning"):
     _CALLBACKS += (_OtherCallback,)
 
 
+_INPUT_IDS = "input_ids"
 _MAPPINGS = ("breaks", "parameters", "save", "forecast")  # None stands for an empty one
 
 
@@ -54,7 +48,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     Args:
         window: How many snapshots are kept, 2 to 10000.
-        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        every: Interval between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples"; or a share of the run since
+            its last break, which grows with it: "1%", "1% of tokens".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
@@ -95,7 +90,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         views: Sequence[str | dict[str, Any]] = ("sma",),
         average: str = "last",
         sample_every: int = 1,
-        tokens_per_batch: int | str | Callable[[Any], int] = "input_ids",
+        tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
         lr_tolerance: float = 1e-3,
         breaks: Mapping[str, bool] | None = None,
         parameters: Mapping[str, Sequence[str]] | None = None,
@@ -122,6 +117,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "views": views,
             "average": average,
             "sample_every": sample_every,
+            # the schema holds what YAML can say
+            "tokens_per_batch": _INPUT_IDS if callable(tokens_per_batch) else tokens_per_batch,
             "lr_tolerance": lr_tolerance,
             "breaks": breaks,
             "parameters": parameters,
@@ -138,18 +135,18 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "on_missing": on_missing,
             "name": name,
         }
-        if not callable(tokens_per_batch):  # the schema holds what YAML can say
-            given["tokens_per_batch"] = tokens_per_batch
+        # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
-        self._tokens_per_batch: TokensPerBatch = tokens_per_batch
-        self._evaluators = refusals.checked_evaluators(evaluators)
+        self.config = self.settings.config  # the keys as they were given, with defaults filled in
         self._notices = Notices()  # what the user was told; once for all runs of this callback
-        RunForecasts(self.settings, self._notices)  # refuses a calibration that cannot be read
+        forecasts = RunForecasts(self.settings, self._notices)  # refuses calibrations that cannot be read
+        # what a `Fit` has besides its Trainer and module
+        self._parts = (tokens_per_batch, refusals.checked_evaluators(evaluators), forecasts, self._notices)
         self._state: dict[str, Any] = {}  # of the checkpoint that is resumed, or as it was remembered last
         self._phase_to_come: str | None = None  # marked before a run began
         self._run: Run | Rehearsal | None = None  # between `on_train_start` and the end of `fit`
         self._last_run: Run | Rehearsal | None = None  # that one, or the one that ended last: its window is kept
-        self._borrowed = ExitStack()  # of the fit loop, from before the run on
+        self._borrowed = ExitStack()  # the fit loop's `run`, and all that a run has; given back when `fit` ends
 
     @classmethod
     def from_config(cls, source: object, **python_only: Any) -> "ModelMerging":
@@ -165,11 +162,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         given = read(source)
         refuse_misfits(MergeConfig, given)
         return cls(**{**given, **python_only})
-
-    @property
-    def config(self) -> MergeConfig:
-        """The keys as they were given, with defaults filled in."""
-        return self.settings.config
 
     @property
     def state_key(self) -> str:
@@ -201,36 +193,28 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if stage != "fit":
             return
         refusals.refuse_strategy(trainer.strategy)
-        if not trainer.fast_dev_run:
-            refuse_remote_folder(trainer)
+        refuse_remote_folder(trainer)
         if not has_begun(trainer) or self._last_run is None or self._last_run.module is not pl_module:
             self._state = {}  # of another Trainer's run, or model (P24); that of a resumed run is loaded after this
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
-        config = self.config
-        parameters.mergeable_tensors(
-            pl_module,
-            merge_buffers=config.merge_buffers,
-            batch_norm=config.batch_norm,
-            **asdict(config.parameters),
-        )
-        refusals.refuse_other_configs(config)
-        if will_save(config.save):
-            try_saving(pl_module)
+        refusals.refuse_model(pl_module, trainer.optimizers, self.config)
+        refusals.refuse_other_configs(self.config)
         self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one; makes the merge that its checkpoint owes."""
         if self._last_run is not None:
             self._last_run.release()
-        fit = Fit(self.settings, self._tokens_per_batch, self._evaluators, self._notices, trainer, pl_module)
-        self._last_run = None
+            self._last_run = None
+        fit = Fit(self.settings, *self._parts, trainer, pl_module)
         self._run = self._last_run = Rehearsal(fit) if trainer.fast_dev_run else Run(fit, self._state)
+        self._borrowed.callback(self._run.close)
         self._run.catch_up()
-        if self._phase_to_come not in (None, self._run.merger.phase):
-            self._run.merger.mark_phase(self._phase_to_come)
-        self._phase_to_come = None
+        phase, self._phase_to_come = self._phase_to_come, None
+        if phase not in (None, self._run.merger.phase):
+            self._run.merger.mark_phase(phase)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Remember the learning rate that this step uses (P28)."""
@@ -247,9 +231,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         if self._run is not None:
             self._run.finish()
         with ranks.together("keep the window of the end"):
-            self._remember(
-                lost="" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
-            )
+            lost = "" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
+            self._remember(lost=lost)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Free the window and give other callbacks their hooks back."""
@@ -260,8 +243,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
         # those without this choice, as OnExceptionCheckpoint, may do nothing else
         will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
-        reason = f"the run before ended with {type(exception).__name__}."
-        is_on_all = ranks.is_on_all(exception)
+        reason, is_on_all = f"the run before ended with {type(exception).__name__}.", ranks.is_on_all(exception)
         try:
             with ranks.together("keep the window") if is_on_all and will_save else nullcontext():
                 self._remember(lost="" if will_save else reason)
@@ -284,12 +266,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds a state of ours which nobody would ask for (P21)."""
-        if trainer.state.fn != "fit":
-            return
-        try:
-            refuse_unclaimed_state(checkpoint.get("callbacks", {}), self.state_key, trainer.callbacks)
-        except CheckpointError as error:
-            refill_or_raise(self.config, self._notices, error, checkpoint["global_step"])
+        if trainer.state.fn == "fit":
+            find_state(self.config, self._notices, checkpoint, self.state_key, trainer.callbacks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state of the run that is resumed."""
@@ -310,10 +288,8 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
 
     def _end(self) -> None:
         """Free the window and give back what was borrowed; what a checkpoint may need was remembered."""
-        run, self._run = self._run, None
-        with self._borrowed:
-            if run is not None:
-                run.close()
+        self._run = None
+        self._borrowed.close()
 
 
 def _plain(value: Any, is_mapping: bool) -> Any:

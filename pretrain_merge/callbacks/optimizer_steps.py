@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-Seen = Callable[[Any], None]
+from pretrain_merge.callbacks.clock import Clock
 
 
 @contextmanager
-def optimizer_steps(trainer: Any, module: Any, seen: Callable[[int, Any], None]) -> Iterator[Seen]:
+def optimizer_steps(trainer: Any, module: Any, clock: Clock) -> Iterator[Callable[[Any], None]]:
     """Hear of each step of an optimizer on parameters of a module until the block ends.
 
     Lightning's hook hears of no step that an overridden `optimizer_step` or a manual loop takes on the optimizer
@@ -20,7 +20,7 @@ def optimizer_steps(trainer: Any, module: Any, seen: Callable[[int, Any], None])
     Args:
         trainer: Its optimizers come first, in their order.
         module: Optimizers of others than its parameters do not count.
-        seen: Called with the place of an optimizer among those of the run, and with the optimizer.
+        clock: Told of each step, with the place of the optimizer among those of the run.
 
     Yields:
         A function to be called with an optimizer by Lightning's `on_before_optimizer_step`.
@@ -32,11 +32,17 @@ def optimizer_steps(trainer: Any, module: Any, seen: Callable[[int, Any], None])
         if known is None:
             known = places[id(optimizer)] = (_place(optimizer, trainer.optimizers, module, places), optimizer)
         if known[0] is not None:
-            seen(known[0], optimizer)
+            clock.optimizer_steps(known[0], optimizer)
+
+    def announced(optimizer: Any) -> None:
+        if isinstance(optimizer, Optimizer):
+            clock.step_comes()
+        else:  # torch will not tell
+            stepped(optimizer)
 
     handle = register_optimizer_step_post_hook(stepped)
     try:
-        yield stepped
+        yield announced
     finally:
         handle.remove()
 

@@ -1,12 +1,15 @@
 """What is refused before the first batch, with the reason and the way out. This module knows no files and no window."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import ConfigError, UnsupportedModelError
 from pretrain_merge.evaluation.evaluate import Evaluator
+from pretrain_merge.merged_models.merged import try_saving
+from pretrain_merge.merged_models.retention import will_save
+from pretrain_merge.parameters import mergeable_tensors
 from pretrain_merge.runtime import ranks
 
 _REFUSED_STRATEGIES = {
@@ -27,6 +30,22 @@ def refuse_strategy(strategy: Any) -> None:
     refused = next((kind for kind in kinds if kind in _REFUSED_STRATEGIES), None)
     if refused:
         raise UnsupportedModelError(f"{refused} is not supported: {_REFUSED_STRATEGIES[refused]}.")
+
+
+def refuse_model(module: Any, optimizers: Iterable[Any], config: MergeConfig) -> None:
+    """Refuse a model that cannot be merged exactly.
+
+    Raises:
+        UnsupportedModelError: It has parameters or buffers for which that holds, or one of its optimizers.
+        CheckpointError: A merged model of it could not be saved.
+    """
+    mergeable_tensors(
+        module, merge_buffers=config.merge_buffers, batch_norm=config.batch_norm, **asdict(config.parameters)
+    )
+    for optimizer in optimizers:
+        _refuse_own_average(optimizer)
+    if will_save(config.save):
+        try_saving(module)
 
 
 def refuse_other_configs(config: MergeConfig) -> None:
@@ -61,6 +80,19 @@ def checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
             f"the module and return metrics, such as {{'norm': weight_norm}}."
         )
     return dict(evaluators)
+
+
+def _refuse_own_average(optimizer: Any) -> None:
+    # Between steps the model holds Schedule-Free's y. A mean of y is neither its average x nor a mean of x, and a
+    # validation hook that calls `optimizer.eval()` would take merged weights for y.
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__} switches the model between training weights and an average of its own (it has "
+            f"train() and eval()), so a merge of what is in the model means nothing. Allowed: optimizers whose weights "
+            f"stay. Train with AdamW at a constant rate to merge; or keep this optimizer's own average and leave "
+            f"ModelMerging out. In a loop of your own, RollingMerger merges its averages: optimizer.eval(); "
+            f"merger.observe(model, step); optimizer.train()."
+        )
 
 
 def _comparable(value: Any) -> Any:

@@ -12,7 +12,6 @@ from pretrain_merge.cadence import Cadence, Progress, Quantity
 from pretrain_merge.callbacks import merge_point
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
-from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
@@ -44,11 +43,11 @@ class Rehearsal:
         self._fit, self.module = fit, fit.module
         self._is_over = False
         self.last_record: MergeRecord | None = None
-        forecasts = RunForecasts(fit.settings, fit.notices)
+        forecasts = fit.forecasts.of_a_run()
         share = evaluate.data_share(fit.trainer)
         self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)
         with ExitStack() as borrowed:
-            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             window = fit.settings.window_in(run_folder(fit.config, fit.trainer), forecasts.views)
             window = replace(

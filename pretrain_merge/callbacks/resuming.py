@@ -3,7 +3,7 @@
 This module knows what may have become of a run's files between two processes, and says so. It knows no hooks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.kept_window import KeptWindow
 from pretrain_merge.callbacks.run_folder import RunFolder, files_of, run_folder
-from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.callbacks.run_state import RunState, refuse_unclaimed_state
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files.atomic import remove_leftovers
@@ -32,6 +32,20 @@ def refill_or_raise(config: MergeConfig, notices: Notices, error: Exception, ste
         f"the window of {config.name!r} at step {step} cannot be restored: {error} Point window_folder to the "
         f"folder that holds its files, or start with an empty window by on_missing='refill'."
     ) from error
+
+
+def find_state(
+    config: MergeConfig, notices: Notices, checkpoint: Mapping[str, Any], key: str, callbacks: Iterable[Any]
+) -> None:
+    """Refuse a checkpoint that holds a state of ours which nobody would ask for, as `on_missing` wants it (P21).
+
+    Raises:
+        CheckpointError: It does.
+    """
+    try:
+        refuse_unclaimed_state(checkpoint.get("callbacks", {}), key, callbacks)
+    except CheckpointError as error:
+        refill_or_raise(config, notices, error, checkpoint["global_step"])
 
 
 def has_begun(trainer: Any) -> bool:

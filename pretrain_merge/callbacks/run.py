@@ -59,7 +59,7 @@ class Run:
         start = Start(fit, plain)
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
-        forecasts = RunForecasts(fit.settings, fit.notices)
+        forecasts = fit.forecasts.of_a_run()
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
@@ -74,7 +74,7 @@ class Run:
                 state.lr,
                 share=evaluate.data_share(fit.trainer),
             )
-            steps = optimizer_steps(fit.trainer, fit.module, self.clock.optimizer_steps)
+            steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             if self._may_change_weights_after_us:
                 loop = fit.trainer.fit_loop.epoch_loop
@@ -94,14 +94,14 @@ class Run:
         """Make the snapshot and the merge that the checkpoint owes: it was saved before they were, say by a signal."""
         if self.merger.progress.step < self.clock.progress.step:
             self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
-        if self._last_merge < self.clock.progress.step and self.merger.merge_is_due():
+        if self._owes_merge:
             self._merge_if_due()
-            if self._last_merge < self.clock.progress.step and ranks.any_rank(self._fit.trainer.received_sigterm):
+            if self._owes_merge and ranks.any_rank(self._fit.trainer.received_sigterm):
                 raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
 
     def step(self, batch: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
-        if self.clock.batch_ends(batch) is None:
+        if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
             return
         if self._may_change_weights_after_us:
             self._is_unobserved = True
@@ -175,8 +175,7 @@ class Run:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
-            is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
-            until = state.progress.step - is_owed
+            until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
             self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
@@ -184,12 +183,25 @@ class Run:
             self._kept_window.release()
             raise
 
+    @property
+    def _owes_merge(self) -> bool:
+        """Whether the merge of the step so far was not recorded, as far as is known: it may be observed yet."""
+        step = self.clock.progress.step
+        return self._last_merge < step and (self.merger.progress.step < step or self.merger.merge_is_due())
+
     def _why_no_merge(self) -> str:
         if self.clock.num_batches and not self.clock.num_steps:
             return (
                 f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
                 f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
             )
+        last, num_valid = self.merger.window.last_break, self.merger.window.num_valid
+        if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
+            across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
+            return (
+                f"a view needs two snapshots at least, and the window held {num_valid} since the break at step "
+                f"{last.step} ({last.reason}). {across if last.reason.startswith('learning rate') else ''}"
+            ).strip()
         return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
 
     def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:

@@ -43,7 +43,7 @@ def refuse_remote_folder(trainer: Any) -> None:
         ConfigError: It is a URL.
     """
     folder = _lightnings(trainer)
-    if _URL.fullmatch(folder):
+    if _URL.fullmatch(folder) and not trainer.fast_dev_run:  # which writes nothing
         raise ConfigError(
             f"the run's folder is {folder}, and records, merged models and the window need a local one. Set "
             f"Trainer(default_root_dir=<local folder>), or the logger's save_dir, and let Lightning's checkpoints go "

@@ -104,6 +104,7 @@ def _activated(shapes: Shapes, configuration: Mapping[str, Any]) -> int:
 
 def _shapes_of_configuration(path: Path) -> Shapes:
     """Of the causal language model that transformers builds from it, on the meta device: nothing is allocated."""
+    _refuse_endless(_json(path), path)
     try:
         import torch
         import transformers
@@ -112,7 +113,6 @@ def _shapes_of_configuration(path: Path) -> Shapes:
             "Counting the parameters of a config.json needs transformers, which is not installed. Run: pip install "
             "transformers, or give the number of parameters."
         ) from error
-    _refuse_endless(_json(path), path)
     try:
         # no code and no weights that the file may name elsewhere
         configuration = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

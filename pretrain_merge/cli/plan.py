@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain_merge.cadence import Quantity
+from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.cli.results import write_result
 from pretrain_merge.config import WindowConfig, build, parse_views
@@ -131,8 +131,8 @@ def _layout(gpus: int, shard: int | None, replicate: int, tensor: int) -> Layout
 def _merging(config: WindowConfig, dtype: Dtype, store: str) -> Merging:
     own = _BYTES[dtype]
     return Merging(
-        every=Quantity.parse(config.every),
-        merge_every=None if config.merge_every is None else Quantity.parse(config.merge_every, key="merge_every"),
+        every=_fixed(config.every, "every"),
+        merge_every=None if config.merge_every is None else _fixed(config.merge_every, "merge_every"),
         window=config.window,
         views=tuple(view.last or config.window for view in parse_views(config)),
         average=config.average,
@@ -141,6 +141,16 @@ def _merging(config: WindowConfig, dtype: Dtype, store: str) -> Merging:
         itemsize=own,
         slot_itemsize=min(own, _BYTES[config.slot_dtype]) if config.slot_dtype else own,
     )
+
+
+def _fixed(value: object, key: str) -> Quantity:
+    interval = parse_interval(value, key=key)
+    if isinstance(interval, Share):
+        raise ConfigError(
+            f"{key}: {interval}, which grows with the run, and a plan is of one moment of it. Give the interval of "
+            f"that moment: after 1T tokens, 1% is '10B tokens'."
+        )
+    return interval
 
 
 def _tokens(text: str, key: str) -> int:

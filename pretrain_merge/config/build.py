@@ -1,8 +1,9 @@
 """Values against their schema: defaults are filled in, the impossible is refused, each message begins with its key."""
 
+from dataclasses import replace
 from typing import TypeVar
 
-from pretrain_merge.cadence import Cadence, Quantity
+from pretrain_merge.cadence import Cadence, Quantity, Share, parse_interval
 from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
@@ -20,6 +21,7 @@ from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
 from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
 
+_FILES_OF_A_RUN = ("merged", "merges", "window")  # a second callback's folder lies beside the first one's
 _LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
 _ConfigT = TypeVar("_ConfigT", bound=WindowConfig)
 
@@ -51,14 +53,19 @@ def parse_window_settings(values: object) -> WindowSettings:
 
 def snapshot_cadence(config: WindowConfig) -> Cadence:
     """When snapshots are due."""
-    return Cadence(
-        Quantity.parse(config.every, key="every"), start=Quantity.parse(config.start, key="start", minimum=0)
-    )
+    return Cadence(parse_interval(config.every), start=Quantity.parse(config.start, key="start", minimum=0))
 
 
 def merge_cadence(config: WindowConfig) -> Cadence | None:
-    """When merges are due; None: at every snapshot once two are held."""
-    return None if config.merge_every is None else Cadence(Quantity.parse(config.merge_every, key="merge_every"))
+    """When merges are due; None: at every snapshot once two are held.
+
+    Snapshots of a growing interval are close together at first, so their merges are a whole window apart unless the
+    user says otherwise: each has snapshots of its own.
+    """
+    if config.merge_every is not None:
+        return Cadence(parse_interval(config.merge_every, key="merge_every"))
+    every = parse_interval(config.every)
+    return Cadence(replace(every, stride=config.window)) if isinstance(every, Share) else None
 
 
 def save_cadence(config: SaveConfig) -> Cadence | None:
@@ -74,15 +81,22 @@ def _window_settings_of(config: WindowConfig) -> WindowSettings:
     require(config, "batch_norm", lambda value: value in BATCH_NORMS, " or ".join(BATCH_NORMS))
     require(config, "store", lambda value: value in STORES, " or ".join(STORES))
     require(config, "slot_dtype", lambda value: value in (None, *SLOT_DTYPES), f"null or {' or '.join(SLOT_DTYPES)}")
+    for key in ("store_folder", "window_folder"):
+        if "://" in str(getattr(config, key, "")):
+            raise ConfigError(
+                f"{key}: {getattr(config, key)!r} is a URL. Allowed: a folder of a local file system, since its files "
+                f"are locked and mapped into memory. Checkpoints of Lightning may lie elsewhere."
+            )
     if config.store == "disk" and not config.store_folder and not isinstance(config, MergeConfig):
         raise ConfigError("store_folder: null, and store 'disk' needs a folder. Name one on local storage.")
     cadence = snapshot_cadence(config)
     settings = WindowSettings(config, cadence, merge_cadence(config) or cadence, parse_views(config))
     every = cadence.every
-    if config.average == "block" and every.unit == "steps" and config.sample_every > every.amount:
+    steps = every.amount if isinstance(every, Quantity) and every.unit == "steps" else None
+    if config.average == "block" and steps is not None and config.sample_every > steps:
         raise ConfigError(
-            f"sample_every: {config.sample_every} steps, and a block has {every.amount} (`every`), so most would "
-            f"be empty. Allowed: 1 to {every.amount}."
+            f"sample_every: {config.sample_every} steps, and a block has {steps} (`every`), so most would "
+            f"be empty. Allowed: 1 to {steps}."
         )
     return settings
 
@@ -95,7 +109,8 @@ def _settings_of(config: MergeConfig) -> Settings:
             f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
             f"callable from a batch to its number of tokens works too."
         )
-    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, up to 100")
+    require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
+    _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)
@@ -105,3 +120,11 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
     return Settings(config, window.cadence, window.merge_cadence, window.views, saves, forecasts)
+
+
+def _refuse_taken_name(name: str) -> None:
+    if name.split(".")[0].lower() in _FILES_OF_A_RUN:
+        raise ConfigError(
+            f"name: {name!r} is that of files of a run, in whose folder a callback of this name would write. Allowed: "
+            f"names that do not begin with {', '.join(_FILES_OF_A_RUN)} and a dot or nothing after it."
+        )

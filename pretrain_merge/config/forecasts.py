@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
-from pretrain_merge.cadence import Quantity
+from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.config.reading import require, typed
 from pretrain_merge.config.schema import FORECAST_KINDS, FORECAST_SHAPES, ForecastConfig, MergeConfig
 from pretrain_merge.config.views import NAME
@@ -20,17 +20,18 @@ def parse_forecasts(config: MergeConfig) -> dict[str, ForecastConfig]:
 
 
 def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
-    """Length of a forecast's anneal as a number of intervals between snapshots."""
-    if forecast.steps is None:
+    """Length of a forecast's anneal as a number of intervals between snapshots; of a growing one, the whole window."""
+    every = parse_interval(config.every)
+    if forecast.steps is None or isinstance(every, Share):
         return float(config.window - (config.average == "last"))
-    return Quantity.parse(forecast.steps).amount / Quantity.parse(config.every).amount
+    return Quantity.parse(forecast.steps).amount / every.amount
 
 
 def _parse_forecast(config: MergeConfig, name: object, value: object) -> ForecastConfig:
     key = f"forecast.{name}"
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(
-            f"{key}: {name!r} is not a name. Allowed: up to 100 letters, digits, '_', '.', '-', a letter first."
+            f"{key}: {name!r} is not a name. Allowed: letters, digits, '_', '.', '-', a letter first, 100 at most."
         )
     if not isinstance(value, Mapping):
         allowed = ", ".join(item.name for item in fields(ForecastConfig))
@@ -40,7 +41,14 @@ def _parse_forecast(config: MergeConfig, name: object, value: object) -> Forecas
     require(forecast, "coverage", lambda share: 0.5 <= share <= 0.95, "0.5 to 0.95", at=f"{key}.")
     shapes = " or ".join(FORECAST_SHAPES)
     require(forecast, "shape", lambda shape: shape in FORECAST_SHAPES, shapes, at=f"{key}.")
-    every = Quantity.parse(config.every, key="every")
+    every = parse_interval(config.every)
+    if isinstance(every, Share):
+        if forecast.steps is not None:
+            raise ConfigError(
+                f"{key}.steps: {forecast.steps!r}, and snapshots are taken every {every}, so that what the window "
+                f"spans grows. Leave `steps` out: the anneal is as long as the window spans at each merge."
+            )
+        return forecast
     steps = every if forecast.steps is None else Quantity.parse(forecast.steps, key=f"{key}.steps")
     if steps.unit != every.unit:
         raise ConfigError(f"{key}.steps: {steps}, and snapshots are counted in {every.unit}. Give the length in these.")

@@ -84,7 +84,8 @@ class WindowConfig:
 
     Attributes:
         window: How many snapshots are kept, oldest dropped first; 2 to 10000.
-        every: Interval V between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples".
+        every: Interval V between snapshots: 1000, "1000 steps", "8B tokens", "2e6 samples"; or a share of the run since
+            its last break, which grows with it: "1%", "1% of tokens".
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; null: at every snapshot.
         views: Named merges: a kind ("sma"), a kind with a number of newest snapshots ("sma4"), or a mapping with

@@ -68,6 +68,6 @@ class Settings(WindowSettings):
             folder: Of the run; a disk store writes there unless a folder was given.
             more_views: Views that are measured besides.
         """
-        store_folder = self.config.store_folder or str(folder / "window")
-        config = replace(self.config, store_folder=store_folder)
+        store_folder = Path(self.config.store_folder or folder / "window").absolute()  # for good, should the run chdir
+        config = replace(self.config, store_folder=str(store_folder))
         return WindowSettings(config, self.cadence, self.merge_cadence, (*self.views, *more_views))

@@ -11,7 +11,7 @@ from pretrain_merge.config.schema import WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.records import FORECAST, RAW
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")  # folders have these names, and file systems take 255 letters
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")  # names of folders, to which more is added
 _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ema": ("ema", {"alpha": 0.2}),  # the better of PMA's two values, early and late
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
@@ -63,7 +63,7 @@ def parse_view(value: object, key: str) -> View:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not NAME.fullmatch(value["name"]):
         raise ConfigError(
             f"{key}: {value!r} is no view. Allowed: a kind ('sma'), a kind and a number of snapshots ('sma4'), or a "
-            f"mapping with a `name` of up to 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` and "
+            f"mapping with a `name` of at most 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` and "
             f"parameters."
         )
     params = {str(name): item for name, item in value.items() if name not in ("name", "kind", "last")}

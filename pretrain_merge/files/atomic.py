@@ -143,8 +143,13 @@ def write(target: Path, content: bytes | str) -> None:
         item.file.write(content.encode() if isinstance(content, str) else content)
 
 
-def append(path: Path, text: str) -> None:
-    """Add text to a file, which is made where needed. It survives this process, not a loss of power.
+def append(path: Path, text: str, *, outlives_run: bool = False) -> None:
+    """Add text to a file, which is made where needed. It survives this process.
+
+    Args:
+        path: The file.
+        text: One piece, which is written at once.
+        outlives_run: Whether it must survive a loss of power, too.
 
     Raises:
         OSError: The disk refuses, or the file is a link or something else than a file.
@@ -154,7 +159,13 @@ def append(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "ab") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is not a file")
+        is_new = os.fstat(descriptor).st_size == 0
         file.write(text.encode())
+        file.flush()
+        if outlives_run:
+            os.fsync(descriptor)
+    if outlives_run and is_new:
+        sync(path.parent)
 
 
 def publish(temporary: Path, target: Path, *, outlives_run: bool = True) -> None:

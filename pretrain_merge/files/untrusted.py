@@ -57,31 +57,31 @@ def read_bytes(path: Path, *, at_most: int = MOST_BYTES, is_ours: bool = False) 
     return content
 
 
-def read_json(path: Path, *, at_most: int = MOST_BYTES, is_ours: bool = False) -> Any:
+def read_json(path: Path, *, at_most: int = MOST_BYTES, most_values: int = MOST_VALUES, is_ours: bool = False) -> Any:
     """The value that a file of JSON holds.
 
     Raises:
         OSError: It cannot be read.
         ValueError: It is not JSON, or more than anything that it could be.
     """
-    return parse_json(read_bytes(path, at_most=at_most, is_ours=is_ours))
+    return parse_json(read_bytes(path, at_most=at_most, is_ours=is_ours), most_values=most_values)
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, *, most_values: int = MOST_VALUES) -> Any:
     """The value of JSON in UTF-8.
 
     Raises:
         ValueError: It is not JSON, or holds more values than anything that it could be, or is nested without end.
     """
-    if sum(map(text.count, (b"[", b"{", b","))) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    if sum(map(text.count, (b"[", b"{", b","))) > most_values:
+        raise ValueError(f"it has more than {most_values:,} values")
     try:
         return json.loads(text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
 
-def lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:
     """The lines of a file, each with its end.
 
     Raises:
@@ -89,7 +89,7 @@ def lines(path: Path) -> Iterator[bytes]:
         ValueError: A line is longer than anything that it could be.
     """
     with opened(path) as file:
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"a line has more than {LONGEST_LINE:,} bytes")
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                raise ValueError(f"a line has more than {longest:,} bytes")
             yield line

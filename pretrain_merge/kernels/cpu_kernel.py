@@ -17,24 +17,30 @@ a merge of 10. Such stores want an aligned address. Elements before the output's
 the last whole vector, go through the same code with vectors of one.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
-import torch
 from llvmlite import ir
 
+from pretrain_merge.kernels.cpu_vectors import (
+    FUSED,
+    SIZES,
+    Row,
+    Vectors,
+    accumulate,
+    add_up,
+    broadcast,
+    emit_load,
+    emit_store,
+    squared_halves,
+)
 from pretrain_merge.kernels.llvm import (
     CACHE_LINE,
     DOUBLE,
     FLOAT,
-    HALF,
-    I16,
-    I32,
     I64,
     POINTER,
     Builder,
     Value,
-    cases,
     compile_function,
     element,
     integer,
@@ -45,17 +51,11 @@ from pretrain_merge.kernels.llvm import (
     stack,
     variable,
 )
-from pretrain_merge.kernels.tables import CODES, ITEM_WIDTH, SUMS_WIDTH
+from pretrain_merge.kernels.tables import ITEM_WIDTH, SUMS_WIDTH
 
 _LANES = 32
-_SUM_LANES = 8  # of the spread's float64 sums: two AVX2 registers each
 _GROUP = 12
-_BUFFER = 16 * 1024  # bytes
-
-_BFLOAT16, _FLOAT16, _FLOAT64 = CODES[torch.bfloat16], CODES[torch.float16], CODES[torch.float64]
-_STORED = {CODES[torch.float32]: FLOAT, _BFLOAT16: I16, _FLOAT16: HALF, _FLOAT64: DOUBLE}  # how a dtype is loaded
-_SIZES = {CODES[dtype]: dtype.itemsize for dtype in CODES}
-_FUSED = ("contract",)  # a product and a sum may become one instruction, with one rounding, where the CPU has it
+_BUFFER = 16 * 1024  # bytes: half of an L1 cache, of which the streams need the rest
 
 Kernel = Callable[..., None]
 
@@ -75,50 +75,6 @@ def compile_kernel(*, double: bool, spread: bool, cpu: str | None = None) -> Ker
     return compile_function(_build(double=double, spread=spread), "merge", cpu=cpu)
 
 
-class _Vectors(NamedTuple):
-    """How a function computes: its builder, the type and number of a vector's accumulators, and whether it measures."""
-
-    b: Builder
-    scalar: Value
-    lanes: int
-    spread: bool
-
-    def of(self, scalar: Value) -> Value:
-        return ir.VectorType(scalar, self.lanes)
-
-    def constant(self, scalar: Value, value: float) -> Value:
-        return ir.Constant(self.of(scalar), [value] * self.lanes)
-
-    def halved(self) -> "_Vectors":
-        """Of half the lanes."""
-        return self._replace(lanes=max(1, self.lanes // 2))
-
-    def narrowed(self) -> "_Vectors":
-        """Of the lanes that sums for the spread have."""
-        return self._replace(lanes=min(self.lanes, _SUM_LANES))
-
-    @property
-    def codes(self) -> Sequence[int]:
-        """The dtypes that the tables may name."""
-        return [code for code in _STORED if code != _FLOAT64 or self.scalar == DOUBLE]
-
-    @property
-    def size(self) -> int:
-        return 8 if self.scalar == DOUBLE else 4
-
-    @property
-    def alignment(self) -> int:
-        return CACHE_LINE if self.lanes > 1 else 1
-
-
-class _Row(NamedTuple):
-    """What a vector's sum is made of: one row of addresses, and what multiplies them."""
-
-    addresses: Value
-    coefficients: Value
-    num_snapshots: Value
-
-
 def _build(*, double: bool, spread: bool) -> Value:
     module = ir.Module(name="weighted_sum")
     vectors, singles = (_emit_range(module, lanes, double=double, spread=spread) for lanes in (_LANES, 1))
@@ -133,7 +89,7 @@ def _build(*, double: bool, spread: bool) -> Value:
     fields = element(b, items, item, 8 * ITEM_WIDTH)
     index, begin, end = (load_integer(b, fields, integer(k)) for k in range(ITEM_WIDTH))
     width = b.add(integer(2), b.mul(integer(2), num_snapshots))
-    row = _Row(element(b, rows, b.mul(index, width), 8), coefficients, num_snapshots)
+    row = Row(element(b, rows, b.mul(index, width), 8), coefficients, num_snapshots)
     item_sums = element(b, sums, item, 8 * SUMS_WIDTH)
     body, tail = _emit_alignment(b, row, begin, end)
     for function, first, last in ((singles, begin, body), (vectors, body, tail), (singles, tail, end)):
@@ -145,12 +101,12 @@ def _build(*, double: bool, spread: bool) -> Value:
     return module
 
 
-def _emit_alignment(b: Builder, row: _Row, begin: Value, end: Value) -> tuple[Value, Value]:
+def _emit_alignment(b: Builder, row: Row, begin: Value, end: Value) -> tuple[Value, Value]:
     """First and last boundary of whole vectors between `begin` and `end`, so that the output is aligned at both."""
     code = load_integer(b, row.addresses, integer(1))
-    size = integer(_SIZES[0])
-    for other in (_BFLOAT16, _FLOAT16, _FLOAT64):
-        size = b.select(b.icmp_signed("==", code, integer(other)), integer(_SIZES[other]), size)
+    size = integer(SIZES[0])
+    for other in list(SIZES)[1:]:
+        size = b.select(b.icmp_signed("==", code, integer(other)), integer(SIZES[other]), size)
     address = b.add(load_integer(b, row.addresses, integer(0)), b.mul(begin, size))
     bytes_before = b.and_(b.neg(address), integer(CACHE_LINE - 1))
     elements_before, rest = b.sdiv(bytes_before, size), b.srem(bytes_before, size)
@@ -165,8 +121,8 @@ def _emit_alignment(b: Builder, row: _Row, begin: Value, end: Value) -> tuple[Va
 def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Value:
     """A function that merges elements [begin, end) of a row, a multiple of `lanes`, and adds to its three sums."""
     function, b = new_function(module, f"merge_{lanes}", [POINTER, POINTER, I64, I64, I64, POINTER], internal=True)
-    row, (begin, end, item_sums) = _Row(*function.args[:3]), function.args[3:]
-    v = _Vectors(b, DOUBLE if double else FLOAT, lanes, spread)
+    row, (begin, end, item_sums) = Row(*function.args[:3]), function.args[3:]
+    v = Vectors(b, DOUBLE if double else FLOAT, lanes, spread)
     length = _BUFFER // v.size // (2 if spread else 1)
     buffers = [stack(b, ir.ArrayType(v.scalar, length)) for _ in range(2 if spread else 1)]
     sums = [variable(b, v.narrowed().constant(DOUBLE, 0.0)) for _ in range(SUMS_WIDTH)] if spread else []
@@ -189,7 +145,7 @@ def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Val
 
 
 def _emit_vector(
-    v: _Vectors, row: _Row, position: Value, group: tuple[Value, Value], waiting: list[Value], sums: list[Value]
+    v: Vectors, row: Row, position: Value, group: tuple[Value, Value], waiting: list[Value], sums: list[Value]
 ) -> None:
     """One vector of one group: go on with the sums, then let them wait or, after the last group, write the output.
 
@@ -201,112 +157,29 @@ def _emit_vector(
     with b.if_then(b.icmp_signed(">", group[0], integer(0))):
         for total, slot in zip(totals, waiting, strict=True):
             b.store(b.load(slot, typ=v.of(v.scalar), align=v.alignment), total)
-    pivot = _emit_load(v, row, integer(0), position) if v.spread else None
+    pivot = emit_load(v, row, integer(0), position) if v.spread else None
     squares = variable(b, v.halved().constant(v.scalar, 0.0))
     with loop(b, *group, 1) as snapshot:
-        value = _emit_load(v, row, snapshot, position)
+        value = emit_load(v, row, snapshot, position)
         coefficient = b.load(element(b, row.coefficients, snapshot, v.size), typ=v.scalar)
-        _accumulate(b, totals[0], value, _broadcast(v, coefficient))
+        accumulate(b, totals[0], value, broadcast(v, coefficient))
         if v.spread:
             deviation = b.fsub(value, pivot)
             b.store(b.fadd(b.load(totals[1], typ=deviation.type), deviation), totals[1])
             # Halves together: one accumulator less for each, and the loop's sums stay in AVX2's 16 registers.
-            square = _squared_halves(v, deviation)
+            square = squared_halves(v, deviation)
             b.store(b.fadd(b.load(squares, typ=square.type), square), squares)
     results = [b.load(total, typ=v.of(v.scalar)) for total in totals]
     if v.spread:
-        _add_up(v.halved(), sums[0], b.load(squares, typ=v.halved().of(v.scalar)))
+        add_up(v.halved(), sums[0], b.load(squares, typ=v.halved().of(v.scalar)))
     with b.if_else(b.icmp_signed("<", group[1], row.num_snapshots)) as (to_be_continued, complete):
         with to_be_continued:
             for result, slot in zip(results, waiting, strict=True):
                 b.store(result, slot, align=v.alignment)
         with complete:
-            _emit_store(v, row, position, results[0])
+            emit_store(v, row, position, results[0])
             if v.spread:
                 share = b.fdiv(ir.Constant(v.scalar, 1.0), b.sitofp(row.num_snapshots, v.scalar))
-                mean = b.fadd(b.fmul(results[1], _broadcast(v, share), flags=_FUSED), pivot, flags=_FUSED)
+                mean = b.fadd(b.fmul(results[1], broadcast(v, share), flags=FUSED), pivot, flags=FUSED)
                 for total, part in zip(sums[1:], (results[1], mean), strict=True):
-                    _add_up(v, total, b.fmul(part, part))
-
-
-def _emit_load(v: _Vectors, row: _Row, snapshot: Value, position: Value) -> Value:
-    """Elements of one snapshot, converted exactly to the accumulator's type."""
-    b = v.b
-    column = b.add(integer(2), b.mul(integer(2), snapshot))
-    address = load_integer(b, row.addresses, column)
-    result = variable(b, v.constant(v.scalar, 0.0))
-    for code in cases(b, load_integer(b, row.addresses, b.add(column, integer(1))), v.codes):
-        pointer = b.inttoptr(b.add(address, b.mul(position, integer(_SIZES[code]))), POINTER)
-        value = b.load(pointer, typ=v.of(_STORED[code]), align=1)
-        if code == _BFLOAT16:  # the upper half of a float32
-            value = b.bitcast(b.shl(b.zext(value, v.of(I32)), v.constant(I32, 16)), v.of(FLOAT))
-        b.store(value if value.type == v.of(v.scalar) else b.fpext(value, v.of(v.scalar)), result)
-    return b.load(result, typ=v.of(v.scalar))
-
-
-def _emit_store(v: _Vectors, row: _Row, position: Value, value: Value) -> None:
-    """Round to nearest even and write, whole vectors past the cache."""
-    b = v.b
-    address = load_integer(b, row.addresses, integer(0))
-    for code in cases(b, load_integer(b, row.addresses, integer(1)), v.codes):
-        rounded = value
-        if v.scalar == DOUBLE and code != _FLOAT64:
-            rounded = b.fptrunc(rounded, v.of(FLOAT))
-        if code == _FLOAT16:
-            rounded = b.fptrunc(rounded, v.of(HALF))
-        if code == _BFLOAT16:
-            rounded = _round_to_bfloat16(v, rounded)
-        pointer = b.inttoptr(b.add(address, b.mul(position, integer(_SIZES[code]))), POINTER)
-        store = b.store(rounded, pointer, align=v.alignment)
-        if v.lanes > 1:
-            store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
-
-
-def _round_to_bfloat16(v: _Vectors, value: Value) -> Value:
-    """Nearest even in integer arithmetic: the CPU's own instruction, where there is one, flushes subnormals to zero."""
-    b = v.b
-    bits = b.bitcast(value, v.of(I32))
-    upper = b.lshr(bits, v.constant(I32, 16))
-    is_odd = b.and_(upper, v.constant(I32, 1))
-    nearest = b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))
-    quiet_nan = b.or_(upper, v.constant(I32, 0x40))  # the addition could carry a NaN over to infinity or zero
-    is_nan = b.fcmp_unordered("uno", value, value)
-    return b.trunc(b.select(is_nan, quiet_nan, nearest), v.of(I16))
-
-
-def _accumulate(b: Builder, total: Value, left: Value, right: Value) -> None:
-    product = b.fmul(left, right, flags=_FUSED)
-    b.store(b.fadd(b.load(total, typ=left.type), product, flags=_FUSED), total)
-
-
-def _squared_halves(v: _Vectors, value: Value) -> Value:
-    if v.lanes == 1:
-        return v.b.fmul(value, value)
-    lower, upper = _halves(v, value)
-    return v.b.fadd(v.b.fmul(lower, lower, flags=_FUSED), v.b.fmul(upper, upper, flags=_FUSED), flags=_FUSED)
-
-
-def _halves(v: _Vectors, value: Value) -> tuple[Value, Value]:
-    lanes = v.lanes // 2
-    lower, upper = (ir.Constant(ir.VectorType(I32, lanes), list(range(k, k + lanes))) for k in (0, lanes))
-    return v.b.shuffle_vector(value, value, lower), v.b.shuffle_vector(value, value, upper)
-
-
-def _add_up(v: _Vectors, total: Value, value: Value) -> None:
-    """Add a vector to a float64 sum of fewer lanes.
-
-    Halves are added in the vector's own type first. Widening every lane would cost more than all else that the spread
-    does, and hold a merge of 16-bit snapshots up by half.
-    """
-    b = v.b
-    while v.lanes > _SUM_LANES:
-        value = b.fadd(*_halves(v, value))
-        v = v.halved()
-    wide = value if v.scalar == DOUBLE else b.fpext(value, v.of(DOUBLE))
-    b.store(b.fadd(b.load(total, typ=wide.type), wide), total)
-
-
-def _broadcast(v: _Vectors, scalar: Value) -> Value:
-    nothing = ir.Constant(v.of(scalar.type), ir.Undefined)
-    first = v.b.insert_element(nothing, scalar, ir.Constant(I32, 0))
-    return v.b.shuffle_vector(first, nothing, v.constant(I32, 0))
+                    add_up(v, total, b.fmul(part, part))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models import whole_weights
+from pretrain_merge.merged_models.choosing import Which, chosen
 from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
 from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
@@ -26,13 +27,14 @@ _LISTED = 5
 
 
 @torch.no_grad()
-def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
+def load_merged(module: nn.Module, path: str | Path, which: Which | None = None) -> dict[str, Any]:
     """Read a merged model into a module, strictly: every name, shape and dtype must be there, and nothing else.
 
     Args:
         module: The model to write into, as it was when the merge was saved.
         path: A folder that `ModelMerging` saved (`…/merged/step-00001000-sma`), of whatever number of ranks. A module
             that is sharded over ranks takes its own shards on each; no rank waits for another.
+        which: With the folder of a run as `path`: the 'best' of its merged models, by `save.best`, or the 'last' one.
 
     Returns:
         The provenance: steps, coefficients, configuration, versions, metrics.
@@ -40,7 +42,7 @@ def load_merged(module: nn.Module, path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder is not a merged model, is damaged, or belongs to another model; nothing was changed.
     """
-    folder = Path(path)
+    folder = Path(path) if which is None else chosen(Path(path), which)
     provenance = read_provenance(folder)
     wanted = tensors_of(module, provenance["prefix"])
     try:
@@ -177,11 +179,11 @@ def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Modu
 
 def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
     for name, written in files.items():
-        found = whole_weights.checksums(folder, [name])[name]
-        if found != written:
+        num_bytes = (folder / name).stat().st_size
+        if num_bytes != written[0] or whole_weights.checksums(folder, [name])[name] != written:
             raise CheckpointError(
-                f"{folder / name} is damaged: it has {found[0]} bytes of checksum {found[1]:08x}, and {written[0]} of "
-                f"{written[1]:08x} were written. Copy the folder again from where it is whole."
+                f"{folder / name} is damaged: it is not, byte for byte, the file of {written[0]} bytes that was saved "
+                f"({num_bytes} are there). Copy the folder again from where it is whole."
             )
 
 

@@ -21,12 +21,12 @@ from pretrain_merge.config import SaveConfig, save_cadence
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import discard, move_aside
+from pretrain_merge.merged_models.choosing import BEST
 from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
 from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
 from pretrain_merge.records import Recipe
 from pretrain_merge.runtime import ranks
 
-BEST = "best.json"
 _NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
 
 

@@ -154,7 +154,7 @@ class RollingMerger:
         self._progress = after
         # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(after.step, self._lr)
+        self._breaks.at_new_lr(after, self._lr)
         self._snapshot_is_new = False  # also where the capture fails
         self._snapshot_is_new = self._capture.observe(module, before, after, lr=self._lr)
         return self._snapshot_is_new
@@ -162,7 +162,9 @@ class RollingMerger:
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
         before = self.window.before_newest if self._snapshot_is_new and self.window.num_valid >= 2 else None
-        return before is not None and self._merge_cadence.crossed(before.progress, self._progress)
+        return before is not None and self._merge_cadence.crossed(
+            before.progress, self._progress, since=self.window.since
+        )
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
@@ -211,7 +213,7 @@ class RollingMerger:
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
-        self._breaks.at_phase(self._progress.step, name)
+        self._breaks.at_phase(self._progress, name)
 
     def manifest(self, module: nn.Module, folder: Path) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.

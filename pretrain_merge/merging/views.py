@@ -95,7 +95,7 @@ class Views:
             if window.last_break
             else ""
         )
-        due = self._cadence.due_after(now, times=needed - len(valid) + num_lost)
+        due = self._cadence.due_after(now, times=needed - len(valid) + num_lost, since=window.since)
         ready = f"step {due.amount}" if due.unit == "steps" else str(due)
         others = [repr(other) for other in self._views if len(valid) >= self._num_needed(other)]
         ready_now = f"; {', '.join(others)} {'is' if len(others) == 1 else 'are'} ready now" if others else ""

@@ -19,6 +19,7 @@ from pretrain_merge._version import __version__
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import atomic
 from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE
 from pretrain_merge.offline import agreement, rates, recognise, shards
 from pretrain_merge.offline.agreement import OnMissing, Output
 from pretrain_merge.offline.files import Files, size_of
@@ -31,8 +32,6 @@ from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
 
 Optimizer = Literal["drop", "newest", "average"]
-PROVENANCE = "provenance.json"
-FORMAT = "pretrain-merge/1"  # what `load_merged` reads
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGED_DTYPES}
 _IMPORTS = 280 * 2**20  # bytes that torch and the compiled kernel take before the first tensor
 
@@ -302,9 +301,8 @@ class _Job:
             "copied": {name: places[origin] for name, origin in sorted(copied.items())},
             "ties": dict(agreement.common_ties(self.recipe.sources)),
             "dtypes": sorted(dtypes),
-            "files": {
-                name: {"num_bytes": item.num_bytes, "sha256": item.sha256} for name, item in sorted(written.items())
-            },
+            "as_integers": {},
+            "files": {name: [item.num_bytes, item.crc32] for name, item in sorted(written.items())},
             "versions": {"pretrain-merge": __version__, "torch": version("torch")},
         }
 

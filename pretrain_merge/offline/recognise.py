@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.merged_models.provenance import PROVENANCE
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
 from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
 from pretrain_merge.offline.tensors import Source
@@ -17,7 +18,6 @@ from pretrain_merge.runtime.log import logger
 
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
-_PROVENANCE = "provenance.json"
 _WINDOW = re.compile(r"snapshot-([0-9]{8,20})-[0-9a-f]{8}\.(safetensors|sharded)")
 _OPEN_BLOCK = re.compile(r"block-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
 # step=1000, step-1000, step_1000, step1000, global_step1000; Hugging Face's checkpoint-1000
@@ -109,7 +109,7 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
         return dcp_format.open_folder(place)
     companions = tuple(join(place, name) for name in names if _COMPANIONS.fullmatch(name))
     options: dict[str, Any] = {"kind": "safetensors", "companions": companions}
-    if _PROVENANCE in names:
+    if PROVENANCE in names:
         options |= {"kind": "merged", "about": _provenance(place)}
         options["step"] = options["about"].get("step")
         options["ties"] = options["about"].get("ties") or {}
@@ -141,7 +141,7 @@ def _sharded_torch(place: str, companions: tuple[str, ...]) -> Source:
 
 
 def _provenance(place: str) -> dict[str, Any]:
-    path = join(place, _PROVENANCE)
+    path = join(place, PROVENANCE)
     try:
         about = safetensors_format.read_json(path)
         if not isinstance(about, dict) or not isinstance(about.get("ties") or {}, dict):

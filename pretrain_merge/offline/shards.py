@@ -4,9 +4,9 @@ This module knows the layout of safetensors and a folder that is being filled. A
 it is on the disk, and a note beside it with its checksum; so a merge that was killed goes on behind the last one.
 """
 
-import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from pretrain_merge.offline.tensors import Kind
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 _NOTE = ".done.json"
-_BLOCK = 2**22
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Written:
 
     Attributes:
         num_bytes: Its size.
-        sha256: Of all its bytes, as they were read back.
+        crc32: Of all its bytes, as they were read back.
         distance: The part of its tensors in the squared distance of the sources from their mean.
         norm: The part in the squared norm of the mean.
     """
 
     num_bytes: int
-    sha256: str
+    crc32: int
     distance: float
     norm: float
 
@@ -79,7 +79,7 @@ def finished(folder: Path, shard: Shard) -> Written | None:
     try:
         path = folder / shard.file
         before = Written(**read_json(_note_of(path), is_ours=True))
-        if path.stat().st_size == before.num_bytes and _sha256(path) == before.sha256:
+        if path.stat().st_size == before.num_bytes and _checksum(path) == before.crc32:
             return before
     except (OSError, ValueError, TypeError):
         pass
@@ -112,7 +112,7 @@ class ShardWriter:
             end += kind.num_bytes
         header = header_of(starts)
         self._expected = len(header) + end
-        self._hash = hashlib.sha256()
+        self._checksum = 0
         self._done = 0
         self.write(memoryview(header))
 
@@ -126,17 +126,17 @@ class ShardWriter:
         while sent < len(data):
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
         for start in range(0, len(data), _BLOCK):
-            block = data[start : start + _BLOCK]
+            block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
             found = os.pread(self._descriptor, len(block), self._done + start)
             if found != block:
                 raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
-            self._hash.update(found)
+            self._checksum = zlib.crc32(found, self._checksum)
         self._done += len(data)
 
     def result(self) -> Written:
         """What is known of the file, when all of it was written."""
         assert self._done == self._expected, f"{self._done} bytes were written and {self._expected} planned"
-        return Written(self._done, self._hash.hexdigest(), *self.spread)
+        return Written(self._done, self._checksum, *self.spread)
 
 
 @contextmanager
@@ -171,9 +171,9 @@ def _note_of(path: Path) -> Path:
     return path.with_name(f"{path.name}{_NOTE}")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _checksum(path: Path) -> int:
+    checksum = 0
     with opened(path, is_ours=True) as file:
         while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+            checksum = zlib.crc32(block, checksum)
+    return checksum

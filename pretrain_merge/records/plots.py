@@ -24,6 +24,7 @@ _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
 _LONGEST_LABEL = 80
+_LARGEST = 1e100
 _EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
 
 
@@ -163,14 +164,14 @@ def _relative(values: Mapping[int, float], raw: Mapping[int, float]) -> dict[int
 
 
 def _draw(axes: "Axes", values: Mapping[int, float], label: str | None, **style: Any) -> None:
-    (line,) = axes.plot(list(values), list(values.values()), **style)
+    (line,) = axes.plot(list(values), [_drawable(value) for value in values.values()], **style)
     if label and values:
         line.set_label(f"{list(values.values())[-1]:#.4g}  {_literal(label)}")
 
 
 def _draw_band(axes: "Axes", expected: Sequence[Expected], label: str, *, color: str) -> None:
     steps = [item.step for item in expected]
-    low, high = (list(ends.values()) for ends in _ends(expected))
+    low, high = ([_drawable(value) for value in ends.values()] for ends in _ends(expected))
     if len(expected) == 1:  # a band of one step would not be seen
         axes.vlines(steps, low, high, color=color, linewidth=3, alpha=0.4)
     axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0, zorder=1)
@@ -200,6 +201,11 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
         axes.set_title(title, loc="left", color=_TEXT, fontsize=11)
 
 
+def _drawable(value: float) -> float:
+    """A gap where a value is beyond what an axis can span: its distance to another is no number any more."""
+    return value if abs(value) < _LARGEST else math.nan
+
+
 def _literal(text: str) -> str:
     """Text as it is: a file may name a metric like a formula, and matplotlib would try to set it."""
     return printable(text)[:_LONGEST_LABEL].replace("$", r"\$")
@@ -209,7 +215,7 @@ def _focus(axes: "Axes", curves: Sequence[Mapping[int, float]], *, around: float
     """Fit the y axis to what comes after the early part of the run."""
     steps = [step for values in curves for step in values]
     early = min(steps) + _EARLY * (max(steps) - min(steps)) if steps else 0
-    late = [value for values in curves for step, value in values.items() if step >= early and math.isfinite(value)]
+    late = [value for values in curves for step, value in values.items() if step >= early and abs(value) < _LARGEST]
     late += [] if around is None else [around]
     if not late:
         return

@@ -16,12 +16,14 @@ from pretrain_merge.files import untrusted
 from pretrain_merge.records import RAW, MergeRecord, Recipe, read_records
 
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
-_WHOLE, _FIRST, _LAST = 1, 2, 4
+_WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
 _LARGEST_RECORD = 2**24  # bytes; one of ours has some kilobytes
 _LARGEST_WINDOW = 10_000  # as in `config`; a file may claim any number of snapshots
 _MOST_DIGITS = 9
-_MOST_SNAPSHOTS = 4_000_000  # of all merges together; each takes some 50 bytes
+_MOST_SNAPSHOTS = 100_000  # of all views of a merge together: ten over the largest window
+_MOST_OF_ALL = 4_000_000  # of all merges together; each takes some 40 bytes
+_LONGEST_LINE = 2**20  # of a CSV; tens of thousands of columns
 _LARGEST_STEP = 2**53  # beyond, floats skip integers
 Row = Mapping[str, float]
 
@@ -89,7 +91,7 @@ def _is_merge(row: Row, name: str) -> bool:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     try:
-        for row in csv.DictReader(line.decode("utf-8") for line in untrusted.lines(path)):
+        for row in csv.DictReader(line.decode("utf-8") for line in untrusted.lines(path, longest=_LONGEST_LINE)):
             # W&B's own export puts the run's name before the metric
             numbers = {key.rpartition(" - ")[2]: _number(value) for key, value in row.items() if key is not None}
             yield {key: value for key, value in numbers.items() if value is not None and math.isfinite(value)}
@@ -140,6 +142,8 @@ def _leveldb_records(file: BinaryIO) -> Iterator[bytes]:
         body = file.read(length)
         if len(body) < length:  # a run that was killed, or still writes
             return
+        if not _WHOLE <= part <= _LAST:  # the room of a file that was never written
+            return
         if part in (_WHOLE, _FIRST):
             record.clear()
         if len(record) + length > _LARGEST_RECORD:
@@ -155,8 +159,8 @@ def _records(name: str, rows: Iterable[Row], every: int | None, average: str) ->
     for row in rows:
         record = _record(name, row, every, average)
         num_snapshots += sum(len(recipe.steps) for recipe in record.recipes.values())
-        if num_snapshots > _MOST_SNAPSHOTS:
-            raise ValueError(f"its views merge more than {_MOST_SNAPSHOTS:,} snapshots")
+        if num_snapshots > _MOST_OF_ALL:
+            raise ValueError(f"its merges are of more than {_MOST_OF_ALL:,} snapshots together")
         yield record
 
 
@@ -193,6 +197,7 @@ def _counter(row: Row, key: str, most: int) -> int:
 
 def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterator[tuple[str, Recipe]]:
     """Of the plain means; coefficients of other kinds are not in an export."""
+    num_snapshots = 0
     for view in views:
         digits = view.removeprefix("sma")
         if not view.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
@@ -200,6 +205,9 @@ def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterat
         number = int(digits or window)
         if number > _LARGEST_WINDOW:
             raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
+        num_snapshots += number
+        if num_snapshots > _MOST_SNAPSHOTS:
+            raise ValueError(f"the views at step {step} merge more than {_MOST_SNAPSHOTS:,} snapshots together")
         if number >= 2:
             steps = tuple(step - every * back for back in reversed(range(number)))
             yield view, Recipe(steps, (1 / number,) * number)

@@ -4,20 +4,22 @@ This module knows files and the paths of checkpoints. It knows no tensors and no
 noted before it is written, and a file is deleted only when every checkpoint that needed it is known to be gone.
 """
 
-import json
-import os
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import atomic, folder_lock, untrusted
+from pretrain_merge.files import atomic, folder_lock
 from pretrain_merge.files.snapshot_file import is_ours
+from pretrain_merge.resume.needs import Needs
 from pretrain_merge.runtime.log import logger
 
-_NEEDS = "checkpoints.json"
+# After each save so many checkpoints are looked at, in turns: all of them where few are kept, and as long as ever where
+# thousands are. Those that are gone are noticed some saves later, and when the run ends.
+_NUM_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,20 @@ class WindowFolder:
         self.folder = folder.absolute()
         folder_lock.claim(self.folder, remedy="Set window_folder to a folder that can be written, of this run alone.")
         self._release = weakref.finalize(self, _release, self.folder)  # also if nobody closes it
-        self._needs = self._read_needs()
-        self._unwritten: dict[str, _Registered] = {}
         atomic.remove_leftovers(self.folder)
+        self._held: set[str] = set()  # by the window, when it was last told
+        self._unwritten: dict[str, _Registered] = {}
+        with self._writing():
+            self._needs = Needs(self.folder)
+            if self._needs.is_damaged:
+                logger.warning(
+                    f"the list of needs in {self.folder} is damaged. It only says what may be deleted, so every file "
+                    f"now there is kept for good."
+                )
+                # by checkpoints that nobody can name
+                self._needs.update([("", [sorted(file.name for file in self._files())])])
+                self._needs.compact()
+        self._turns = deque(self._needs.checkpoints)
 
     def register(self, checkpoint: str, names: Iterable[str], before: str | None = None) -> None:
         """Note which files a checkpoint will need; call before it is written.
@@ -55,90 +68,82 @@ class WindowFolder:
             before: What is at its path now, as `prune` will be told. Until that has changed, and it may be written in
                 the background, it is an older checkpoint, whose needs are kept as well.
         """
-        self._forget_overwritten(checkpoint, before)
+        kept = self._without_overwritten(checkpoint, before)
         times = self._unwritten[checkpoint].times if checkpoint in self._unwritten else 0
-        self._needs[checkpoint] = [*self._needs.get(checkpoint, []), sorted(names)]
+        if checkpoint not in self._needs:
+            self._turns.append(checkpoint)
+        with self._writing():
+            self._needs.update([(checkpoint, [*kept, sorted(names)])], outlives_run=True)
         self._unwritten[checkpoint] = _Registered(before, times + 1)
-        self._write_needs()
 
     def knows(self, checkpoint: str) -> bool:
         """Whether a checkpoint was registered, and not been gone since."""
         return checkpoint in self._needs
 
-    def prune(self, held: Iterable[str], fingerprint_of: Callable[[str], str | None]) -> None:
+    def prune(
+        self, held: Iterable[str], fingerprint_of: Callable[[str], str | None], *, thoroughly: bool = True
+    ) -> None:
         """Delete files that neither a checkpoint nor the window needs; call after a checkpoint was written.
 
         Args:
             held: Files of the window as it is now.
             fingerprint_of: What is at the path of a checkpoint, in any words that are others for another file; None:
                 nothing.
+            thoroughly: Whether to look at all checkpoints and files, which takes the longer the more there are.
         """
-        before = dict(self._needs)
-        found = {path: fingerprint_of(path) for path in before if path}
-        for path, now in found.items():
-            self._forget_overwritten(path, now)
-        gone = {path for path, now in found.items() if now is None and path not in self._unwritten}
-        self._needs = {path: needs for path, needs in self._needs.items() if path not in gone}
-        if self._needs != before:
-            self._write_needs()
-        needed = {name for needs in self._needs.values() for names in needs for name in names} | set(held)
-        for file in self._files():
-            if file.name not in needed:
-                atomic.delete(file)
+        changes = []
+        for checkpoint in self._next(len(self._turns) if thoroughly else _NUM_LOOKED_AT):
+            now = fingerprint_of(checkpoint) if checkpoint else ""
+            kept = self._without_overwritten(checkpoint, now)
+            is_gone = now is None and checkpoint not in self._unwritten
+            if is_gone or kept != self._needs[checkpoint]:
+                changes.append((checkpoint, [] if is_gone else kept))
+            if not is_gone:
+                self._turns.append(checkpoint)
+        with self._writing():
+            self._needs.update(changes)
+        before, self._held = self._held, set(held)
+        unneeded = self._needs.take_unneeded() | before
+        if thoroughly:
+            unneeded |= {file.name for file in self._files()}
+        for name in unneeded - self._held:
+            if not self._needs.is_needed(name) and is_ours(name):
+                atomic.delete(self.folder / name)
 
     def close(self) -> None:
         """Let other runs use the folder; it goes where nothing is in it."""
+        with suppress(OSError):  # of a full disk, say; the next run does it
+            self._needs.compact()
         self._release()
 
-    def _forget_overwritten(self, path: str, now: str | None) -> None:
-        """Where another file than before is at a path, one that was registered was written, and older ones are gone."""
+    def _next(self, number: int) -> Iterator[str]:
+        """The checkpoints whose turn it is; those that are still there go to the end of the queue."""
+        for _ in range(min(number, len(self._turns))):
+            yield self._turns.popleft()
+
+    def _without_overwritten(self, path: str, now: str | None) -> list[list[str]]:
+        """What is needed for a path; where another file is there now, one that was registered was written to it."""
         registered = self._unwritten.get(path)
         if registered is None or now in (None, registered.before):
-            return
-        self._needs[path] = self._needs[path][-registered.times :]
+            return self._needs[path]
         if registered.times == 1:
             del self._unwritten[path]
         else:
             self._unwritten[path] = _Registered(now, registered.times - 1)
+        return self._needs[path][-registered.times :]
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*-*-*.*") if is_ours(path.name)]
 
-    def _read_needs(self) -> dict[str, list[list[str]]]:
-        path = self.folder / _NEEDS
-        if not os.path.lexists(path):
-            return {}
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            needs = untrusted.read_json(path, is_ours=True)
-            if isinstance(needs, dict) and all(_are_needs(value) for value in needs.values()):
-                return needs
-        except (OSError, ValueError):
-            pass
-        logger.warning(
-            f"{path} is damaged. It only says what may be deleted, so every file now there is kept for good."
-        )
-        self._needs = {"": [sorted(file.name for file in self._files())]}  # by checkpoints that nobody can name
-        self._write_needs()
-        return self._needs
-
-    def _write_needs(self) -> None:
-        path = self.folder / _NEEDS
-        if not self._needs:
-            path.unlink(missing_ok=True)
-            return
-        try:
-            atomic.make_folder(self.folder)  # it went with `close` where nothing was in it
-            atomic.write(path, json.dumps(self._needs, indent=1, sort_keys=True))
+            yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {path}: {error}. Free space there, or set window_folder to another folder."
+                f"cannot write the list of needs in {self.folder}: {error}. Free space there, or set window_folder to "
+                f"another folder."
             ) from error
-
-
-def _are_needs(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value
-    )
 
 
 def _release(folder: Path) -> None:

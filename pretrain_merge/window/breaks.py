@@ -5,10 +5,13 @@ This module knows rates, names and messages. It knows no tensors and no ranks.
 
 from collections.abc import Sequence
 
+from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
 from pretrain_merge.runtime.log import Notices
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.window import Window
+
+_IN_A_ROW = 10  # a few falls are a schedule of steps, whose stretches may yet be long
 
 
 class Breaks:
@@ -33,6 +36,7 @@ class Breaks:
         self._settings = settings
         self._notices = notices
         self.segment_lr: tuple[float, ...] = ()
+        self._num_falls = 0  # breaks in a row by a rate that fell, without a merge between
         self.phase = ""
         self.num_refused = 0
 
@@ -40,38 +44,50 @@ class Breaks:
         """Go on where another run was."""
         self.segment_lr, self.phase, self.num_refused = segment_lr, phase, num_refused
 
-    def at_new_lr(self, step: int, lr: tuple[float, ...]) -> None:
+    def at_new_lr(self, now: Progress, lr: tuple[float, ...]) -> None:
         """Break where the rates of this step are not those that the segment began with."""
         if self._settings.breaks.lr and _differs(lr, self.segment_lr, self._settings.lr_tolerance):
             if self.segment_lr:
+                self._say_if_it_decays(now, lr)
                 changed = f"learning rate changed from {_listed(self.segment_lr)} to {_listed(lr)}"
-                self.at(step, changed, said_as="lr")
+                self.at(now, changed, said_as="lr")
             self.segment_lr = lr
 
-    def at_phase(self, step: int, name: str) -> None:
+    def _say_if_it_decays(self, now: Progress, lr: tuple[float, ...]) -> None:
+        falls = max(lr, default=0.0) < max(self.segment_lr)
+        self._num_falls = self._num_falls + 1 if falls and self._window.num_valid < 2 else 0  # else merges were made
+        if self._num_falls == _IN_A_ROW:
+            self._notices.once(
+                "decays",
+                f"step {now.step}: the learning rate fell {_IN_A_ROW} times in a row without two snapshots between. "
+                f"It decays, so nothing is merged. Set breaks: {{lr: off}} to merge across its changes, or merge where "
+                f"the rate is constant.",
+            )
+
+    def at_phase(self, now: Progress, name: str) -> None:
         """Break because the user said that something changed."""
         self.phase = name
-        self.at(step, f"phase {name!r}")
+        self.at(now, f"phase {name!r}")
 
-    def at_refused(self, step: int) -> None:
+    def at_refused(self, now: Progress) -> None:
         """Break because the snapshot of this step is not finite, and count it."""
         self.num_refused += 1
-        self.at(step, "a snapshot held NaN or infinity")
+        self.at(now, "a snapshot held NaN or infinity")
         self._notices.once(
             "non-finite",
-            f"step {step}: the snapshot holds NaN or infinity and was refused; so is every further one until the "
+            f"step {now.step}: the snapshot holds NaN or infinity and was refused; so is every further one until the "
             f"weights are finite. Records count them as `refused`.",
         )
 
-    def at(self, step: int, reason: str, *, said_as: str | None = None) -> None:
+    def at(self, now: Progress, reason: str, *, said_as: str | None = None) -> None:
         """Break for this reason; said once by itself, or by the name of its kind."""
-        num_lost = self._window.break_at(step, reason)
+        num_lost = self._window.break_at(now, reason)
         if self._block is not None:
             self._block.invalidate()
         if num_lost:
             self._notices.once(
                 said_as or reason,
-                f"break at step {step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
+                f"break at step {now.step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
             )
 
 
@@ -80,6 +96,8 @@ def _listed(lr: Sequence[float]) -> str:
 
 
 def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
+    if lr == reference:
+        return False  # as on almost every step
     if len(lr) != len(reference):
         return True
     return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))

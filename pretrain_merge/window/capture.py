@@ -58,7 +58,7 @@ class Capture:
 
     def observe(self, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...]) -> bool:
         """Look at the model after a step; whether a snapshot was taken."""
-        due = self._cadence.crossed(before, now)
+        due = self._cadence.crossed(before, now, since=self.stored.window.since)
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
         touches = due or (self._block is not None and self._block.samples_at(now.step))
         with signals.held() if touches else nullcontext():
@@ -76,7 +76,7 @@ class Capture:
 
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts; the interval that is open there began in the run before."""
-        if self._block is not None and progress.count(self._cadence.every.unit) % self._cadence.every.amount:
+        if self._block is not None and self._cadence.is_beyond(progress, since=self.stored.window.since):
             self._block.miss()
 
     def restore(self, module: nn.Module, live: Mapping[str, Tensor], segment: int) -> None:
@@ -88,8 +88,9 @@ class Capture:
         self, block: BlockMean, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...], due: bool
     ) -> bool:
         # an iterate beyond the multiple that it crossed belongs to the next block: the block is ((k-1)V, kV]
-        ends = self._cadence.index(now) > self._cadence.index(before)
-        overshoots = ends and now.count(self._cadence.every.unit) % self._cadence.every.amount > 0
+        since = self.stored.window.since
+        ends = self._cadence.index(now, since=since) > self._cadence.index(before, since=since)
+        overshoots = ends and self._cadence.is_beyond(now, since=since)
         unseen = now.step > before.step + 1
         if unseen:
             block.miss()
@@ -108,9 +109,9 @@ class Capture:
         with ranks.together(f"take the snapshot of step {now.step}") as agree:
             live = self.trained.tensors(module)
             if others := self.stored.why_others(live):
-                self._breaks.at(now.step, f"the set of merged parameters changed: {others}")
+                self._breaks.at(now, f"the set of merged parameters changed: {others}")
                 self.stored.clear()
-            if not self._all_ranks_take(agree, live, now.step):
+            if not self._all_ranks_take(agree, live, now):
                 return False
             if self.counts.keys() != live.keys():
                 self.counts = _counts_over_ranks(module, live)
@@ -118,7 +119,7 @@ class Capture:
             self.stored.capture(live, source, now, lr=lr, phase=self._breaks.phase)
         return True
 
-    def _all_ranks_take(self, agree: ranks.Agree, live: Mapping[str, Tensor], step: int) -> bool:
+    def _all_ranks_take(self, agree: ranks.Agree, live: Mapping[str, Tensor], now: Progress) -> bool:
         """One decision for all ranks: a break on one is a break on all, and what one cannot take nobody takes."""
         window, block = self.stored.window, self._block
         is_complete = block is None or (block.is_complete and block.names == tuple(live))
@@ -126,15 +127,15 @@ class Capture:
         has_broken = window.segment != self._segment_of_all
         num_broken, num_partial, num_non_finite = agree(has_broken, not is_complete, is_complete and not is_finite)
         if num_broken and not has_broken:
-            self._breaks.at(step, "another rank had one")
+            self._breaks.at(now, "another rank had one")
         self._segment_of_all = window.segment
         if num_partial:
             self._notices.once(
                 f"block {window.segment}",
-                f"step {step}: no block mean, since its interval was not observed from its start.",
+                f"step {now.step}: no block mean, since its interval was not observed from its start.",
             )
         elif num_non_finite:
-            self._breaks.at_refused(step)
+            self._breaks.at_refused(now)
             self._segment_of_all = window.segment
         return not num_partial and not num_non_finite
 

@@ -31,10 +31,15 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Break:
-    """Why the segment before ended, and at which step."""
+    """Why the segment before ended, and where."""
 
-    step: int
+    progress: Progress
     reason: str
+
+    @property
+    def step(self) -> int:
+        """Step at which it ended."""
+        return self.progress.step
 
 
 class Window:
@@ -92,11 +97,16 @@ class Window:
         self.num_valid += snapshot.segment == self.segment
         return snapshot
 
-    def break_at(self, step: int, reason: str) -> int:
+    @property
+    def since(self) -> Progress:
+        """Where the current segment began: at the last break, or with the run."""
+        return self.last_break.progress if self.last_break else Progress()
+
+    def break_at(self, progress: Progress, reason: str) -> int:
         """End the segment before this step; returns how many snapshots are no longer valid."""
         num_lost, self.num_valid = self.num_valid, 0
         self.segment += 1
-        self.last_break = Break(step, reason)
+        self.last_break = Break(progress, reason)
         return num_lost
 
     def resume_from(self, segment: int, last_break: Break | None) -> None:

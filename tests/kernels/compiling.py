@@ -38,13 +38,13 @@ def compile_all(cases: str, result: str) -> None:
     """
     import triton
 
-    from pretrain_merge.kernels import cuda
+    from pretrain_merge.kernels import cuda_kernel
 
     triton.knobs.nvidia.dump_ptxas_log = True
     compiled = []
     for case in (Case(*fields) for fields in json.loads(cases)):
         if case.whole_blocks_are_masked:
-            _replace(cuda._merge_block, *MASKED_BLOCKS, caller=cuda._merge_items)
+            _replace(cuda_kernel._merge_block, *MASKED_BLOCKS, caller=cuda_kernel.merge_items)
         with contextlib.redirect_stdout(io.StringIO()) as log:
             ptx = _compile(case)
         compiled.append((ptx, log.getvalue()))
@@ -54,37 +54,36 @@ def compile_all(cases: str, result: str) -> None:
 def specializations(numbers: str, result: str) -> None:
     """What Triton compiles by, for calls with each of these numbers of snapshots; a text for each."""
     import torch
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from pretrain_merge.kernels import cuda
+    from pretrain_merge.kernels import cuda_kernel
 
-    kernel = cuda._merge_items
+    kernel = cuda_kernel.merge_items
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     table, coefficients, sums = torch.empty(64, dtype=torch.int64), torch.empty(64), torch.empty(0, 3)
     found = []
     for number in json.loads(numbers):
-        constants = cuda.constants(None, tl.float32, double=False, aligned=True, spread=False)
-        options = cuda.launch_options(double=False, spread=False)
+        constants = cuda_kernel.constants(None, torch.float32, double=False, aligned=True, spread=False)
+        options = cuda_kernel.launch_options(double=False, spread=False)
         _, key, *_ = bind(table, table, coefficients, sums, number, **constants, **options, debug=False)
         found.append(str(key))
     Path(result).write_text(json.dumps(found))
 
 
 def _compile(case: Case) -> str:
+    import torch
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pretrain_merge.kernels import cuda
+    from pretrain_merge.kernels import cuda_kernel
 
-    kernel, double = cuda._merge_items, "float64" in (case.output, case.inputs)
-    inputs = getattr(tl, case.inputs) if case.inputs else None
-    output = getattr(tl, case.output)
-    constants = cuda.constants(inputs, output, double=double, aligned=case.aligned, spread=case.spread)
+    kernel, double = cuda_kernel.merge_items, "float64" in (case.output, case.inputs)
+    inputs = getattr(torch, case.inputs) if case.inputs else None
+    output = getattr(torch, case.output)
+    constants = cuda_kernel.constants(inputs, output, double=double, aligned=case.aligned, spread=case.spread)
     pointers = {"rows": "*i64", "items": "*i64", "coefficients": "*fp64" if double else "*fp32", "sums": "*fp64"}
     source = ASTSource(
         kernel,
@@ -92,7 +91,7 @@ def _compile(case: Case) -> str:
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         {(number,): [["tt.divisibility", 16]] for number in range(len(pointers))},
     )
-    options = cuda.launch_options(double=double, spread=case.spread)
+    options = cuda_kernel.launch_options(double=double, spread=case.spread)
     return str(triton.compile(source, target=GPUTarget("cuda", case.target, 32), options=options).asm["ptx"])
 
 

@@ -52,6 +52,8 @@ _EVALUATE = "tests/evaluation/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
 _DURABLE = "tests/callbacks/test_kept_window.py"
+_RUN_FOLDER = "tests/callbacks/test_run_folder.py"
+_STEPS = "tests/callbacks/test_optimizer_steps.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -137,17 +139,25 @@ FAULTS = (
     Fault(
         "fires on the remainder only",
         "cadence.py",
-        "return self.index(after) > last and",
-        "return after.count(self.every.unit) % self.every.amount == 0 and",
+        "return self.index(after, since=since) > last and",
+        "return not self.is_beyond(after, since=since) and",
         _CADENCE,
     ),
     Fault(
         "fires again at a standstill",
         "cadence.py",
-        "return self.index(after) > last and",
-        "return self.index(after) >= last and",
+        "return self.index(after, since=since) > last and",
+        "return self.index(after, since=since) >= last and",
         _CADENCE,
     ),
+    Fault(
+        "a share counts from the start of the run",
+        "cadence.py",
+        "return self.every.index(count - since.count(self.every.unit))",
+        "return self.every.index(count)",
+        f"{_CADENCE} tests/merging/test_growing_interval.py",
+    ),
+    Fault("a growing interval does not grow", "cadence.py", "if count * share <= 1.0:", "if True:", _CADENCE),
     Fault("ignores start", "cadence.py", " and after.count(self.start.unit) >= self.start.amount", "", _CADENCE),
     Fault("B means a million", "cadence.py", '"B": 10**9', '"B": 10**6', _CADENCE),
     # window
@@ -466,7 +476,7 @@ FAULTS = (
     ),
     Fault(
         "bfloat16 is truncated",
-        "kernels/cpu_kernel.py",
+        "kernels/cpu_vectors.py",
         "b.lshr(b.add(b.add(bits, v.constant(I32, 0x7FFF)), is_odd), v.constant(I32, 16))",
         "b.lshr(bits, v.constant(I32, 16))",
         _KERNELS,
@@ -494,19 +504,19 @@ FAULTS = (
     ),
     Fault(
         "whole blocks are read under a mask",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "(length if masked else block)",
         "(length if masked else block + tl.minimum(num_snapshots, 0))",
         _COMPILED,
     ),
     Fault(
         "values in local memory",
-        "kernels/cuda.py",
+        "kernels/cuda_kernel.py",
         "else (128 if spread else 64)",
         "else (80 if spread else 40)",
         _COMPILED,
     ),
-    Fault("a kernel for each N", "kernels/cuda.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
+    Fault("a kernel for each N", "kernels/cuda_kernel.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
     # evaluation
     Fault(
         "other random numbers at each pass",
@@ -652,8 +662,9 @@ FAULTS = (
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/run.py",
-        "self.merger.observe(self._fit.module, progress, lr=self.clock.lr)",
-        "self.merger.observe(self._fit.module, progress, lr=self._fit.trainer.optimizers[0].param_groups[0]['lr'])",
+        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self._merge_if_due()",
+        "rates = [group['lr'] for group in self._fit.trainer.optimizers[0].param_groups]\n        "
+        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self._merge_if_due()",
         "tests/callbacks",
     ),
     Fault(
@@ -821,8 +832,8 @@ FAULTS = (
     Fault(
         "a checkpoint owes no merge",
         "callbacks/run.py",
-        "is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()",
-        "is_owed = False",
+        "return self._last_merge < step and (",
+        "return False and (",
         _DURABLE,
     ),
     Fault(
@@ -962,6 +973,48 @@ FAULTS = (
     ),
     # cost that grows
     Fault(
+        "each save looks at all checkpoints",
+        "resume/sidecar.py",
+        "_NUM_LOOKED_AT = 64",
+        "_NUM_LOOKED_AT = 10**9",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "each save writes the needs of all checkpoints",
+        "resume/needs.py",
+        "if self._num_lines > max(_LEAST_LINES, 2 * len(self._needs)):",
+        "if True:",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a run that was killed forgets what its last checkpoints need",
+        "resume/needs.py",
+        "            needs |= {checkpoint: names} if names else {}",
+        "            needs |= {}",
+        "tests/resume/test_sidecar.py",
+    ),
+    Fault(
+        "a report prints every merge of a long run",
+        "records/tables.py",
+        "rows = measured if at_most is None else",
+        "rows = measured if True else",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "the smallest accuracy is the best",
+        "records/tables.py",
+        'sign = 1.0 if mode == "min" else -1.0',
+        "sign = 1.0",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
+        "every rank holds the records of a resumed run",
+        "callbacks/forecasts.py",
+        "ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]",
+        "self._asked(record)",
+        "tests/callbacks/test_forecasts.py",
+    ),
+    Fault(
         "each file of a window waits for the disk alone",
         "resume/window_files.py",
         "return store.save(slot, self.folder, stem, batch=self._batch)",
@@ -1080,5 +1133,62 @@ FAULTS = (
         "if view not in self._not_saved:",
         "if True:",
         "tests/callbacks/test_forecasts.py",
+    ),
+    # runs and their folders
+    Fault(
+        "two runs share a folder",
+        "callbacks/run_folder.py",
+        'if getattr(error.__cause__, "errno", None) not in _NO_LOCKS:',
+        "if False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a resumed run takes another run's files for its own",
+        "callbacks/run_folder.py",
+        'elif identity not in ("", here):',
+        "elif False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a second model of one Trainer goes on with the first one's window",
+        "callbacks/model_merging.py",
+        "or self._last_run.module is not pl_module:",
+        "or False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a wrapper stays when the one above it was taken first",
+        "callbacks/borrowing.py",
+        "layered = now if isinstance(now, _Layered) else _Layered(owner, name)",
+        "layered = _Layered(owner, name)",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "steps of optimizers themselves are not seen",
+        "callbacks/optimizer_steps.py",
+        "handle = register_optimizer_step_post_hook(stepped)",
+        "handle = register_optimizer_step_post_hook(lambda *_: None)",
+        _STEPS,
+    ),
+    Fault(
+        "optimizers of other models count",
+        "callbacks/optimizer_steps.py",
+        "if any(id(parameter) in parameters",
+        "if any(parameters",
+        _STEPS,
+    ),
+    Fault(
+        "weights are observed before the module's own hook",
+        "callbacks/run.py",
+        'not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")',
+        "False",
+        _STEPS,
+    ),
+    Fault(
+        "a snapshot that a checkpoint owes is forgotten",
+        "callbacks/run.py",
+        "if self.merger.progress.step < self.clock.progress.step:",
+        "if False:",
+        _STEPS,
     ),
 )

@@ -31,7 +31,7 @@ MANIFEST = Manifest(
     phase="second",
     num_refused=1,
     segment=1,
-    last_break=Break(3, "phase 'second'"),
+    last_break=Break(Progress(3), "phase 'second'"),
     snapshot_is_new=True,
     parameters=("a", "b"),
     snapshots=(HELD, replace(HELD, progress=Progress(6, 24, 240))),

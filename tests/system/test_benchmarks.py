@@ -59,6 +59,15 @@ def test_merge_kernel(run):
     assert "ratio to copy" in printed
 
 
+def test_growth(run):
+    rows, printed = run("growth", "--quick")
+    assert {"what", "size", "measured", "unit", "before", "at_most"} <= rows[0].keys()
+    whats = [row["what"] for row in rows]
+    assert len(set(whats)) >= 8
+    assert all(math.isfinite(number) and number >= 0 for number in numbers(rows, "measured"))
+    assert "one forecast at a merge" in printed
+
+
 def test_capture(run):
     rows, printed = run("capture", "--quick")
     check_ratios(rows)

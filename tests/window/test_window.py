@@ -21,7 +21,7 @@ def play(size, history):
             window.add(Progress(step), lr=(float(step),), phase=f"phase {segment}")
             expected = [*expected, (step, segment)][-size:]
         elif event == "break":
-            window.break_at(step, "reason")
+            window.break_at(Progress(step), "reason")
             segment += 1
         else:
             window.clear()
@@ -83,11 +83,11 @@ def test_a_break_says_how_many_snapshots_it_cost_and_is_remembered():
     window = Window(4)
     for step in (10, 20, 30):
         window.add(Progress(step))
-    assert window.break_at(35, "learning rate") == 3
-    assert window.break_at(36, "phase") == 0
-    assert window.last_break == Break(36, "phase")
+    assert window.break_at(Progress(35), "learning rate") == 3
+    assert window.break_at(Progress(36), "phase") == 0
+    assert window.last_break == Break(Progress(36), "phase")
     window.clear()
-    assert window.last_break == Break(36, "phase")
+    assert window.last_break == Break(Progress(36), "phase")
 
 
 def test_a_snapshot_carries_what_was_known_when_it_was_taken():
