@@ -77,7 +77,6 @@ class _Timed(pl.Callback):
 
         with evaluate.isolated(trainer, pl_module, merged=merged) as measure:
             memento = take()
-            self.num_states = memento.num_kept
             timings = interleave(
                 {"memento": take, "putting back": memento.put_back},
                 lambda: measure("raw"),
@@ -85,6 +84,7 @@ class _Timed(pl.Callback):
                 device=pl_module.device,
                 label="evaluation",
             )
+        self.num_states = memento.num_kept  # not inside: it would be put back
         shares = {name: timing.ratio for name, timing in timings.items()}
         shares["per evaluation"] = shares["memento"] / (_NUM_VIEWS + 1) + shares["putting back"]
         for name, share in shares.items():
