@@ -90,7 +90,7 @@ def measured(
     if raw and spread > 0 and raw in metrics.values():
         notices.once(
             "equal",
-            f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, though the weights differ. Does "
+            f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
             f"the module validate with weights of its own, such as an average that it swaps in? Measure merges with an "
             f"evaluator, or let that hook return early where pretrain_merge.is_evaluating_merge().",
         )

@@ -88,7 +88,7 @@ def isolated(
         bar = stack.enter_context(_progress_bar(trainer, data))
         stack.enter_context(isolation.stubbed_trainer(trainer))
         parameters.reshard(module)
-        memento = Memento(_parts(trainer, module, data), merged=merged, notices=notices)
+        memento = Memento(parts_of(trainer, module, data), merged=merged, notices=notices)
 
         def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
             parts = dict(alongside or {})
@@ -200,7 +200,7 @@ def _numbers(source: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         ) from error
 
 
-def _parts(trainer: Any, module: Any, data: RepeatedLoaders | None = None) -> dict[str, Any]:
+def parts_of(trainer: Any, module: Any, data: RepeatedLoaders | None = None) -> dict[str, Any]:
     """What a hook can reach of a run, by the names that a user gives it; first what is nearest to the weights."""
     parts = {
         "module": module,
@@ -225,7 +225,7 @@ def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: Notic
             # the user's loop has not asked for its loaders yet: ask for ours alone, so that it asks as it would have
             loop = _new_loop(trainer, users_loop)
             loop._data_source = users_loop._data_source
-            memento = Memento(_parts(trainer, module), merged=module.parameters(), notices=notices)
+            memento = Memento(parts_of(trainer, module), merged=module.parameters(), notices=notices)
             with isolation.stage(trainer, "validating"):
                 loop.setup_data()
             memento.put_back()

@@ -109,7 +109,7 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             if name in before:
                 setattr(owner, name, before[name])
-            elif hasattr(owner, name):
+            elif name in getattr(owner, "__dict__", kept_by_class):
                 delattr(owner, name)
 
 

@@ -61,6 +61,11 @@ class Memento:
                 f"hook that moves them can ask pretrain_merge.is_evaluating_merge() first.",
             )
 
+    @property
+    def num_kept(self) -> int:
+        """How many objects are put back where they changed."""
+        return len(self._states) + len(self._empty)
+
     def put_back(self) -> None:
         """Write back what changed since."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -137,18 +142,17 @@ class Memento:
 
     def _keep_memory(self) -> None:
         """Copies, smallest first: a run's counters and buffers, and not twice the state of a large optimizer."""
-        of_memory = [(state, index) for state, index in self._states if isinstance(state, BytesState | TensorState)]
-        total, flat = 0, []
-        for state, index in sorted(of_memory, key=lambda pair: pair[0].nbytes):
+        of_memory = [state for state, _ in self._states if isinstance(state, BytesState | TensorState)]
+        total = 0
+        flat: list[tuple[TensorState, Tensor]] = []
+        for state in sorted(of_memory, key=lambda state: state.nbytes):
             total += state.nbytes
             if total <= MOST_BYTES:
                 view = state.keep()
-                if view is not None:
+                if view is not None and isinstance(state, TensorState):
                     flat.append((state, view))
-            elif isinstance(state, TensorState):
-                state.watch()
             else:
-                self.leave(index, f"{state.nbytes:,} bytes")
+                state.watch()
         self._blocks = blocks_of(flat)
 
     def _path(self, index: int) -> str:

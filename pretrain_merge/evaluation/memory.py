@@ -173,6 +173,12 @@ def _bytes_of(item: Any) -> bytes:
     return bytes(item) if isinstance(item, bytearray) else ctypes.string_at(_address(item), _num_bytes(item))
 
 
+def _some_bytes(item: Any) -> bytes:
+    if issubclass(type(item), np.ndarray):
+        return bytes(item.flat[:: max(1, item.size // _SAMPLE)].tobytes())
+    return bytes(item[:: max(1, len(item) // _SAMPLE)]) if hasattr(type(item), "__len__") else b""
+
+
 def _raw(item: Any) -> Any:
     return item.get_obj() if hasattr(type(item), "get_obj") else item
 
@@ -280,7 +286,7 @@ class Block:
         """Write the tensors whose bits changed."""
         if self._is_same(torch.cat(self._views), self._saved):
             return
-        saved = self._saved.split([view.numel() for view in self._views])
+        saved = torch.split(self._saved, [view.numel() for view in self._views])
         for state, view, before in zip(self._states, self._views, saved, strict=True):
             if not self._is_same(view, before):
                 view.copy_(before)

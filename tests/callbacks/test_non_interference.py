@@ -623,6 +623,10 @@ def settings_of_torch() -> Situation:
             self.log("is_single", float(torch.get_default_dtype() == torch.float32))
             torch.set_default_dtype(torch.float32)
 
+        def on_train_end(self) -> None:  # the next run begins as this one did
+            torch.set_default_dtype(torch.float32)
+            torch.backends.cudnn.benchmark = False
+
     return Situation(module=Module())
 
 
@@ -714,12 +718,13 @@ class _Gan(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         generator, critic = self.optimizers()
         optimizer = critic if batch_idx % 3 else generator
+        self.requires_grad_(True)
         self.toggle_optimizer(optimizer)
         optimizer.zero_grad()
         self.manual_backward(self.critic(self.net(batch[0])).square().mean() + self.loss(batch))
         optimizer.step()
         self.untoggle_optimizer(optimizer)
-        self.net.requires_grad_(batch_idx % 2 == 0)  # and one stays frozen across a merge
+        self.critic.requires_grad_(batch_idx % 2 == 0)  # one stays frozen across a merge
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.Adam(self.net.parameters(), 0.01), torch.optim.Adam(self.critic.parameters(), 0.01)]

@@ -310,17 +310,22 @@ def test_objects_are_bounded(caplog, monkeypatch):
     assert [line for line in caplog.messages if "module.tree[" in line and "beyond the first 50 objects" in line]
 
 
+def _raise(module: Any) -> None:
+    module.rows += 1
+
+
 def test_copies_are_bounded_smallest_first_and_a_change_beyond_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(module_under_test, "MOST_BYTES", 400)
     module = nn.Module()
-    module.small, module.large = torch.zeros(50), torch.zeros(1000)
+    module.small, module.large, module.rows = torch.zeros(50), torch.zeros(1000), np.zeros(1000)
     with caplog.at_level(logging.WARNING):
-        memento = kept(module, lambda module: (module.small.add_(1), module.large.data.add_(1)))
+        memento = kept(module, lambda module: (module.small.add_(1), module.large.data.add_(1), _raise(module)))
     assert module.small.sum() == 0
     assert module.large.sum() == 2000
-    assert sum(state.copy is not None for state, _ in memento._states if hasattr(state, "copy")) == 1
+    assert [block._saved.numel() for block in memento._blocks] == [50]
     said = [line for line in caplog.messages if line.startswith("module.large was changed by a hook")]
     assert len(said) == 1
+    assert len([line for line in caplog.messages if line.startswith("module.rows was changed by a hook")]) == 1
     assert "is_evaluating_merge" in said[0]
 
 

@@ -319,4 +319,5 @@ def differences(a: Run, b: Run) -> list[str]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

@@ -92,6 +92,14 @@ def test_stores(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_evaluation(run):
+    pytest.importorskip("transformers")
+    rows, printed = run("evaluation", "--quick")
+    assert [row["what"] for row in rows] == ["memento", "putting back", "per evaluation"]
+    assert all(0 < row["share"] < math.inf for row in rows)
+    assert "of an evaluation" in printed
+
+
 def test_overhead(run):
     rows, printed = run("overhead", "--quick", "--length", "8")
     overheads = [row for row in rows if row["kind"] == "overhead"]
