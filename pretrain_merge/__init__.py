@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain_merge.merged_models.merged import save_merged as save_merged
     from pretrain_merge.merging.rolling_merger import RollingMerger as RollingMerger
     from pretrain_merge.offline.merge import merge_checkpoints as merge_checkpoints
+    from pretrain_merge.runtime.evaluating import is_evaluating_merge as is_evaluating_merge
 
 _MODULE_OF = {
     "ModelMerging": "pretrain_merge.callbacks",
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "merge_checkpoints": "pretrain_merge.offline.merge",
     "save_merged": "pretrain_merge.merged_models.merged",
     "forecast_anneal": "pretrain_merge.forecast",
+    "is_evaluating_merge": "pretrain_merge.runtime.evaluating",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "RollingMerger",
     "errors",
     "forecast_anneal",
+    "is_evaluating_merge",
     "load_merged",
     "merge_checkpoints",
     "save_merged",

@@ -26,6 +26,7 @@ PUBLIC_NAMES = [
     "RollingMerger",
     "errors",
     "forecast_anneal",
+    "is_evaluating_merge",
     "load_merged",
     "merge_checkpoints",
     "save_merged",

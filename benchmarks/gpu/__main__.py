@@ -45,13 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wheels.use(options.wheels)
     from benchmarks.gpu import estimates  # imports the package, which may need the wheels
 
+    hardware = options.predict or estimates.hardware_of(name)
+    if hardware not in estimates.HARDWARE:
+        sys.exit(f"--predict {hardware}: the plan does not know it. Allowed: {', '.join(estimates.HARDWARE)}.")
     setting = {
         "rehearses": options.rehearse,
         "predicts": options.predict is not None,
-        "hardware": options.predict or estimates.hardware_of(name),
+        "hardware": hardware,
         "folder": options.folder,
     }
-    report: dict[str, Any] = {"about": _about(name, options), "parts": {}, "rows": []}
+    report: dict[str, Any] = {"about": _about(name, options) | {"plan_of": hardware}, "parts": {}, "rows": []}
     limits = {part: seconds for part, seconds in (PARTS | OPTIONAL).items() if part in (options.only or PARTS)}
     if options.forecast:
         limits |= OPTIONAL

@@ -34,14 +34,26 @@ def run_part(name: str, setting: Mapping[str, Any], rows: Path, limit: float) ->
     start = time.monotonic()
     process = _CONTEXT.Process(target=_run, args=(name, dict(setting), str(rows), str(errors), list(sys.path)))
     process.start()
-    process.join(limit)
-    if process.exitcode is None:
-        os.killpg(process.pid or 0, signal.SIGKILL)  # its compile workers and tests too
-        process.join()
+    try:
+        process.join(limit)
+        is_late = process.exitcode is None
+    finally:  # also of Ctrl-C, which does not reach a session of its own
+        if process.exitcode is None:
+            _kill(process)
+    if is_late:
         return time.monotonic() - start, f"stopped after its limit of {limit:.0f} s"
     if errors.exists():
         return time.monotonic() - start, errors.read_text().strip()
     return time.monotonic() - start, "" if process.exitcode == 0 else f"exit code {process.exitcode}"
+
+
+def _kill(process: Any) -> None:
+    """With its compile workers and tests."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no session of its own yet
+        process.kill()
+    process.join()
 
 
 def _run(name: str, setting: dict[str, Any], rows: str, errors: str, path: list[str]) -> None:

@@ -61,6 +61,7 @@ def measured(
         evaluators=evaluators,
         validate=config.validate,
         stateful_data=config.stateful_data,
+        merged=merger.tensors(module).values(),
         notices=notices,
     )
     try:
@@ -85,6 +86,13 @@ def measured(
             "nothing",
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
             "that logs nothing.",
+        )
+    if raw and spread > 0 and raw in metrics.values():
+        notices.once(
+            "equal",
+            f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, though the weights differ. Does "
+            f"the module validate with weights of its own, such as an average that it swaps in? Measure merges with an "
+            f"evaluator, or let that hook return early where pretrain_merge.is_evaluating_merge().",
         )
     return MergeRecord(
         name=config.name,

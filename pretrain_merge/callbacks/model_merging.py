@@ -23,8 +23,6 @@ from pretrain_merge.callbacks.resuming import find_state, has_begun
 from pretrain_merge.callbacks.run import Run
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
-from pretrain_merge.merged_models.merged import try_saving
-from pretrain_merge.merged_models.retention import will_save
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
@@ -203,8 +201,6 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         refusals.refuse_model(pl_module, trainer.optimizers, self.config)
         refusals.refuse_other_configs(self.config)
-        if will_save(self.config.save):
-            try_saving(pl_module)
         self._borrowed.enter_context(wrapped(trainer.fit_loop, "run", partial(self._fit, trainer, pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import ConfigError, UnsupportedModelError
 from pretrain_merge.evaluation.evaluate import Evaluator
+from pretrain_merge.merged_models.merged import try_saving
+from pretrain_merge.merged_models.retention import will_save
 from pretrain_merge.parameters import mergeable_tensors
 from pretrain_merge.runtime import ranks
 
@@ -35,12 +37,15 @@ def refuse_model(module: Any, optimizers: Iterable[Any], config: MergeConfig) ->
 
     Raises:
         UnsupportedModelError: It has parameters or buffers for which that holds, or one of its optimizers.
+        CheckpointError: A merged model of it could not be saved.
     """
     mergeable_tensors(
         module, merge_buffers=config.merge_buffers, batch_norm=config.batch_norm, **asdict(config.parameters)
     )
     for optimizer in optimizers:
         _refuse_own_average(optimizer)
+    if will_save(config.save):
+        try_saving(module)
 
 
 def refuse_other_configs(config: MergeConfig) -> None:

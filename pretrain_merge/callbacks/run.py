@@ -94,9 +94,9 @@ class Run:
         """Make the snapshot and the merge that the checkpoint owes: it was saved before they were, say by a signal."""
         if self.merger.progress.step < self.clock.progress.step:
             self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
-        if self._last_merge < self.clock.progress.step and self.merger.merge_is_due():
+        if self._owes_merge:
             self._merge_if_due()
-            if self._last_merge < self.clock.progress.step and ranks.any_rank(self._fit.trainer.received_sigterm):
+            if self._owes_merge and ranks.any_rank(self._fit.trainer.received_sigterm):
                 raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
 
     def step(self, batch: Any) -> None:
@@ -175,14 +175,19 @@ class Run:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
-            is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()
-            until = state.progress.step - is_owed
+            until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
             self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
         except BaseException:
             self._kept_window.release()
             raise
+
+    @property
+    def _owes_merge(self) -> bool:
+        """Whether the merge of the step so far was not recorded, as far as is known: it may be observed yet."""
+        step = self.clock.progress.step
+        return self._last_merge < step and (self.merger.progress.step < step or self.merger.merge_is_due())
 
     def _why_no_merge(self) -> str:
         if self.clock.num_batches and not self.clock.num_steps:

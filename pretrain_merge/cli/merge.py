@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain_merge.offline.merge import MergePlan
 
 _GB = 1e9
+_FLAGS = ("--plan", "--quiet")
 
 
 def merge(
@@ -74,16 +75,20 @@ def merge(
 
 
 def as_one_list(arguments: Sequence[str]) -> list[str]:
-    """The words after `merge` up to the first option, as the one list that jsonargparse takes.
+    """The words after `merge` up to the first option, as the one list that jsonargparse takes; flags get their value.
 
-    >>> as_one_list(["merge", "a.ckpt", "b.ckpt", "--out", "merged"])
-    ['merge', '["a.ckpt", "b.ckpt"]', '--out', 'merged']
+    >>> as_one_list(["merge", "a.ckpt", "b.ckpt", "--plan", "--out", "merged"])
+    ['merge', '["a.ckpt", "b.ckpt"]', '--plan', 'true', '--out', 'merged']
     """
     if not arguments or arguments[0] != "merge":
         return list(arguments)
     end = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     named = arguments[1:end]
-    return [arguments[0], *([json_format.dumps(named)] if named else []), *arguments[end:]]
+    options: list[str] = []
+    for word, following in zip(arguments[end:], [*arguments[end + 1 :], "--"], strict=True):
+        is_alone = word in _FLAGS and following.startswith("-")
+        options += [word, "true"] if is_alone else [word]
+    return [arguments[0], *([json_format.dumps(named)] if named else []), *options]
 
 
 def read_mergekit(path: Path, dtype: str | None) -> tuple[list[str], list[float], str | None]:

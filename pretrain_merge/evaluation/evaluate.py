@@ -3,7 +3,8 @@
 This module knows Lightning's evaluation loop and nothing of windows or coefficients. It runs an evaluation loop of its
 own, of Lightning's class, so that a metric means here exactly what it means in the user's own validation: batch-size
 weights, several loaders, torchmetrics, precision and strategy. Everything that such a loop touches in the Trainer is a
-stand-in while it runs (`isolation`), and loaders are iterated by iterators of our own (`loaders`).
+stand-in while it runs (`isolation`), loaders are iterated by iterators of our own (`loaders`), and what hooks change in
+objects is put back after each pass (`memento`).
 
 On several ranks Lightning's own syncing of `self.log` is off: each rank measures its part of the data, and all metrics
 are reduced together once, after the pass, whether or not the user asked for `sync_dist`. Objects of torchmetrics sync
@@ -11,20 +12,24 @@ themselves, as in any validation. Before each batch the ranks agree to go on (`l
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pretrain_merge import parameters
 from pretrain_merge.errors import EvaluationError
-from pretrain_merge.evaluation import isolation, loaders, reduction
+from pretrain_merge.evaluation import isolation, reduction
+from pretrain_merge.evaluation.loaders import RepeatedLoaders
 from pretrain_merge.evaluation.lockstep import Lockstep
+from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.evaluation.reduction import How, Part
 from pretrain_merge.runtime import ranks, signals
+from pretrain_merge.runtime.evaluating import evaluating_merge
 from pretrain_merge.runtime.log import Notices
 
 Evaluator = Callable[[Any], Mapping[str, float]]
@@ -51,6 +56,7 @@ def isolated(
     evaluators: Mapping[str, Evaluator] | None = None,
     validate: bool = True,
     stateful_data: str = "refuse",
+    merged: Iterable[Tensor] = (),
     notices: Notices | None = None,
 ) -> Iterator[Measure]:
     """Evaluate the live model, as often as needed, each time on the same batches with the same random numbers.
@@ -63,6 +69,7 @@ def isolated(
         evaluators: Further evaluations by name; each gets the module in eval mode and returns metrics.
         validate: Whether to run the module's `validation_step` on the Trainer's validation loaders.
         stateful_data: "refuse" loaders that carry a position of their own, or "iterate" them.
+        merged: Live tensors whose values the caller changes between evaluations, and puts back itself.
         notices: What the user was told already.
 
     Yields:
@@ -73,18 +80,25 @@ def isolated(
         EvaluationError: The loaders gave other batches than the first time, or a metric is no number.
         RankError: Something failed on another rank.
     """
+    notices = notices or Notices()
     with ExitStack() as stack:
-        stack.enter_context(isolation.checkpoints_wait(trainer, notices or Notices()))
+        stack.enter_context(isolation.checkpoints_wait(trainer, notices))
         random_state = stack.enter_context(isolation.random_state_kept())
-        data = stack.enter_context(_own_data(trainer, stateful_data)) if validate else None
+        data = _repeated_data(trainer, module, stateful_data, notices) if validate else None
         bar = stack.enter_context(_progress_bar(trainer, data))
-        stack.enter_context(isolation.stand_ins(trainer))
+        stack.enter_context(isolation.stubbed_trainer(trainer))
+        parameters.reshard(module)
+        memento = Memento(_parts(trainer, module, data), merged=merged, notices=notices)
 
         def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
             parts = dict(alongside or {})
             is_sharded = parameters.is_sharded(module)
             together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
-            with together as agree, torch.no_grad(), isolation.module_kept(module), ExitStack() as kept:
+            with together as agree, torch.no_grad(), ExitStack() as kept:
+                kept.callback(memento.put_back)
+                kept.enter_context(isolation.gradients_hidden(module))
+                kept.enter_context(isolation.torch_settings_kept())
+                kept.enter_context(evaluating_merge())
                 lockstep = Lockstep(agree, is_sharded=is_sharded)
                 lockstep.start()
                 kept.enter_context(isolation.buffers_of_rank_0(trainer.strategy.model))
@@ -110,7 +124,7 @@ def data_share(trainer: Any) -> float:
     return float(sampler["num_replicas"]) / float(trainer.world_size)
 
 
-def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, lockstep: Lockstep) -> dict[str, Part]:
+def _validate(trainer: Any, data: RepeatedLoaders, bar: Any, lockstep: Lockstep) -> dict[str, Part]:
     """One run of Lightning's evaluation loop, on loaders, results and counters of its own."""
     users_loop = trainer.fit_loop.epoch_loop.val_loop
     loop = _new_loop(trainer, users_loop)
@@ -121,6 +135,8 @@ def _validate(trainer: Any, data: "loaders.OwnLoaders", bar: Any, lockstep: Lock
     connector = type(trainer._logger_connector)(trainer)
     inherited = dict(trainer._logger_connector._callback_metrics)
     connector._callback_metrics = dict(inherited)
+    connector._logged_metrics = dict(trainer._logger_connector._logged_metrics)
+    connector._progress_bar_metrics = dict(trainer._logger_connector._progress_bar_metrics)
     with (
         isolation.replaced(trainer.fit_loop.epoch_loop, val_loop=loop),
         isolation.replaced(trainer, _logger_connector=connector),
@@ -184,8 +200,23 @@ def _numbers(source: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         ) from error
 
 
-@contextmanager
-def _own_data(trainer: Any, stateful_data: str) -> Iterator["loaders.OwnLoaders | None"]:
+def _parts(trainer: Any, module: Any, data: RepeatedLoaders | None = None) -> dict[str, Any]:
+    """What a hook can reach of a run, by the names that a user gives it; first what is nearest to the weights."""
+    parts = {
+        "module": module,
+        "trainer.optimizers": trainer.optimizers,
+        "trainer.lr_scheduler_configs": trainer.lr_scheduler_configs,
+        "scaler": getattr(trainer.precision_plugin, "scaler", None),
+        "trainer.datamodule": trainer.datamodule,
+        "trainer.val_dataloaders": data.loaders if data is not None else None,
+        "trainer.train_dataloader": trainer.train_dataloader,
+        "trainer.callbacks": trainer.callbacks,
+        "trainer": trainer,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: Notices) -> RepeatedLoaders | None:
     users_loop = trainer.fit_loop.epoch_loop.val_loop
     # Lightning's own exchanges among the loaders are out of step where it refuses one of them on one rank
     with ranks.together("set up the validation loaders", patience=_PATIENCE) as agree:
@@ -194,22 +225,21 @@ def _own_data(trainer: Any, stateful_data: str) -> Iterator["loaders.OwnLoaders 
             # the user's loop has not asked for its loaders yet: ask for ours alone, so that it asks as it would have
             loop = _new_loop(trainer, users_loop)
             loop._data_source = users_loop._data_source
+            memento = Memento(_parts(trainer, module), merged=module.parameters(), notices=notices)
             with isolation.stage(trainer, "validating"):
                 loop.setup_data()
+            memento.put_back()
             combined, max_batches = loop._combined_loader, loop._max_batches
         num_with_data, *_ = agree(combined is not None and sum(max_batches) > 0)
-    if not num_with_data:
-        yield None
-        return
-    with loaders.OwnLoaders(combined, max_batches, stateful_data=stateful_data) as data:
-        yield data
+    return RepeatedLoaders(combined, max_batches, stateful_data=stateful_data) if num_with_data else None
 
 
 @contextmanager
-def _progress_bar(trainer: Any, data: "loaders.OwnLoaders | None") -> Iterator[Any]:
+def _progress_bar(trainer: Any, data: RepeatedLoaders | None) -> Iterator[Any]:
     """A bar below the user's own, of its kind; none where the user has none."""
     users_bar = trainer.progress_bar_callback
-    shown = users_bar is not None and users_bar.is_enabled and trainer.is_global_zero
+    # a bar of the user's own making may say nothing of itself (and Lightning's own documentation shows such)
+    shown = getattr(users_bar, "is_enabled", False) is True and trainer.is_global_zero
     total = data.num_batches if data is not None else None
     if shown and getattr(users_bar, "progress", None) is not None:  # rich: a second bar of another kind would break it
         task = users_bar.progress.add_task("", total=math.inf if total is None else total)

@@ -3,26 +3,37 @@
 This module knows what an evaluation loop and a user's validation hooks may touch. It runs no evaluation itself.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
+from inspect import getattr_static
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import Metric
 
 from pretrain_merge import parameters
-from pretrain_merge.evaluation import loaders
+from pretrain_merge.evaluation import loaders, muting
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
 
-_CONTAINERS = (list, dict, set, OrderedDict)
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
+    (partial(torch.get_autocast_dtype, "cpu"), partial(torch.set_autocast_dtype, "cpu")),
+    (partial(torch.get_autocast_dtype, "cuda"), partial(torch.set_autocast_dtype, "cuda")),
+)
+_FLAGS = tuple((torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic"))
 
 
 @contextmanager
@@ -57,50 +68,14 @@ def checkpoints_wait(trainer: Any, notices: Notices) -> Iterator[None]:
 
 
 @contextmanager
-def stand_ins(trainer: Any) -> Iterator[None]:
+def stubbed_trainer(trainer: Any) -> Iterator[None]:
     """Nothing that the evaluation does reaches the user's callbacks, loggers, profiler, clock or decision to stop."""
-    deaf = [_deaf(callback) for callback in trainer.callbacks]
-    silent = [_SilentLogger(trainer.log_dir) for _ in trainer.loggers]
     with (
-        replaced(trainer, callbacks=deaf, _loggers=silent, profiler=PassThroughProfiler()),
-        replaced(trainer, should_stop=trainer.should_stop, _last_val_time=0.0),
+        muting.muted(trainer.callbacks, trainer.loggers),
+        replaced(trainer, profiler=PassThroughProfiler(), should_stop=trainer.should_stop, _last_val_time=0.0),
         stage(trainer, "validating"),
     ):
         yield
-
-
-def _deaf(callback: Any) -> Any:
-    """The same callback, with the same state, that hears of no validation; a bar still finds itself in the Trainer."""
-    twin: Any = object.__new__(_deaf_class(callback.__class__))
-    twin.__dict__ = callback.__dict__
-    return twin
-
-
-@cache
-def _deaf_class(kind: Any) -> type:
-    # properties, because those win over a hook that somebody put on the instance
-    hooks = {name: property(lambda _: _hears_nothing) for name in dir(kind) if name.startswith("on_validation")}
-    return type(kind.__name__, (kind,), hooks)
-
-
-def _hears_nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-class _SilentLogger(DummyLogger):
-    """Takes everything and keeps nothing; has the folder of the user's, for hooks of theirs that write files."""
-
-    def __init__(self, folder: str | None) -> None:
-        super().__init__()
-        self._folder = folder
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._folder
-
-    @property
-    def log_dir(self) -> str | None:
-        return self._folder
 
 
 @contextmanager
@@ -116,8 +91,16 @@ def stage(trainer: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes have other values; those that the object did not have itself are gone afterwards."""
-    before = {name: value for name, value in vars(owner).items() if name in attributes}
+    """Attributes have other values; those that the object did not have itself are gone afterwards.
+
+    Args:
+        owner: Any object, class or module. What its class keeps for it, in a slot or behind a property, is set back.
+        **attributes: Their values meanwhile.
+    """
+    own = getattr(owner, "__dict__", {})
+    kept_by_class = [name for name in attributes if hasattr(type(getattr_static(type(owner), name, None)), "__set__")]
+    before = {name: own[name] for name in attributes if name in own}
+    before |= {name: getattr(owner, name) for name in kept_by_class if hasattr(owner, name)}
     for name, value in attributes.items():
         setattr(owner, name, value)
     try:
@@ -126,7 +109,7 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             if name in before:
                 setattr(owner, name, before[name])
-            else:
+            elif hasattr(owner, name):
                 delattr(owner, name)
 
 
@@ -141,22 +124,8 @@ def random_state_kept() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def module_kept(module: nn.Module) -> Iterator[None]:
-    """Modes, attributes, buffers, torchmetrics, generators and gradients are afterwards what they were (P3).
-
-    Inside there are no gradients: those that accumulate are out of reach of an evaluator that calls `backward`.
-    """
-    attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
-    containers = [
-        (value, _structure(value)) for _, own in attributes for value in own.values() if type(value) in _CONTAINERS
-    ]
-    tensors = [(tensor, tensor.detach().clone()) for part in module.modules() for tensor in _moved_tensors(part)]
-    generators = [
-        (value, state)
-        for _, own in attributes
-        for value in own.values()
-        if (state := loaders.generator_state(value)) is not None
-    ]
+def gradients_hidden(module: nn.Module) -> Iterator[None]:
+    """Inside there are no gradients: those that accumulate are out of reach of an evaluator that calls `backward`."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     try:
         for parameter, _ in gradients:
@@ -166,18 +135,25 @@ def module_kept(module: nn.Module) -> Iterator[None]:
         parameters.reshard(module)  # P18: a forward leaves gathered parameters behind
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for now, before in attributes:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update({name: value for name, value in before.items() if now.get(name, now) is not value})
-        for container, content in containers:
-            _refill(container, content)
-        for tensor, saved in tensors:
-            # by its bits: batch norm moves its statistics without a new version
-            if not torch.equal(tensor.detach(), saved):
-                tensor.detach().copy_(saved)
-        for generator, state in generators:
-            loaders.set_generator_state(generator, state)
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Torch's settings for the whole process, which hooks switch as they do a module's mode."""
+    settings = [(set_, get()) for get, set_ in _SETTINGS]
+    flags = [(owner, name, getattr(owner, name)) for owner, name in _FLAGS]
+    device = torch.get_default_device()
+    try:
+        yield
+    finally:
+        for (get, _), (set_, value) in zip(_SETTINGS, settings, strict=True):
+            if get() != value:
+                set_(value)
+        for owner, name, value in flags:
+            if getattr(owner, name) != value:
+                setattr(owner, name, value)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 @contextmanager
@@ -194,38 +170,3 @@ def buffers_of_rank_0(model: Any) -> Iterator[None]:
     model._sync_buffers()
     with replaced(model, require_forward_param_sync=False):
         yield
-
-
-def _moved_tensors(part: nn.Module) -> list[Tensor]:
-    """Tensors that a module may write in place while it is evaluated."""
-    states = [getattr(part, name) for name in part._defaults] if isinstance(part, Metric) else []
-    return [item for item in [*part._buffers.values(), *states] if isinstance(item, Tensor)]
-
-
-def _structure(value: Any, depth: int = 3) -> Any:
-    """A copy of nested containers that holds the very same leaves."""
-    if depth == 0 or type(value) not in _CONTAINERS:
-        return value
-    if isinstance(value, dict):
-        return type(value)((key, _structure(item, depth - 1)) for key, item in value.items())
-    return type(value)(_structure(item, depth - 1) for item in value)
-
-
-def _refill(container: Any, content: Any) -> None:
-    if _is_same(container, content):
-        return
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    if a is b or type(a) not in _CONTAINERS or type(a) is not type(b):
-        return a is b
-    if isinstance(a, set):
-        return bool(a == b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
-    return len(a) == len(b) and all(_is_same(x, y) for x, y in zip(a, b, strict=True))

@@ -141,6 +141,19 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
     return [part.shape for part in _parts(a)] == [part.shape for part in _parts(b)]
 
 
+@torch.no_grad()
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Dense tensors that together say all of a tensor: itself, or what a sparse, nested or composed one is made of."""
+    if is_lazy(tensor):
+        return
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from dense_parts(getattr(tensor, name))
+        return
+    plain = _plain(tensor)
+    yield from [plain] if _is_dense(plain) else _parts(plain)
+
+
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Dense tensors that say all of one that is not dense."""
     if tensor.is_nested:

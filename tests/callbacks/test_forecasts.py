@@ -15,7 +15,8 @@ from pretrain_merge import ModelMerging
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.config import parse_settings
 from pretrain_merge.forecast import forecast_anneal
-from pretrain_merge.records import MergeRecord, Recipe, read_records
+from pretrain_merge.records import Expected, MergeRecord, Recipe, read_records
+from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import Notices
 
 pytestmark = LIGHTNING_REMARKS
@@ -128,3 +129,15 @@ def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
     assert forecasts._steps(settings.forecasts["now"], record) == 40
+
+
+def test_other_ranks_take_rank_0s_forecasts_and_keep_no_records(monkeypatch):
+    expected = {"now": {"val_loss": Expected(1.0, 0.9, 1.1, 90)}}
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "gather", lambda value: [(expected, {"ahead": "too early"}), value])
+    forecasts = RunForecasts(parse_settings({"window": 9, "every": 2, "forecast": FORECASTS}), Notices())
+    record = MergeRecord("merge", 90, 0, 0, 5, 0.1, {"val_loss": 1.0}, {})
+    for _ in range(3):
+        told = forecasts.with_forecasts(record)
+        assert (told.forecasts, told.skipped) == (expected, {"forecast/ahead": "too early"})
+    assert all(history._newest is None for history in forecasts._histories.values())

@@ -3,6 +3,7 @@
 import functools
 import random
 import shutil
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class Situation:
     validation: Any = field(default_factory=lambda: rows(10, seed=1))
     generators: tuple[torch.Generator, ...] = ()
     callbacks: tuple[Any, ...] = ()
+    callbacks_first: bool = False
+    data: Any = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,8 +59,9 @@ def run(folder: Any, build: Callable[[], Situation], *callbacks: Any) -> Run:
     situation = build()
     recorder = Recorder(*situation.generators)
     options = {"logger": MemoryLogger(folder), "log_every_n_steps": 1, "max_epochs": 2} | situation.options
-    own = trainer(folder, *callbacks, *situation.callbacks, recorder, **options)
-    own.fit(situation.module, situation.train, situation.validation)
+    first, others = (situation.callbacks, ()) if situation.callbacks_first else ((), situation.callbacks)
+    own = trainer(folder, *first, *callbacks, *others, recorder, **options)
+    own.fit(situation.module, situation.train, situation.validation, situation.data)
     return recorder.run
 
 
@@ -505,6 +509,251 @@ def the_demo_model_with_two_workers() -> Situation:
     )
 
 
+# --- what hooks of validation reach beyond the module ---
+
+
+def hooks_that_step_schedulers() -> Situation:
+    class Module(TwoOptimizers):
+        def configure_optimizers(self) -> Any:
+            optimizers = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[0], patience=0, threshold=0.5)
+            return optimizers, [plateau, torch.optim.lr_scheduler.ExponentialLR(optimizers[1], 0.9)]
+
+        def on_validation_epoch_end(self) -> None:
+            plateau, exponential = self.lr_schedulers()
+            plateau.step(self.trainer.callback_metrics["val_loss"])
+            exponential.step()
+
+    return Situation(module=Module(), options={"max_epochs": 4})
+
+
+def hooks_that_turn_the_optimizers_screws() -> Situation:
+    class Module(Regression):
+        def on_validation_epoch_end(self) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            group = optimizer.param_groups[0]
+            group["lr"] *= 0.5
+            group["betas"] = (group["betas"][0] * 0.9, 0.99)
+            for state in optimizer.state.values():
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].data.mul_(2)
+            optimizer.state.pop(self.net[3].bias, None)
+
+    return Situation(module=Module(), options={"val_check_interval": 3})
+
+
+def hooks_that_unfreeze() -> Situation:
+    class Module(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[3].requires_grad_(False)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+        def on_validation_end(self) -> None:
+            self.net[3].requires_grad_(self.current_epoch >= 1)
+
+    return Situation(module=Module(), options={"max_epochs": 3})
+
+
+def a_curriculum_in_the_datamodule() -> Situation:
+    class Data(pl.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level, self.asked = 1, Counter()
+
+        def train_dataloader(self) -> DataLoader:
+            self.asked["train"] += 1
+            return rows(8 * self.level, shuffle=True)
+
+        def val_dataloader(self) -> DataLoader:
+            self.asked["validation"] += 1
+            return rows(6, seed=self.asked["validation"])
+
+    class Module(Regression):
+        def on_validation_epoch_end(self) -> None:
+            self.trainer.datamodule.level += 1
+
+    return Situation(
+        Module(), train=None, validation=None, data=Data(),
+        options={"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
+    )  # fmt: skip
+
+
+_LEVEL = [1.0]
+
+
+class _Meter:
+    seen = 0
+
+    def __init__(self) -> None:
+        self.window, self.history = deque(maxlen=4), defaultdict(list)
+
+
+def counters_of_every_kind() -> Situation:
+    class Module(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counter, self.meter, self.array = Counter(), _Meter(), np.zeros(1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            used = self.counter["validations"] + self.meter.seen + len(self.meter.window) + float(self.array[0])
+            return super().training_step(batch, batch_idx) * (_LEVEL[0] + used + len(self.meter.history["losses"]))
+
+        def on_validation_epoch_end(self) -> None:
+            self.counter["validations"] += 1
+            type(self.meter).seen += 1
+            self.meter.window.append(self.global_step)
+            self.meter.history["losses"].append(1.0)
+            self.array += 0.5
+            _LEVEL[0] *= 1.1
+
+    _LEVEL[0], _Meter.seen = 1.0, 0
+    return Situation(module=Module(), options={"val_check_interval": 3})
+
+
+def settings_of_torch() -> Situation:
+    class Module(Regression):
+        def on_validation_epoch_end(self) -> None:
+            torch.set_default_dtype(torch.float64)
+            torch.backends.cudnn.benchmark = True
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.log("is_single", float(torch.get_default_dtype() == torch.float32))
+            torch.set_default_dtype(torch.float32)
+
+    return Situation(module=Module())
+
+
+def another_callback_that_the_module_drives() -> Situation:
+    class Curriculum(pl.Callback):
+        level = 1
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.level = self.level
+
+    class Module(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * self.level
+
+        def on_validation_epoch_end(self) -> None:
+            next(item for item in self.trainer.callbacks if isinstance(item, Curriculum)).level += 1
+
+    return Situation(module=Module(), callbacks=(Curriculum(),))
+
+
+def a_step_of_the_optimizer_in_validation() -> Situation:
+    class Module(TwoOptimizers):
+        @torch.enable_grad()
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            loss = self.loss(batch)
+            optimizer = self.optimizers()[1]
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.log("val_loss", loss.detach())
+
+    return Situation(module=Module())
+
+
+def a_frozen_layer_that_eval_folds() -> Situation:
+    class Folding(nn.Linear):
+        """loralib: B @ A is added to the frozen weight in eval mode, and subtracted again in train mode."""
+
+        def __init__(self) -> None:
+            super().__init__(4, 6)
+            self.weight.requires_grad_(False)
+            self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(6, 2))
+            self.is_folded = False
+
+        def train(self, mode: bool = True) -> Any:
+            if mode is self.is_folded:
+                with torch.no_grad():
+                    self.weight += (self.b @ self.a) * (-1 if mode else 1)
+                self.is_folded = not mode
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (0 if self.is_folded else x @ self.a.T @ self.b.T)
+
+    module = Regression()
+    module.net[0] = Folding()
+    return Situation(module=module)
+
+
+def buffers_of_odd_kinds() -> Situation:
+    class Module(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+            self.register_buffer("lowest", torch.tensor([]))
+            self.register_buffer("phases", torch.ones(2, dtype=torch.complex64).conj(), persistent=False)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if not self.lowest.numel():
+                self.lowest.resize_(4).zero_()
+            self.lowest.minimum(batch[0].amin(0))
+            self.adjacency._values().mul_(2)
+            super().validation_step(((self.adjacency @ batch[0].T).T, batch[1]), batch_idx)
+
+    return Situation(module=Module())
+
+
+# --- who else writes weights ---
+
+
+class _Gan(Regression):
+    """Two networks by turns; each is frozen while the other steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, critic = self.optimizers()
+        optimizer = critic if batch_idx % 3 else generator
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(self.critic(self.net(batch[0])).square().mean() + self.loss(batch))
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+        self.net.requires_grad_(batch_idx % 2 == 0)  # and one stays frozen across a merge
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.net.parameters(), 0.01), torch.optim.Adam(self.critic.parameters(), 0.01)]
+
+
+def a_gan_that_toggles() -> Situation:
+    return Situation(module=_Gan(), options={"max_epochs": 3})
+
+
+def writers_past_versions() -> Situation:
+    class Module(Regression):
+        def on_train_batch_end(self, *_: Any) -> None:
+            for parameter in self.parameters():
+                parameter.data.clamp_(-0.3, 0.3)
+
+        def on_validation_epoch_end(self) -> None:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+
+    return Situation(module=Module(), options={"val_check_interval": 3})
+
+
+def averaging_by_lightning(kind: str, *, first: bool) -> Callable[[], Situation]:
+    def build() -> Situation:
+        if kind == "ema":
+            own = pl.callbacks.EMAWeightAveraging(decay=0.9)
+        else:
+            own = pl.callbacks.StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1)
+        return Situation(callbacks=(own,), callbacks_first=first, options={"max_epochs": 4})
+
+    build.__name__ = f"{kind}_{'before' if first else 'after'}_ours"
+    return build
+
+
 # --- Trainers ---
 
 
@@ -574,6 +823,22 @@ SITUATIONS = [
     no_validation_until_the_last_epoch,
     few_validation_batches,
     learning_rate_finder,
+    hooks_that_step_schedulers,
+    hooks_that_turn_the_optimizers_screws,
+    hooks_that_unfreeze,
+    a_curriculum_in_the_datamodule,
+    counters_of_every_kind,
+    settings_of_torch,
+    another_callback_that_the_module_drives,
+    a_step_of_the_optimizer_in_validation,
+    a_frozen_layer_that_eval_folds,
+    buffers_of_odd_kinds,
+    a_gan_that_toggles,
+    writers_past_versions,
+    averaging_by_lightning("ema", first=True),
+    averaging_by_lightning("ema", first=False),
+    averaging_by_lightning("swa", first=True),
+    averaging_by_lightning("swa", first=False),
 ]
 
 

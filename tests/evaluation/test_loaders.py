@@ -1,5 +1,6 @@
 """Validation loaders read a second time: the same batches, and nothing of the user's moves."""
 
+import os
 import random
 from collections import UserDict
 from collections.abc import Iterator
@@ -12,29 +13,42 @@ import torch
 from harness.models import AugmentedRows, Documents, Rows, checksum, same_bits
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, RandomSampler, Sampler, Subset
 
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import loaders
-from pretrain_merge.evaluation.loaders import Fingerprints, OwnLoaders
+from pretrain_merge.evaluation.loaders import Fingerprints, RepeatedLoaders
+from pretrain_merge.evaluation.memento import Memento
+from pretrain_merge.runtime.log import Notices
 
 
 def combined(*given: Any, mode: str = "sequential") -> CombinedLoader:
     return CombinedLoader(list(given), mode)
 
 
-def read(own: OwnLoaders, *, batches: list[int] | None = None) -> list[Any]:
-    """One full pass, with Lightning's own iteration."""
-    loader = own.combined(on_batch=lambda: None)
-    loader.limits = list(own.max_batches) if batches is None else batches
-    found = [batch for batch, _, _ in loader]
-    loader.reset()  # as Lightning's loop does when it is torn down
-    own.end_pass()
-    return found
+class Repeated(RepeatedLoaders):
+    """Loaders whose state is put back after each pass and at the end, as `evaluate.isolated` does."""
+
+    def __enter__(self) -> "Repeated":
+        self.memento = Memento({"loaders": self.loaders}, notices=Notices())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memento.put_back()
+
+    def read(self) -> list[Any]:
+        """One full pass, with Lightning's own iteration."""
+        loader = self.combined(on_batch=lambda: None)
+        loader.limits = list(self.max_batches)
+        found = [batch for batch, _, _ in loader]
+        loader.reset()  # as Lightning's loop does when it is torn down
+        self.end_pass()
+        self.memento.put_back()
+        return found
 
 
-def own_loaders(*given: Any, **options: Any) -> OwnLoaders:
-    return OwnLoaders(combined(*given), [float("inf")] * len(given), **options)
+def repeated(*given: Any, **options: Any) -> Repeated:
+    return Repeated(combined(*given), [float("inf")] * len(given), **options)
 
 
 class _Batches:
@@ -59,12 +73,12 @@ class _Batches:
     ],
 )
 def test_every_pass_reads_the_same_batches(loader):
-    with own_loaders(loader()) as own:
+    with repeated(loader()) as own:
         torch_state = torch.get_rng_state()
         passes = []
         for _ in range(3):
             torch.set_rng_state(torch_state)  # global generators are the caller's to keep
-            passes.append([checksum(batch) for batch in read(own)])
+            passes.append([checksum(batch) for batch in own.read()])
     assert passes[0] == passes[1] == passes[2]
     assert len(passes[0]) >= 3
 
@@ -73,8 +87,8 @@ def test_every_pass_reads_the_same_batches(loader):
 def test_loaders_are_combined_as_the_user_combined_them(mode):
     given = combined(DataLoader(Rows(8), 4), DataLoader(Rows(12, seed=1), 4), mode=mode)
     expected = [batch for batch, _, _ in given]
-    with OwnLoaders(given, [3, 3]) as own:
-        found = read(own)
+    with Repeated(given, [3, 3]) as own:
+        found = own.read()
     assert len(found) == len(expected)
     assert same_bits(_plain(found), _plain(expected))
 
@@ -84,24 +98,23 @@ def _plain(value: Any) -> Any:
 
 
 def test_limits_are_those_of_the_trainer():
-    with OwnLoaders(combined(DataLoader(Rows(20), 4), DataLoader(Rows(20), 4)), [2, 1]) as own:
-        assert [len(read(own)) for _ in range(2)] == [3, 3]
+    with Repeated(combined(DataLoader(Rows(20), 4), DataLoader(Rows(20), 4)), [2, 1]) as own:
+        assert [len(own.read()) for _ in range(2)] == [3, 3]
         assert own.num_batches == 3
-    assert own_loaders(DataLoader(Rows(4))).num_batches is None
+    assert repeated(DataLoader(Rows(4))).num_batches is None
 
 
-def test_other_batches_are_an_error_that_names_the_loader_and_the_batch():
+def test_other_batches_are_an_error_that_names_the_loader_and_the_batch(monkeypatch):
     class Moves(Rows):
-        seen = [0]  # noqa: RUF012 - a counter that no attribute of the instance shows
-
         def __getitem__(self, index: int) -> Any:
-            self.seen[0] += 1
-            return super().__getitem__(index)[0] + (self.seen[0] > 12), torch.zeros(1)
+            os.environ["ROWS_READ"] = str(int(os.environ.get("ROWS_READ", 0)) + 1)  # which is not put back
+            return super().__getitem__(index)[0] + (int(os.environ["ROWS_READ"]) > 12), torch.zeros(1)
 
-    with own_loaders(DataLoader(Rows(8), 4), DataLoader(Moves(8), 4)) as own:
-        read(own)
+    monkeypatch.setenv("ROWS_READ", "0")
+    with repeated(DataLoader(Rows(8), 4), DataLoader(Moves(8), 4)) as own:
+        own.read()
         with pytest.raises(EvaluationError) as error:
-            read(own)
+            own.read()
     for piece in ("validation loader 1", "batch 3 of this pass is another", "seed its random choices by index"):
         assert piece in str(error.value)
 
@@ -116,6 +129,10 @@ def test_another_number_of_batches_is_an_error(first, second):
         for index in range(second):
             fingerprints.check(0, torch.tensor(index))
         fingerprints.end_pass()
+
+
+def jagged(*lengths: int) -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(length, 2) for length in lengths], layout=torch.jagged)
 
 
 @dataclass
@@ -142,6 +159,11 @@ class _Batch:
         (["text"], ["texts"]),
         ((1, 2.0), (1, 2.5)),
         (torch.zeros(0), torch.zeros(0, 3)),
+        (np.zeros(2), np.ones(2)),
+        (torch.eye(2).to_sparse(), torch.diag(torch.tensor([1.0, 2.0])).to_sparse()),
+        (jagged(2, 3), jagged(3, 2)),
+        (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.complex64).mul(1j).conj()),
+        (torch.ones(2).to(torch.float8_e8m0fnu), torch.full((2,), 2.0).to(torch.float8_e8m0fnu)),
     ],
 )
 def test_a_fingerprint_sees_the_difference(a, b):
@@ -150,9 +172,13 @@ def test_a_fingerprint_sees_the_difference(a, b):
     assert fingerprint(a) == fingerprint(a)
 
 
+def test_nested_batches_of_the_same_rows_are_the_same_batch():
+    assert loaders._fingerprint(jagged(2, 3)) == loaders._fingerprint(jagged(2, 3))
+
+
 def test_each_batch_is_announced_after_it_was_used():
     announced: list[int] = []
-    with own_loaders(DataLoader(Rows(8), 4)) as own:
+    with repeated(DataLoader(Rows(8), 4)) as own:
         loader = own.combined(on_batch=lambda: announced.append(1))
         seen = [len(announced) for _ in loader]
     assert seen == [0, 1]
@@ -187,17 +213,16 @@ class _Collator:
 )
 def test_generators_and_counters_are_put_back_between_passes_and_at_the_end(generator):
     collator = _Collator(generator())
-    with own_loaders(DataLoader(Rows(8), 4, collate_fn=collator)) as own:
-        assert same_bits(read(own), read(own))
-        assert collator.num_calls == 2
-    assert collator.num_calls == 0
+    with repeated(DataLoader(Rows(8), 4, collate_fn=collator)) as own:
+        assert same_bits(own.read(), own.read())
+        assert collator.num_calls == 0
     other = _Collator(generator())
     assert collator.draw() == other.draw()
 
 
 def test_generators_are_put_back_where_a_pass_breaks_off():
     collator = _Collator(random.Random(3))
-    with pytest.raises(KeyError), own_loaders(DataLoader(Rows(8), 4, collate_fn=collator)) as own:  # noqa: PT012
+    with pytest.raises(KeyError), repeated(DataLoader(Rows(8), 4, collate_fn=collator)) as own:  # noqa: PT012
         next(iter(own.combined(on_batch=lambda: None)))
         raise KeyError
     assert collator.draw() == random.Random(3).random()
@@ -214,44 +239,30 @@ class _Deep(nn.Module):
 
 def test_a_model_that_collates_has_its_generators_kept():
     module = _Deep()
-    with own_loaders(DataLoader(Rows(8), 4, collate_fn=module.collate)) as own:
-        assert same_bits(read(own), read(own))
+    with repeated(DataLoader(Rows(8), 4, collate_fn=module.collate)) as own:
+        assert same_bits(own.read(), own.read())
     assert same_bits(module.generator.get_state(), torch.Generator().manual_seed(1).get_state())
 
 
-def test_large_lists_are_not_searched():
-    class Listed(Rows):
+def test_a_list_that_a_sampler_shuffles_in_place_is_put_back():
+    class Shuffles(Sampler):
         def __init__(self) -> None:
-            super().__init__(4)
-            self.rows = [object() for _ in range(20_000)]
-            self.nested = {"more": [random.Random(1)]}
+            self.order = list(range(8))
 
-    parts = list(loaders._stateful_parts(DataLoader(Listed())))
-    assert len(parts) < 20
-    assert any(isinstance(part, random.Random) for part in parts)
+        def __iter__(self) -> Iterator[int]:
+            random.shuffle(self.order)
+            return iter(self.order)
 
+        def __len__(self) -> int:
+            return 8
 
-def test_a_data_set_that_refers_to_itself_is_no_trap():
-    data = Rows(4)
-    data.itself = [data]
-    assert data in list(loaders._stateful_parts(DataLoader(data)))
-
-
-def test_caches_of_a_data_set_stay():
-    class Caches(Rows):
-        def __init__(self) -> None:
-            super().__init__(8)
-            self.cache: dict[int, Any] = {}
-
-        def __getitem__(self, index: int) -> Any:
-            self.opened = True
-            return self.cache.setdefault(index, super().__getitem__(index))
-
-    data = Caches()
-    with own_loaders(DataLoader(data, 4)) as own:
-        read(own)
-    assert len(data.cache) == 8
-    assert data.opened
+    sampler = Shuffles()
+    with repeated(DataLoader(Rows(8), 4, sampler=sampler)) as own:
+        state = random.getstate()
+        first = own.read()
+        random.setstate(state)
+        assert same_bits(first, own.read())
+    assert sampler.order == list(range(8))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -261,8 +272,8 @@ def test_the_users_persistent_workers_are_neither_used_nor_ended(num_workers):
     first = [checksum(batch) for batch in loader]
     workers = loader._iterator
     state = torch.get_rng_state()
-    with own_loaders(loader) as own:
-        read(own)
+    with repeated(loader) as own:
+        own.read()
     torch.set_rng_state(state)
     second = [checksum(batch) for batch in loader]
     assert loader._iterator is workers
@@ -284,6 +295,14 @@ class _Iterator:
         raise StopIteration
 
 
+class _Endless(DataLoader):
+    """Keeps one iterator, and its workers with it, through all epochs."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.iterator = super().__iter__()
+
+
 class _Stateful(IterableDataset):
     def __iter__(self) -> Iterator[int]:
         return iter(range(3))
@@ -301,12 +320,13 @@ class _Stateful(IterableDataset):
         (_Iterator, "_Iterator"),
         (lambda: DataLoader(_Stateful()), "_Stateful"),
         (_Stateful, "_Stateful"),
+        (lambda: _Endless(Rows(4), 2), "_Endless"),
     ],
 )
 def test_a_position_of_its_own_is_refused_by_name(loader, named):
     with pytest.raises(EvaluationError, match=rf"validation loader 1: {named} carries a position of its own"):
-        own_loaders(DataLoader(Rows(4)), loader())
-    own_loaders(DataLoader(Rows(4)), loader(), stateful_data="iterate")
+        repeated(DataLoader(Rows(4)), loader())
+    repeated(DataLoader(Rows(4)), loader(), stateful_data="iterate")
 
 
 def test_a_stream_that_starts_over_is_welcome():
@@ -314,5 +334,5 @@ def test_a_stream_that_starts_over_is_welcome():
         def __iter__(self) -> Iterator[int]:
             return iter(range(5))
 
-    with own_loaders(DataLoader(Stream(), 2)) as own:
-        assert same_bits(read(own), read(own))
+    with repeated(DataLoader(Stream(), 2)) as own:
+        assert same_bits(own.read(), own.read())

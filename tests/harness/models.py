@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,6 +154,14 @@ class TiedModel(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class Witness(list):
+    """Notes of hooks. It owns a lock, as what works beside a run does, so an evaluation does not take them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 class MemoryLogger(Logger):

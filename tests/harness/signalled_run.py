@@ -54,7 +54,7 @@ def main(into: str) -> None:
 
 def run(scenario: str, folder: Path) -> dict[str, Any]:
     import torch
-    from harness.models import Recorder, Regression, rows, same_bits, trainer, weights
+    from harness.models import Recorder, Regression, Witness, rows, same_bits, trainer, weights
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     from pretrain_merge import ModelMerging
@@ -64,7 +64,7 @@ def run(scenario: str, folder: Path) -> dict[str, Any]:
     name, moment = HELD_SCENARIOS.get(scenario, (SCENARIOS.get(scenario), ""))
     if scenario.startswith("slurm") or name == "SIGUSR1":
         pretend_slurm(folder)
-    evaluated: list[bool] = []
+    evaluated = Witness()
     at_step_4 = Once(lambda: own.global_step == 4, folder / "evaluating")
 
     class Module(Regression):

@@ -93,6 +93,14 @@ def test_a_tiny_step_beside_zero_is_a_step(backend, make, deviation):
     assert_is_spread(backend.merge([make(200)], snapshots, [0.5, 0.5], spread=True), snapshots)
 
 
+@pytest.mark.parametrize("deviation", [1e-19, 1e-24, 1e-30])
+def test_a_tiny_step_beside_weights_that_do_not_move_is_a_step(backend, make, deviation):
+    fixed = make(100)
+    snapshots = [[fixed.clone(), make(50) * deviation] for _ in range(3)]
+    out = [torch.empty_like(tensor) for tensor in snapshots[0]]
+    assert_is_spread(backend.merge(out, snapshots, [0.2, 0.3, 0.5], spread=True), snapshots)
+
+
 def test_tensors_of_very_different_magnitude_add_up(backend, make):
     scales = [1e-30, 1.0, 1e-3]
     snapshots = [[make(100) * scale for scale in scales] for _ in range(3)]

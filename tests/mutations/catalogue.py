@@ -52,6 +52,8 @@ _EVALUATE = "tests/evaluation/test_evaluate.py"
 _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
 _DURABLE = "tests/callbacks/test_kept_window.py"
+_RUN_FOLDER = "tests/callbacks/test_run_folder.py"
+_STEPS = "tests/callbacks/test_optimizer_steps.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 
 FAULTS = (
@@ -137,17 +139,25 @@ FAULTS = (
     Fault(
         "fires on the remainder only",
         "cadence.py",
-        "return self.index(after) > last and",
-        "return after.count(self.every.unit) % self.every.amount == 0 and",
+        "return self.index(after, since=since) > last and",
+        "return not self.is_beyond(after, since=since) and",
         _CADENCE,
     ),
     Fault(
         "fires again at a standstill",
         "cadence.py",
-        "return self.index(after) > last and",
-        "return self.index(after) >= last and",
+        "return self.index(after, since=since) > last and",
+        "return self.index(after, since=since) >= last and",
         _CADENCE,
     ),
+    Fault(
+        "a share counts from the start of the run",
+        "cadence.py",
+        "return self.every.index(count - since.count(self.every.unit))",
+        "return self.every.index(count)",
+        f"{_CADENCE} tests/merging/test_growing_interval.py",
+    ),
+    Fault("a growing interval does not grow", "cadence.py", "if count * share <= 1.0:", "if True:", _CADENCE),
     Fault("ignores start", "cadence.py", " and after.count(self.start.unit) >= self.start.amount", "", _CADENCE),
     Fault("B means a million", "cadence.py", '"B": 10**9', '"B": 10**6', _CADENCE),
     # window
@@ -524,24 +534,87 @@ FAULTS = (
     ),
     Fault(
         "modules stay in eval mode",
-        "evaluation/isolation.py",
-        "            now.update({name: value for name, value in before.items() if now.get(name, now) is not value})",
-        "            pass",
+        "evaluation/evaluate.py",
+        "                kept.callback(memento.put_back)\n",
+        "",
         _NON_INTERFERENCE,
     ),
     Fault(
         "users' callbacks hear of the evaluation",
-        "evaluation/isolation.py",
-        "deaf = [_deaf(callback) for callback in trainer.callbacks]",
-        "deaf = trainer.callbacks",
+        "evaluation/muting.py",
+        "        for callback in callbacks:",
+        "        for callback in ():",
         _EVALUATE,
     ),
     Fault(
         "users' loggers hear of the evaluation",
-        "evaluation/isolation.py",
-        "_loggers=silent",
-        "_loggers=trainer.loggers",
+        "evaluation/muting.py",
+        "        for item in [*loggers, ",
+        "        for item in [",
         _EVALUATE,
+    ),
+    Fault(
+        "a writer that a hook has held since the start goes on writing",
+        "evaluation/muting.py",
+        "*filter(None, map(_experiment, loggers)), ",
+        "",
+        "tests/evaluation/test_muting.py",
+    ),
+    Fault(
+        "a thread of the user's cannot log while a merge is evaluated",
+        "evaluation/muting.py",
+        "return Nothing() if threading.get_ident() == here else method(*args, **kwargs)",
+        "return Nothing()",
+        "tests/evaluation/test_muting.py",
+    ),
+    Fault(
+        "what a class holds is forgotten",
+        "evaluation/graph.py",
+        "        memento.reach(index, [type(item)])",
+        "        pass",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "globals that hooks name are forgotten",
+        "evaluation/graph.py",
+        "        memento.add(index, state)\n        memento.reach(index, state.values)\n        modules",
+        "        modules",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "merged weights are put back by the evaluation, before they are saved",
+        "evaluation/graph.py",
+        "has_values=not is_merged",
+        "has_values=True",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "what owns a thread is rolled back under it",
+        "evaluation/graph.py",
+        "    if not kind.may_own and (worker",
+        "    if False and (worker",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "a worker that was started meanwhile is dropped",
+        "evaluation/states.py",
+        "        if self.owner is not None and any(map(works, new.values())):",
+        "        if False:",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "a large optimizer's state is doubled",
+        "evaluation/memento.py",
+        "            if total <= MOST_BYTES:",
+        "            if True:",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "a graph that training holds cannot be walked backward any more",
+        "evaluation/memory.py",
+        "            _set_version(item, self.version)\n",
+        "",
+        "tests/evaluation/test_memento.py",
     ),
     Fault(
         "other batches pass in silence",
@@ -589,8 +662,9 @@ FAULTS = (
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/run.py",
-        "self.merger.observe(self._fit.module, progress, lr=self.clock.lr)",
-        "self.merger.observe(self._fit.module, progress, lr=self._fit.trainer.optimizers[0].param_groups[0]['lr'])",
+        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self._merge_if_due()",
+        "rates = [group['lr'] for group in self._fit.trainer.optimizers[0].param_groups]\n        "
+        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self._merge_if_due()",
         "tests/callbacks",
     ),
     Fault(
@@ -758,8 +832,8 @@ FAULTS = (
     Fault(
         "a checkpoint owes no merge",
         "callbacks/run.py",
-        "is_owed = state.last_merge < state.progress.step and self.merger.merge_is_due()",
-        "is_owed = False",
+        "return self._last_merge < step and (",
+        "return False and (",
         _DURABLE,
     ),
     Fault(
@@ -1180,5 +1254,61 @@ FAULTS = (
         "if target.is_conj() else (target, source)",
         "if False else (target, source)",
         "tests/parameters/test_bits.py",
+    # runs and their folders
+    Fault(
+        "two runs share a folder",
+        "callbacks/run_folder.py",
+        'if getattr(error.__cause__, "errno", None) not in _NO_LOCKS:',
+        "if False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a resumed run takes another run's files for its own",
+        "callbacks/run_folder.py",
+        'elif identity not in ("", here):',
+        "elif False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a second model of one Trainer goes on with the first one's window",
+        "callbacks/model_merging.py",
+        "or self._last_run.module is not pl_module:",
+        "or False:",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "a wrapper stays when the one above it was taken first",
+        "callbacks/borrowing.py",
+        "layered = now if isinstance(now, _Layered) else _Layered(owner, name)",
+        "layered = _Layered(owner, name)",
+        _RUN_FOLDER,
+    ),
+    Fault(
+        "steps of optimizers themselves are not seen",
+        "callbacks/optimizer_steps.py",
+        "handle = register_optimizer_step_post_hook(stepped)",
+        "handle = register_optimizer_step_post_hook(lambda *_: None)",
+        _STEPS,
+    ),
+    Fault(
+        "optimizers of other models count",
+        "callbacks/optimizer_steps.py",
+        "if any(id(parameter) in parameters",
+        "if any(parameters",
+        _STEPS,
+    ),
+    Fault(
+        "weights are observed before the module's own hook",
+        "callbacks/run.py",
+        'not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")',
+        "False",
+        _STEPS,
+    ),
+    Fault(
+        "a snapshot that a checkpoint owes is forgotten",
+        "callbacks/run.py",
+        "if self.merger.progress.step < self.clock.progress.step:",
+        "if False:",
+        _STEPS,
     ),
 )

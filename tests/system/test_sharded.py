@@ -2,13 +2,13 @@
 
 import copy
 import warnings
-from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from harness import oracles
+from harness.models import Witness
 from harness.rank_trainers import Group, strategy, trainer_on_ranks
 from harness.ranks import on_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -147,7 +147,7 @@ class WithStatistics(Model):
     def __init__(self, reshard):
         super().__init__(reshard)
         self.net.append(nn.BatchNorm1d(1))
-        self.measured_with, self.trained_with = deque(), deque()  # lists would be given back after an evaluation
+        self.measured_with, self.trained_with = Witness(), []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def on_train_batch_end(self, *_):

@@ -1,0 +1,286 @@
+"""What each type of object refers to, and which state of it is kept: one function a type, for a `Memento` to call.
+
+This module knows the insides of containers, functions, classes and attributes. It has no bounds and writes nothing.
+"""
+
+from array import array
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import count, cycle
+from types import CellType, CodeType, FunctionType, GeneratorType, MappingProxyType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain_merge.evaluation import kinds, states
+from pretrain_merge.evaluation.memory import (
+    BytesState,
+    CountState,
+    GeneratorState,
+    IteratorState,
+    TensorState,
+    draws,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from pretrain_merge.evaluation.memento import Memento
+
+_POSITIONS: tuple[Any, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+_MOVING = (count, cycle, GeneratorType)
+_FEW = 8  # workers are looked for among so many items of an attribute
+
+
+def enter(memento: "Memento", index: int, item: Any) -> None:
+    """Keep the state of an object, and let the memento search what it refers to."""
+    cls: Any = type(item)
+    _enter_for(cls)(memento, index, item)
+
+
+@lru_cache(maxsize=4096)
+def _enter_for(cls: Any) -> "_Enter":
+    known = _ENTER.get(cls)
+    if known is not None:
+        return known
+    if issubclass(cls, type):
+        return _enter_class
+    if draws(cls):
+        return _enter_generator
+    if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
+        return _enter_bytes
+    if not kinds.kind_of(cls).is_state:
+        return _enter_nothing
+    by_base: dict[Any, _Enter] = {
+        Tensor: _enter_tensor, np.ndarray: _enter_array, tuple: _enter_tuple, frozenset: _enter_tuple,
+        defaultdict: _enter_defaultdict, OrderedDict: _enter_ordered, dict: _enter_dict, list: _enter_list,
+        set: _enter_set, deque: _enter_deque,
+    }  # fmt: skip
+    chosen = next((function for base, function in by_base.items() if issubclass(cls, base)), None)
+    if chosen is None:
+        return _enter_object
+
+    def enter_both(memento: "Memento", index: int, item: Any) -> None:
+        if _enter_object(memento, index, item):
+            chosen(memento, index, item)
+
+    return enter_both
+
+
+def _enter_nothing(memento: "Memento", index: int, item: Any) -> None:
+    pass
+
+
+def _enter_list(memento: "Memento", index: int, item: Any, kind: Any = list) -> None:
+    state = states.ListState(item, kind)
+    if memento.items(index, state.items):
+        memento.add(index, state)
+
+
+def _enter_deque(memento: "Memento", index: int, item: Any) -> None:
+    _enter_list(memento, index, item, deque)
+
+
+def _enter_set(memento: "Memento", index: int, item: Any) -> None:
+    state = states.SetState(item)
+    if memento.items(index, state.items):
+        memento.add(index, state)
+
+
+def _enter_dict(memento: "Memento", index: int, item: Any, kind: Any = dict) -> None:
+    state = states.DictState(item, kind)
+    if memento.items(index, [*state.values, *state.keys]):
+        memento.add(index, state)
+
+
+def _enter_ordered(memento: "Memento", index: int, item: Any) -> None:
+    _enter_dict(memento, index, item, OrderedDict)
+
+
+def _enter_defaultdict(memento: "Memento", index: int, item: Any) -> None:
+    state = states.FactoryState(item)
+    memento.add(index, state)
+    memento.reach(index, [state.factory])
+    _enter_dict(memento, index, item)
+
+
+def _enter_tuple(memento: "Memento", index: int, item: Any) -> None:
+    memento.items(index, list(item))
+
+
+def _enter_proxy(memento: "Memento", index: int, item: Any) -> None:
+    memento.items(index, list(item.values()))
+
+
+def _enter_method(memento: "Memento", index: int, item: Any) -> None:
+    memento.reach(index, [item.__self__, item.__func__])
+
+
+def _enter_partial(memento: "Memento", index: int, item: Any) -> None:
+    memento.reach(index, [item.func, *item.args, item.keywords])
+
+
+def _enter_reference(memento: "Memento", index: int, item: Any) -> None:
+    memento.reach(index, [item()])
+
+
+def _enter_descriptor(memento: "Memento", index: int, item: Any) -> None:
+    names = ("__func__", "fget", "fset", "fdel")
+    memento.reach(index, [getattr(item, name) for name in names if hasattr(item, name)])
+
+
+def _enter_position(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, IteratorState(item))
+    memento.reach(index, item.__reduce__()[1])
+
+
+def _enter_moving(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, CountState(item))
+
+
+def _enter_generator(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, GeneratorState(item))
+    _enter_object(memento, index, item)
+
+
+def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, BytesState(item))
+    _enter_object(memento, index, item)
+
+
+def _enter_array(memento: "Memento", index: int, item: Any) -> None:
+    if item.dtype.hasobject:
+        state = states.ObjectsState(item)
+        if memento.items(index, state.items):
+            memento.add(index, state)
+    elif item.flags.writeable and not issubclass(type(item), np.memmap):
+        memento.add(index, BytesState(item))
+
+
+def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
+    if item.is_meta or torch.nn.parameter.is_lazy(item):
+        return
+    is_merged = not memento.merged.isdisjoint(places(item))
+    memento.add(index, TensorState(item, has_values=not is_merged))
+    if item.grad_fn is None and item.grad is not None:
+        memento.reach(index, [item.grad])
+
+
+def places(tensor: Tensor) -> Iterator[Any]:
+    """The memory of a tensor on this rank, by which it is told from others."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    yield local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
+
+
+def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
+    _enter_tensor(memento, index, item)
+    _enter_object(memento, index, item)
+
+
+def _enter_function(memento: "Memento", index: int, item: Any) -> None:
+    cells = item.__closure__ or ()
+    memento.reach(index, [cell.cell_contents for cell in cells if cell != CellType()])
+    module = item.__globals__.get("__name__") or ""
+    if kinds.is_library(module):
+        return
+    memento.reach(index, [*(item.__defaults__ or ()), item.__kwdefaults__, item.__dict__])
+    if cells:
+        memento.add(index, states.cell_state(cells))
+    names = set(_names(item.__code__))
+    waiting, met = [item.__globals__], memento.namespaces
+    while waiting:
+        namespace = waiting.pop()
+        known = met.setdefault(id(namespace), (namespace, set()))[1]
+        new = names - known
+        known |= new
+        if not new:
+            continue
+        state = states.names_state(namespace, sorted(new))
+        memento.add(index, state)
+        memento.reach(index, state.values)
+        modules = (value for value in state.values if isinstance(value, ModuleType))
+        waiting += [vars(module) for module in modules if not kinds.is_library(module.__name__)]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if type(constant) is CodeType:
+            yield from _names(constant)
+
+
+def _enter_class(memento: "Memento", index: int, item: Any) -> None:
+    if kinds.is_library(str(vars(item).get("__module__", ""))):
+        return
+    state = states.class_state(item)
+    memento.add(index, state)
+    memento.reach(index, state.values)
+    memento.reach(index, item.__bases__)
+
+
+def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
+    """Attributes of `__dict__` and `__slots__`, past whatever the class makes of getting and setting them.
+
+    Whether the object is ours to keep: not if something works in it while we evaluate.
+    """
+    cls: Any = type(item)
+    kind = kinds.kind_of(cls)
+    if not kind.is_state:
+        return False
+    found: list[Any] = []
+    if kind.has_dict:
+        attributes = object.__getattribute__(item, "__dict__")
+        found.append(states.DictState(attributes, owner=None if kind.may_own else item))
+    if kind.slots:
+        found.append(states.slots_state(item, kind.slots))
+    values = [value for state in found for value in state.values]
+    if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
+        if kind.is_users:
+            memento.leave(index, f"owns a {worker}")
+        return False
+    for state in found:
+        memento.add(index, state)
+    memento.reach(index, values)
+    if kind.is_users:
+        memento.reach(index, [type(item)])
+    return True
+
+
+def _worker(value: Any) -> str | None:
+    """The name of what runs beside us, in an attribute or in a short list of them."""
+    kind = type(value)
+    if kind in kinds.VALUES:
+        return None
+    if kind in (list, tuple, dict):
+        few = [*(value.values() if kind is dict else value)][:_FEW]
+        return next((type(item).__name__ for item in few if kinds.works(type(item))), None)
+    return kind.__name__ if kinds.works(kind) else None
+
+
+_Enter = Callable[["Memento", int, Any], object]
+_ENTER: dict[type, _Enter] = {
+    list: _enter_list,
+    dict: _enter_dict,
+    tuple: _enter_tuple,
+    frozenset: _enter_tuple,
+    MappingProxyType: _enter_proxy,
+    FunctionType: _enter_function,
+    MethodType: _enter_method,
+    partial: _enter_partial,
+    ReferenceType: _enter_reference,
+    property: _enter_descriptor,
+    staticmethod: _enter_descriptor,
+    classmethod: _enter_descriptor,
+    defaultdict: _enter_defaultdict,
+    type: _enter_class,
+    deque: _enter_deque,
+    set: _enter_set,
+    OrderedDict: _enter_ordered,
+    Tensor: _enter_parameter,
+    torch.nn.Parameter: _enter_parameter,
+    np.ndarray: _enter_array,
+    **dict.fromkeys(_POSITIONS, _enter_position),
+    **dict.fromkeys(_MOVING, _enter_moving),
+}

@@ -1,0 +1,204 @@
+"""Which objects are state of a run, which are values, and which live by themselves: decided once for each type.
+
+This module knows types and the libraries that they come from. It looks at classes only and never at what an object
+says of itself: a user's `__getattr__`, `__class__` or `__eq__` may do anything.
+"""
+
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import re
+import sys
+import types
+import uuid
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+# immutable, and most of what there is: skipped before anything else is asked of them
+VALUES = frozenset(
+    {
+        type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented),
+        torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, re.Pattern, uuid.UUID,
+        pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, decimal.Decimal, fractions.Fraction,
+        datetime.datetime, datetime.date, datetime.time, datetime.timedelta,
+        types.ModuleType, types.CodeType, types.GenericAlias, types.BuiltinFunctionType,
+        types.WrapperDescriptorType, types.MethodWrapperType, types.MethodDescriptorType, types.GetSetDescriptorType,
+        types.MemberDescriptorType, types.FrameType, types.TracebackType,
+    }
+)  # fmt: skip
+
+# what runs, waits or is connected outside Python's objects: rolled back, it would no longer fit its other half
+_LIVING = frozenset(
+    {
+        "threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "subprocess", "asyncio",
+        "_asyncio", "socket", "_socket", "ssl", "_ssl", "io", "_io", "selectors", "select", "logging",
+        "sqlite3", "mmap", "tempfile", "signal", "sched", "contextvars", "_contextvars", "http", "urllib",
+        "ftplib", "smtplib", "socketserver", "zipfile", "tarfile", "gzip", "bz2", "lzma", "shelve", "dbm",
+        "weakref", "_weakref", "gc", "inspect", "traceback", "importlib",
+    }
+)  # fmt: skip
+# those that write into their owner's attributes at any time: the owner is left alone with them
+_WORKING = frozenset(
+    {
+        "threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "subprocess", "asyncio",
+        "_asyncio",
+    }
+)  # fmt: skip
+_PLAIN_STDLIB = frozenset(
+    {
+        "builtins", "types", "argparse", "random", "collections", "functools", "dataclasses", "abc", "typing",
+        "array",
+    }
+)  # fmt: skip
+# clients of services, files and devices, and whatever draws: their state is that of something outside
+_CLIENTS = frozenset(
+    {
+        "wandb", "mlflow", "comet_ml", "neptune", "tensorboard", "tensorboardX", "aim", "clearml", "swanlab",
+        "trackio", "dvclive", "requests", "urllib3", "httpx", "httpcore", "aiohttp", "boto3", "botocore",
+        "s3fs", "gcsfs", "fsspec", "google", "azure", "redis", "pymongo", "sqlalchemy", "psycopg", "psycopg2",
+        "ray", "grpc", "h5py", "zarr", "lmdb", "pyarrow", "pandas", "polars", "duckdb", "datasets", "kafka",
+        "zmq", "dask", "distributed", "joblib", "tqdm", "rich", "matplotlib", "plotly", "PIL", "psutil",
+        "pynvml", "sentry_sdk", "prometheus_client", "opentelemetry", "triton", "numba", "jax", "tensorflow",
+        "deepspeed", "loguru", "structlog", "IPython", "pytest", "_pytest",
+    }
+)  # fmt: skip
+_LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
+_LIGHTNINGS_STATE = (
+    "core", "callbacks", "demos", "loops", "trainer.trainer", "utilities.combined_loader", "utilities.types",
+    "utilities.device_dtype_mixin", "trainer.connectors.data_connector",
+)  # fmt: skip
+_LIGHTNINGS_LIVING = ("callbacks.progress", "loops.fetchers", "callbacks.rich", "callbacks.device_stats_monitor")
+_TORCHS_STATE = ("nn", "optim", "utils.data", "amp", "cuda.amp", "distributions", "ao")
+_KEPT_ALWAYS = (nn.Module, Optimizer, LRScheduler)
+_LIBRARIES = (
+    _LIGHTNING | _CLIENTS | {"torch", "torchmetrics", "numpy", "transformers", "peft", "timm", "pretrain_merge"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What to do with the objects of one type.
+
+    Attributes:
+        is_state: Whether it is kept and searched; otherwise it is left alone with all that only it refers to.
+        lives: Whether it is half of something outside Python's objects, and must never be dropped or rolled back.
+        works: Whether it may write into its owner's attributes while an evaluation runs.
+        may_own: Whether it is kept although it owns such a thing.
+        has_dict: Whether it has an attribute dictionary.
+        slots: Descriptors of its `__slots__`.
+        is_users: Whether its class is the user's own code.
+    """
+
+    is_state: bool
+    lives: bool = False
+    works: bool = False
+    may_own: bool = False
+    has_dict: bool = False
+    slots: tuple[Any, ...] = ()
+    is_users: bool = False
+
+
+@lru_cache(maxsize=4096)
+def kind_of(cls: type) -> Kind:
+    """The kind of the objects of a type that is neither a value nor a container that the memento knows itself."""
+    mro = type.__dict__["__mro__"].__get__(cls)
+    if is_shared_memory(cls):
+        return Kind(is_state=True)
+    # a lock per thread belongs to nobody's attributes
+    works = cls.__name__ != "_local" and any(_top(base) in _WORKING for base in mro)
+    lives = works or any(map(_lives, mro))
+    # modules own streams and locks, and are what hooks aim at first
+    always = any(base in mro for base in _KEPT_ALWAYS)
+    if _is_ours(cls) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
+        return Kind(is_state=False, lives=lives, works=works)
+    return Kind(
+        is_state=True,
+        may_own=always or any(base.__name__ == "Trainer" for base in mro),
+        has_dict=type.__dict__["__dictoffset__"].__get__(cls) != 0,
+        slots=tuple(
+            item
+            for base in mro
+            if "__slots__" in vars(base)
+            for item in vars(base).values()
+            if type(item) is types.MemberDescriptorType
+        ),
+        is_users=not is_library(_module_of(cls)),
+    )
+
+
+def lives(cls: type) -> bool:
+    """Whether objects of a type must never be dropped or rolled back."""
+    return cls not in VALUES and kind_of(cls).lives
+
+
+def works(cls: type) -> bool:
+    """Whether objects of a type may write into their owner's attributes at any time."""
+    return cls not in VALUES and kind_of(cls).works
+
+
+def is_shared_memory(cls: type) -> bool:
+    """`multiprocessing.Value` and `Array`, and ctypes: an epoch that workers see. It has a lock and is not a worker."""
+    mro = type.__dict__["__mro__"].__get__(cls)
+    names = ("_SimpleCData", "Array", "Structure", "Union")
+    return any(
+        _module_of(base) == "multiprocessing.sharedctypes" or (_top(base) == "_ctypes" and base.__name__ in names)
+        for base in mro
+    )
+
+
+@cache
+def is_library(module: str) -> bool:
+    """Whether a module is Python's or an installed library, whose own globals and class attributes are not searched."""
+    top = module.partition(".")[0]
+    if top in _LIBRARIES or top in sys.stdlib_module_names:
+        return top != "__main__" and not module.startswith("pretrain_merge.demo")
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
+def _module_of(cls: type) -> str:
+    module = vars(cls).get("__module__")
+    return module if isinstance(module, str) else "builtins"
+
+
+def _top(cls: type) -> str:
+    return _module_of(cls).partition(".")[0]
+
+
+def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
+    is_stdlib = _top(cls) in sys.stdlib_module_names and _top(cls) not in _PLAIN_STDLIB
+    return is_stdlib or any(base in mro for base in (np.generic, enum.Enum, BaseException))
+
+
+def _is_ours(cls: type) -> bool:
+    module = _module_of(cls)
+    return module.startswith("pretrain_merge") and not module.startswith("pretrain_merge.demo")
+
+
+def _lives(base: type) -> bool:
+    top, _, rest = _module_of(base).partition(".")
+    if top in _LIGHTNING:
+        return _in_lightning(rest).startswith(_LIGHTNINGS_LIVING)
+    return top in _LIVING or top in _CLIENTS or "DataLoaderIter" in base.__name__
+
+
+def _may_be_state(base: type) -> bool:
+    top, _, rest = _module_of(base).partition(".")
+    if top in _LIGHTNING:
+        rest = _in_lightning(rest)
+        is_iterator = rest == "utilities.combined_loader" and base.__name__ != "CombinedLoader"
+        return rest.startswith(_LIGHTNINGS_STATE) and not is_iterator
+    return top != "torch" or rest.startswith(_TORCHS_STATE)
+
+
+def _in_lightning(module: str) -> str:
+    return module.removeprefix("pytorch.").removeprefix("fabric.")

@@ -1,0 +1,160 @@
+"""Where the files of a run are, and that two runs never mix theirs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from harness.models import LIGHTNING_REMARKS, MemoryLogger, Regression, rows, same_bits, trainer, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from pretrain_merge import ModelMerging, load_merged
+from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.records import read_records
+
+pytestmark = [*LIGHTNING_REMARKS, pytest.mark.filterwarnings("ignore:Experiment logs directory")]
+
+
+def fit(
+    folder: Any, *callbacks: Any, seed: int = 0, options: Any = None, ckpt_path: Any = None, **own: Any
+) -> tuple[ModelMerging, Any]:
+    pl.seed_everything(seed, verbose=False)
+    merging = ModelMerging(**({"window": 3, "every": 2} | (options or {})))
+    run = trainer(folder, merging, *callbacks, **({"max_steps": 6} | own))
+    module = Regression()
+    run.fit(module, rows(), rows(4, seed=1), ckpt_path=ckpt_path)
+    return merging, module
+
+
+class Shared(MemoryLogger):
+    """As W&B's: one folder for all runs, which differ in their version."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        super().__init__(folder)
+        self._version = version
+
+    @property
+    def name(self) -> str:
+        return "project"
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+
+def test_p35_files_of_a_run_lie_beside_lightnings_own_checkpoints(tmp_path):
+    for version in ("first", "second"):
+        kept = ModelCheckpoint(save_last=True)
+        fit(tmp_path / "root", kept, logger=Shared(tmp_path / "logs", version))
+        folder = tmp_path / "logs" / "project" / version
+        assert Path(kept.dirpath) == folder / "checkpoints"
+        assert [record.step for record in read_records(folder / "merges.jsonl")] == [4, 6]
+    assert not list((tmp_path / "logs").glob("merge*"))
+
+
+def test_a_run_finds_its_files_again_after_another_one_began_in_its_folder(tmp_path):
+    kept = {name: ModelCheckpoint(tmp_path / name, save_last=True) for name in "ab"}
+    options = {"save": {"best": "val_loss"}}
+    first, _ = fit(tmp_path, kept["a"], seed=1, options=options)
+    measured = {record.step: record.raw for record in read_records(tmp_path / "merges.jsonl")}
+    saved = Regression()
+    load_merged(saved, first.best_model_path)
+    fit(tmp_path, kept["b"], seed=2, options=options)
+    others = (tmp_path / "merges.jsonl").read_text()
+    resumed, _ = fit(tmp_path, kept["a"], seed=1, options=options, max_steps=8, ckpt_path=tmp_path / "a" / "last.ckpt")
+    again = {record.step: record.raw for record in read_records(tmp_path / "merges.jsonl")}
+    assert {step: again[step] for step in measured} == measured
+    assert sorted(again) == [4, 6, 8]
+    found = Regression()
+    load_merged(found, resumed.best_model_path)
+    assert resumed.last_record.step == 8
+    assert resumed.best_model_path.is_relative_to(tmp_path / "merged")
+    assert (tmp_path / "merges.2.jsonl").read_text() == others  # under a number, whole
+
+
+def test_two_runs_at_once_in_one_folder_are_refused_and_the_remedy_works(tmp_path):
+    said = []
+
+    class Second(pl.Callback):
+        def on_train_epoch_end(self, run: Any, module: Any) -> None:
+            if not said:
+                with pytest.raises(CheckpointError) as error:
+                    fit(tmp_path, options={"window_folder": str(tmp_path / "other")})
+                said.append(str(error.value))
+                fit(tmp_path / "own")
+
+    fit(tmp_path, Second(), max_steps=12)
+    assert "in use by process" in said[0]
+    assert "Trainer(default_root_dir=" in said[0]
+    assert [record.step for record in read_records(tmp_path / "merges.jsonl")] == [4, 6, 8, 10, 12]
+    assert [record.step for record in read_records(tmp_path / "own" / "merges.jsonl")] == [4, 6]
+    assert not list(tmp_path.rglob("*lock"))
+
+
+def test_a_second_model_of_one_trainer_is_another_run(tmp_path, caplog):
+    merging = ModelMerging(window=4, every=2)
+    own = trainer(tmp_path, merging, ModelCheckpoint(tmp_path / "kept"), max_steps=6)
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    own.fit_loop.epoch_loop.max_steps = 12
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    assert [record.recipes["sma"].steps for record in read_records(tmp_path / "merges.jsonl")] == [(8, 10), (8, 10, 12)]
+    assert [record.step for record in read_records(tmp_path / "merges.1.jsonl")] == [4, 6]
+
+
+def test_a_change_of_the_working_directory_moves_nothing(tmp_path, monkeypatch):
+    class Moves(pl.Callback):
+        def on_train_batch_end(self, run: Any, *_: Any) -> None:
+            if run.global_step == 3:
+                (tmp_path / "elsewhere").mkdir()
+                os.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path)
+    options = {"store": "disk", "store_folder": "store", "window_folder": "window", "save": {"at_end": True}}
+    fit("run", Moves(), ModelCheckpoint(tmp_path / "kept"), options=options)
+    assert len(read_records(tmp_path / "run" / "merges.jsonl")) == 2
+    assert list((tmp_path / "run" / "merged").iterdir())
+    assert list((tmp_path / "window").glob("snapshot-*"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("root", ["memory://bucket/run", "s3://bucket/run"])
+def test_a_remote_folder_is_refused_before_anything_is_written(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"needs? a local one|need a local one"):
+        fit(root)
+    assert not list(tmp_path.iterdir())
+    fit(root, fast_dev_run=True)  # writes nothing
+
+
+def test_p35_csv_and_no_logger_stay_where_they_were(tmp_path):
+    fit(tmp_path / "csv", logger=CSVLogger(tmp_path / "csv"))
+    fit(tmp_path / "none")
+    assert (tmp_path / "csv" / "lightning_logs" / "version_0" / "merges.jsonl").exists()
+    assert (tmp_path / "none" / "merges.jsonl").exists()
+
+
+def test_an_identity_that_is_damaged_loses_no_records(tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, kept)
+    (tmp_path / "merges.run.json").write_text("[" * 5000)
+    fit(tmp_path, kept, max_steps=8, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert [record.step for record in read_records(tmp_path / "merges.jsonl")] == [4, 6, 8]
+    assert set(json.loads((tmp_path / "merges.run.json").read_text())) == {"run"}
+
+
+def test_many_fits_leave_one_wrapper_of_save_checkpoint(tmp_path):
+    merging = [ModelMerging(name=name, window=2, every=1) for name in ("a", "b")]
+    own, module = trainer(tmp_path, *merging, max_steps=2), Regression()
+    users = own.save_checkpoint
+    for number in range(3):
+        own.fit_loop.epoch_loop.max_steps = 2 * (number + 1)
+        own.fit(module, rows(), rows(4, seed=1))
+        assert own.save_checkpoint.__wrapped__ == users
+        assert len(own.save_checkpoint.layers) == 2
+        assert "run" not in vars(own.fit_loop)
+    assert same_bits(weights(module), weights(module))
+    assert torch.is_tensor(own.callback_metrics["a/sma/val_loss"])
