@@ -150,8 +150,8 @@ class SavedWindow:
                 )
         if len(manifest.snapshots) > self._settings.config.window:
             raise ConfigError(
-                f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} snapshots. "
-                f"Keep at least as many, or start with an empty window by on_missing='refill'."
+                f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} "
+                f"snapshots. Keep at least as many, or start with an empty window by on_missing='refill'."
             )
 
 
