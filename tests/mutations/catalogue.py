@@ -1254,6 +1254,7 @@ FAULTS = (
         "if target.is_conj() else (target, source)",
         "if False else (target, source)",
         "tests/parameters/test_bits.py",
+    ),
     # runs and their folders
     Fault(
         "two runs share a folder",
