@@ -60,7 +60,7 @@ class Progress:
 
     def count(self, unit: Unit) -> int:
         """The counter of one unit."""
-        return {"steps": self.step, "samples": self.samples, "tokens": self.tokens}[unit]
+        return self.step if unit == "steps" else self.samples if unit == "samples" else self.tokens
 
     def followed_by(self, given: "Progress | int") -> "Progress":
         """The counters after a further step; an integer is a number of steps.
@@ -214,11 +214,11 @@ class Cadence:
             after: Counters now.
             since: Where the stretch began of which the interval is a share; a fixed interval does not ask.
         """
-        last = self.index(before, since=since)
-        if self.start.unit == self.every.unit:
+        last, now = self.index(before, since=since), self.index(after, since=since)
+        if now > last and self.start.unit == self.every.unit:  # at most steps, it is not
             # a multiple before `start` is not due late because the counter jumped over both
             last = max(last, self._index(self.start.amount - 1, since))
-        return self.index(after, since=since) > last and after.count(self.start.unit) >= self.start.amount
+        return now > last and after.count(self.start.unit) >= self.start.amount
 
     def due_after(self, progress: Progress, *, times: int = 1, since: Progress = Progress()) -> Quantity:
         """Where it will be due next, or for the given number of times; `start` in another unit may delay it further."""

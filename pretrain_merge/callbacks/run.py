@@ -26,8 +26,10 @@ from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
+from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import MergeRecord, Recipe
 from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.log import logger
 
 
 class Run:
@@ -175,6 +177,7 @@ class Run:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
+            self._say_what_checkpoints_keep()
             until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
@@ -251,6 +254,18 @@ class Run:
             notices=fit.notices,
             keep=self._save_if_due,
         )
+
+    def _say_what_checkpoints_keep(self) -> None:
+        """Where no checkpoint is ever deleted, no snapshot is: a disk fills up."""
+        if any(getattr(item, "save_top_k", None) == -1 for item in self._fit.trainer.checkpoint_callbacks):
+            tensors = self.merger.tensors(self.module)
+            sizes = zip(tensors.values(), whole_sizes(self.module, tensors), strict=True)
+            snapshot = sum(tensor.element_size() * size for tensor, size in sizes) / 1e9
+            logger.info(
+                f"save_top_k=-1 keeps every checkpoint, and so {self._kept_window.folder} every snapshot that one of "
+                f"them needs: {snapshot:.3g} GB each, at most {self._fit.config.window} new ones for a checkpoint. "
+                f"They go with the checkpoints that are deleted."
+            )
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
         if view not in self._not_saved:

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain_merge.cli.results import write_result
-from pretrain_merge.errors import ForecastError, MissingDependencyError, printable
+from pretrain_merge.cli.results import console_beside, write_result
+from pretrain_merge.errors import ForecastError, printable
 from pretrain_merge.forecast import Calibration, Forecast, forecast_anneal
 from pretrain_merge.records import plots, read_run
 from pretrain_merge.records.tables import as_text, expected_cell
@@ -55,14 +55,9 @@ def forecast(
         average: What a snapshot was, for these.
         name: Prefix of the metrics.
         picture: Where the picture goes; default: forecast.png beside the records.
-        json: Where the numbers go, too.
+        json: Where the numbers go, too; - is standard output.
     """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
+    console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
     options["calibration"] = Calibration.load(calibration) if calibration else None
@@ -74,7 +69,6 @@ def forecast(
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     if not found:
         raise ForecastError("; ".join(dict.fromkeys(str(answer) for answer in answers)))
-    console = Console(highlight=False)
     say = partial(console.print, soft_wrap=True, markup=False)
     console.print(
         _table(rows, title=f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from pretrain_merge._version import __version__
 from pretrain_merge.cli.export import export
 from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.cli.merge import as_one_list, merge
@@ -49,17 +50,12 @@ def report(
         name: Prefix of the metrics, for a CSV or a W&B run.
         picture: Where the picture goes; default: report.png in the run's folder.
     """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
-
+    from pretrain_merge.cli.results import console_beside
     from pretrain_merge.records import plots
     from pretrain_merge.records.read_run import read_run
     from pretrain_merge.records.tables import merges_table
 
+    console = console_beside()
     records = read_run(run, name=name, needs_recipes=False)
     table = merges_table(records, metric, mode=mode, at_most=None if all else _ROWS)
     if table.caption:
@@ -67,7 +63,6 @@ def report(
     figure = plots.curves(records, metric=metric)
     target = picture or (run if run.is_dir() else run.parent) / "report.png"
     plots.save(figure, target)
-    console = Console(highlight=False)
     console.print(table)
     console.print(f"Curves: {printable(target)}", soft_wrap=True, markup=False)
 
@@ -86,6 +81,7 @@ def main() -> None:
             args=as_one_list(sys.argv[1:]),
             as_positional=True,
             prog="pretrain-merge",
+            version=__version__,
         )
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -5,14 +5,14 @@ This module knows the command's options. What a model holds is found in `model_s
 """
 
 import json as json_format
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.cli.model_shapes import read_model
-from pretrain_merge.cli.results import write_result
+from pretrain_merge.cli.results import console_beside, write_result
 from pretrain_merge.config import WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
@@ -51,6 +51,7 @@ def plan(
     sample_every: int = 1,
     store: Literal["auto", "device", "host", "disk"] = "auto",
     slot_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    total_tokens: str | None = None,
     tokens_per_step: str = "4M",
     validation_tokens: str = "10M",
     step_seconds: float | None = None,
@@ -79,14 +80,14 @@ def plan(
         sample_every: With blocks: steps between the models that enter the mean.
         store: Where snapshots lie.
         slot_dtype: Dtype of snapshots where smaller than the parameters'.
+        total_tokens: Tokens of the whole run (2T): also say how many snapshots and merges it makes, and what share of
+            it a window spans.
         tokens_per_step: Tokens of one optimizer step, over all ranks; the default is Llama 2's (arXiv 2307.09288).
         validation_tokens: Tokens of one pass over the validation data.
         step_seconds: Seconds of one optimizer step; default: estimated from parameters, tokens and utilisation.
         utilisation: Share of the peak that training reaches; Llama 3 405B: 38 to 43% (arXiv 2407.21783, table 4).
-        json: Also write all figures to this file.
+        json: Also write all figures to this file; - is standard output.
     """
-    from rich.console import Console
-
     from pretrain_merge.cli.plan_table import plan_table
 
     shapes = read_model(model, activated=activated)
@@ -110,10 +111,13 @@ def plan(
             _tokens(validation_tokens, "validation_tokens"),
             step_seconds,
             utilisation,
+            None if total_tokens is None else _tokens(total_tokens, "total_tokens"),
         ),
     )
     made = make_plan(question)
-    Console(highlight=False).print(plan_table(question, made, advice))
+    console = console_beside(json)
+    console.print(plan_table(question, made, advice))
+    console.print(_yaml(options | {"store": store}), markup=False, soft_wrap=True)
     if json is not None:
         write_result(json, json_format.dumps(_figures(question, made, advice), indent=1) + "\n")
 
@@ -153,10 +157,21 @@ def _fixed(value: object, key: str) -> Quantity:
     return interval
 
 
+def _yaml(options: Mapping[str, Any]) -> str:
+    """The configuration that was planned with, to be pasted; what is at its default is left out."""
+    defaults = {item.name: item for item in fields(WindowConfig)}
+    lines = ["# the callback's configuration, as a YAML file"]
+    for key, value in options.items():
+        default = defaults[key].default if defaults[key].default is not MISSING else None
+        if value != default or key in ("window", "every", "views"):
+            lines.append(f"{key}: {json_format.dumps(value)}")
+    return "\n".join(lines)
+
+
 def _tokens(text: str, key: str) -> int:
     quantity = Quantity.parse(text, key=key, minimum=0)
     if quantity.unit == "samples" or "step" in text.lower():
-        raise ConfigError(f"{key}: {text!r} is no number of tokens. Allowed: a number such as 4M or 10M tokens.")
+        raise ConfigError(f"{key}: {text!r} is not a number of tokens. Allowed: a number such as 4M or 10M tokens.")
     return quantity.amount
 
 

@@ -70,6 +70,15 @@ def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
     steps = f"{plan.steps_between_snapshots:,.0f} steps of {_count(question.training.tokens_per_step)} tokens"
     yield "interval here", f"{_count(every.amount)} {every.unit}", steps
     yield "merges", f"every {plan.steps_between_merges:,.0f} steps", _views(question)
+    training, merging = question.training, question.merging
+    if training.total_tokens is not None:
+        steps_of_run = training.total_tokens / training.tokens_per_step
+        of_run = f"{_count(training.total_tokens)} tokens"
+        yield "snapshots in the run", f"{int(steps_of_run / plan.steps_between_snapshots):,}", f"{of_run} / interval"
+        # the first merge needs a second snapshot
+        yield "merges in the run", f"{max(0, int(steps_of_run / plan.steps_between_merges) - 1):,}", f"of {of_run}"
+        share = merging.span_in_intervals * plan.steps_between_snapshots / steps_of_run
+        yield "a window spans", f"{share:.1%}", "of the run; up to a tenth merges well"
 
 
 def _memory(question: Question, plan: Plan) -> Iterator[Row]:

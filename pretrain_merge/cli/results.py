@@ -1,17 +1,42 @@
-"""What a subcommand writes beside what it prints. This module knows files; it knows nothing of what is in them."""
+"""Where a subcommand's tables and its results for other programs go. It knows nothing of what is in them."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pretrain_merge.errors import CheckpointError
+from pretrain_merge.errors import CheckpointError, MissingDependencyError
 from pretrain_merge.files import atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STANDARD_OUTPUT = Path("-")
+
+
+def console_beside(result: Path | None = None) -> "Console":
+    """Where to print for people: standard error where the result goes to standard output, so that pipes get it alone.
+
+    Raises:
+        MissingDependencyError: rich is not installed.
+    """
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
+        ) from error
+    return Console(highlight=False, stderr=result == _STANDARD_OUTPUT)
 
 
 def write_result(path: Path, text: str) -> None:
-    """Write the file that a user named.
+    """Write the file that a user named; `-` is standard output.
 
     Raises:
         CheckpointError: It cannot be written, or is a link or something else than a file.
     """
+    if path == _STANDARD_OUTPUT:
+        sys.stdout.write(text)
+        return
     try:
         atomic.write(path, text)
     except OSError as error:

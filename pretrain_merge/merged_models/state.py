@@ -80,8 +80,8 @@ def refuse_unwritable(state: Mapping[str, Tensor]) -> None:
         if reason := _why_unwritable(tensor):
             raise UnsupportedModelError(
                 f"{name!r} {reason}, and a merged model is saved as safetensors, which hold plain numbers only. "
-                f"Register a buffer like it with persistent=False and build it in __init__, return its parts as one "
-                f"plain tensor from get_extra_state, or train without `save`."
+                f"Register a buffer like it with persistent=False and build it in __init__, keep a frozen base like it "
+                f"out of state_dict, or train without `save`."
             )
 
 

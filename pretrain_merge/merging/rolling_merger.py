@@ -5,7 +5,7 @@ where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluati
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,9 @@ class RollingMerger:
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
-        before = self.window.before_newest if self._snapshot_is_new and self.window.num_valid >= 2 else None
-        return before is not None and self._merge_cadence.crossed(
-            before.progress, self._progress, since=self.window.since
-        )
+        window = self.window
+        before = window.before_newest if self._snapshot_is_new and window.num_valid >= 2 else None
+        return before is not None and self._merge_cadence.crossed(before.progress, self._progress, since=window.since)
 
     def why_not(self, view: str) -> str | None:
         """Why a view cannot be merged now; None if it can.
@@ -199,8 +198,7 @@ class RollingMerger:
             with signals.ctrl_c_breaks_in():
                 yield recipe
 
-    @contextmanager
-    def swap(self, module: nn.Module) -> Iterator[Callable[[str], Recipe]]:
+    def swap(self, module: nn.Module) -> AbstractContextManager[Callable[[str], Recipe]]:
         """Several views one after another, with one restore at the end, also of what the block itself wrote in place.
 
         Where no view read the whole window, the spread takes one more pass when the block has ended.
@@ -208,8 +206,7 @@ class RollingMerger:
         Yields:
             A function that writes one view's merge into the live model; it raises what `merged` raises.
         """
-        with swapped(module, self._capture, self._spread, self._resolve) as merge_view:
-            yield merge_view
+        return swapped(module, self._capture, self._spread, self._resolve)
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
@@ -244,9 +241,7 @@ class RollingMerger:
 
     def close(self) -> None:
         """Give the memory of the window back."""
-        self._stored.clear()
-        if self._block is not None:
-            self._block.clear()
+        self._capture.clear()
 
     def _resolve(self, view: str) -> Merge:
         num_lost = int(self._block is not None and self._block.is_invalid)

@@ -16,6 +16,7 @@ from pretrain_merge.offline.tensors import MERGED_DTYPES, Kind, Source
 
 OnMissing = Literal["error", "newest"]
 _LISTED = 5
+_RESERVED = "__metadata__"  # the one name that a header has for itself
 _BATCH_NORM = re.compile(r"(.*\.)?running_(mean|var)")
 _MASK_BYTES = 1  # per element: what holds quantised weights, unless it is a mask
 
@@ -153,3 +154,7 @@ def check_readable(source: Source) -> None:
     """Raise a `CheckpointError` where a checkpoint has nothing to merge."""
     if not source.tensors:
         raise CheckpointError(f"{source.place} holds no tensors. Name a checkpoint of a model.")
+    if _RESERVED in {*source.tensors, *source.ties}:
+        raise CheckpointError(
+            f"{source.place} has a tensor {_RESERVED!r}, which no safetensors file can hold. Rename it."
+        )

@@ -4,6 +4,7 @@ This module knows what a Lightning checkpoint is made of. Folders are written as
 """
 
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
 from pretrain_merge.files import atomic
 from pretrain_merge.offline import recognise, safetensors_format, torch_format
 from pretrain_merge.offline.files import Files, is_remote, size_of
-from pretrain_merge.offline.merge import merge_sources
+from pretrain_merge.offline.merge import local_path, merge_sources
 from pretrain_merge.offline.pieces import Piece, Reader
-from pretrain_merge.offline.tensors import Kind, Source
+from pretrain_merge.offline.tensors import Kind, Source, plain_name
 
 Target = Literal["ckpt", "hf", "safetensors"]
 _OPTIMIZER_FILE = "optimizer"
@@ -56,8 +57,8 @@ def export_checkpoint(
     """
     if to not in ("ckpt", "hf", "safetensors"):
         raise ConfigError(f"to: {to!r} is not known. Allowed: 'ckpt', 'hf', 'safetensors'.")
-    target = Path(out).absolute()
-    if target.exists():
+    target = local_path(out).absolute()
+    if os.path.lexists(target):
         raise CheckpointError(f"{target} exists and is never overwritten. Move it away, or write elsewhere.")
     source = recognise.find_one(folder)
     based = recognise.find_one(base) if base is not None else None
@@ -113,8 +114,9 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
         state = content["state_dict"]
         prefix = str(source.about.get("prefix") or "")
         found = _tensors(source, source.tensors, files)
-        new = {f"{prefix}{name}": tensor for name, tensor in found.items()}
-        new |= {f"{prefix}{alias}": found[name] for alias, name in source.ties.items()}
+        found |= {alias: found[name] for alias, name in source.ties.items()}
+        in_base = {plain_name(name): name for name in state}  # of a compiled model, for instance
+        new = {in_base.get(f"{prefix}{name}", f"{prefix}{name}"): tensor for name, tensor in found.items()}
         problems = [f"{name} is not in the base" for name in new.keys() - state.keys()]
         problems += [
             f"{name} is {tuple(tensor.shape)} and {tuple(state[name].shape)} in the base"

@@ -7,10 +7,12 @@ padded. Local files are read by position, so that several threads may read one; 
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pretrain_merge.errors import CheckpointError
+from pretrain_merge.errors import CheckpointError, MissingDependencyError
 
 _MOST_OPEN = 128  # a DCP folder has a file per rank, and a process may have 1024 files open
 
@@ -73,8 +75,8 @@ class Files:
         return done
 
     def _read_remote(self, file: str, start: int, target: memoryview) -> int:
-        with self._lock:  # one position per open file
-            handle = self._opened(file, lambda: _fsspec_open(file))
+        with self._lock, _errors_of_ours(file):  # one position per open file
+            handle = self._opened(file, lambda: _open_remote(file))
             handle.seek(start)
             done = 0
             while done < len(target):
@@ -99,28 +101,45 @@ def size_of(place: str) -> int | None:
     if not is_remote(place):
         path = Path(place)
         return path.stat().st_size if path.is_file() else None
-    import fsspec  # a cloud's library may come with it
-
-    system, path_there = fsspec.core.url_to_fs(place)
-    return int(system.size(path_there)) if system.isfile(path_there) else None
+    with _errors_of_ours(place):
+        system, path_there = _url_to_fs(place)
+        return int(system.size(path_there)) if system.isfile(path_there) else None
 
 
 def list_folder(place: str) -> list[str] | None:
     """Names in a folder, sorted; None where it is not a folder."""
     if not is_remote(place):
         return sorted(os.listdir(place)) if Path(place).is_dir() else None
-    import fsspec
+    with _errors_of_ours(place):
+        system, path_there = _url_to_fs(place)
+        if not system.isdir(path_there):
+            return None
+        return sorted(str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path_there, detail=False))
+
+
+def _url_to_fs(place: str) -> tuple[Any, str]:
+    import fsspec  # a cloud's library may come with it
 
     system, path_there = fsspec.core.url_to_fs(place)
-    if not system.isdir(path_there):
-        return None
-    return sorted(str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path_there, detail=False))
+    return system, str(path_there)
 
 
-def _fsspec_open(file: str) -> Any:
-    import fsspec
+@contextmanager
+def _errors_of_ours(place: str) -> Iterator[None]:
+    """A cloud's library raises classes of its own, for instance where it finds no credentials."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{place} needs a library that is not installed: {error}") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{place} cannot be read: {type(error).__name__}: {error}. Check the URL and your access to it."
+        ) from error
 
-    return fsspec.open(file, "rb").open()
+
+def _open_remote(file: str) -> Any:
+    system, path_there = _url_to_fs(file)
+    return system.open(path_there, "rb")
 
 
 def _close(handle: Any) -> None:

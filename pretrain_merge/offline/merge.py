@@ -7,6 +7,7 @@ its name. Nothing is written before everything was compared, and memory does not
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE
 from pretrain_merge.offline import agreement, rates, recognise, shards
 from pretrain_merge.offline.agreement import OnMissing, Output
-from pretrain_merge.offline.files import Files, size_of
+from pretrain_merge.offline.files import Files, is_remote, size_of
 from pretrain_merge.offline.partial import fingerprint, locked, prepare, publish, removed_if_empty
 from pretrain_merge.offline.recipe import Recipe, ViewLike, make_recipe
 from pretrain_merge.offline.shards import LARGEST_FILE, Shard, Written
@@ -114,8 +115,8 @@ def merge_checkpoints(
         ConfigError: An option is not one, or does not fit the sources.
     """
     job = _Job.of(
-        _found(sources), Path(out), view, steps=steps, base=_one(base), dtype=dtype, newest=newest, average=average,
-        on_missing=on_missing, optimizer=optimizer, largest_file=largest_file,
+        _found(sources), local_path(out), view, steps=steps, base=_one(base), dtype=dtype, newest=newest,
+        average=average, on_missing=on_missing, optimizer=optimizer, largest_file=largest_file,
     )  # fmt: skip
     return job.run(_device(device), progress)
 
@@ -130,7 +131,7 @@ def plan_merge(
     """
     _device(device)
     options["base"] = _one(options.get("base"))
-    return _Job.of(_found(sources), Path(out), view, **options).plan()
+    return _Job.of(_found(sources), local_path(out), view, **options).plan()
 
 
 def merge_sources(sources: Sequence[Source], out: Path, view: ViewLike, **options: Any) -> dict[str, Any]:
@@ -165,8 +166,11 @@ class _Job:
         average: Sequence[str] = (), on_missing: OnMissing = "error", optimizer: Optimizer = "drop",
         largest_file: int = LARGEST_FILE,
     ) -> "_Job":  # fmt: skip
-        if out.exists():
+        if os.path.lexists(out):
             raise CheckpointError(f"{out} exists and is never overwritten. Move it away, or write to another folder.")
+        for option, patterns in (("newest", newest), ("average", average)):
+            if isinstance(patterns, str):  # each of its letters would be a pattern
+                raise ConfigError(f"{option}: {patterns!r} is one text. Give a list of patterns: [{patterns!r}].")
         _refuse_unknown("dtype", dtype, (None, *_DTYPES))
         _refuse_unknown("on_missing", on_missing, ("error", "newest"))
         _refuse_unknown("optimizer", optimizer, ("drop", "newest", "average"))
@@ -355,6 +359,17 @@ def _device(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} is not there on this machine. Leave it at 'cpu'.")
     return chosen
+
+
+def local_path(out: str | Path) -> Path:
+    """Where a result goes.
+
+    Raises:
+        ConfigError: That is a URL.
+    """
+    if is_remote(str(out)):
+        raise ConfigError(f"out: {out} is a URL. Results are written to a local folder: name one, and copy it there.")
+    return Path(out)
 
 
 def _found(places: Sequence[str | Path]) -> list[Source]:

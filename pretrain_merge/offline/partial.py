@@ -45,6 +45,10 @@ def locked(folder: Path) -> Iterator[None]:
     """One merge at a time into one folder."""
     with ranks.together(f"lock {folder}"):
         if ranks.rank() == 0:
+            try:
+                atomic.make_folder(folder.parent)
+            except OSError as error:
+                raise CheckpointError(f"cannot make {folder.parent}: {error}. Choose another folder.") from error
             folder_lock.claim(folder, remedy="Write to another folder.")
     try:
         yield

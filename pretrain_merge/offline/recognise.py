@@ -13,7 +13,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models.provenance import PROVENANCE
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
 from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
-from pretrain_merge.offline.tensors import Source
+from pretrain_merge.offline.tensors import Source, plain_name
 from pretrain_merge.runtime.log import logger
 
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth")
@@ -155,9 +155,23 @@ def _with_step(source: Source) -> Source:
     """What the content says, else what the name does."""
     name = source.place if is_remote(source.place) else str(Path(source.place).absolute())
     step = source.step if type(source.step) is int else step_in_name(name)
+    source = _with_plain_names(source)
     if window := _WINDOW.fullmatch(name.rpartition("/")[2]):
         return replace(source, step=int(window[1]), format="window")
     return replace(source, step=step)
+
+
+def _with_plain_names(source: Source) -> Source:
+    """Names that a run has whether it was compiled or not, so that both can be merged and loaded."""
+    own = {plain_name(name): name for name in source.tensors}
+    if all(plain == name for plain, name in own.items()) or len(own) < len(source.tensors):
+        return source
+    return replace(
+        source,
+        tensors={plain: source.tensors[name] for plain, name in own.items()},
+        ties={plain_name(alias): plain_name(name) for alias, name in source.ties.items()},
+        locate=lambda name: source.locate(own.get(name, name)),
+    )
 
 
 def _without_doubles(sources: list[Source]) -> list[Source]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+# what torch.compile, FSDP and Fabric put into names; those of `parameters`, which takes as long to import as torch does
+ADDED = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -52,6 +54,13 @@ class Block:
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name as the model that is neither compiled nor wrapped has it."""
+    for added in ADDED:
+        name = name.replace(added, "")
+    return name
 
 
 @dataclass(frozen=True)

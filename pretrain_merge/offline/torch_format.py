@@ -106,7 +106,8 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
     except Exception as error:  # torch's unpickler raises whatever a crafted file makes it raise
         raise CheckpointError(
             f"{path} is not plain data: {_first_line(error)} Only tensors, numbers, text, lists and dicts are read, as "
-            f"with weights_only=True. Load it where you trust it, and save its state dict alone."
+            f"with weights_only=True. Load it where you trust it and save its state dict alone, or allow that class "
+            f"with torch.serialization.add_safe_globals."
         ) from error
 
 
@@ -147,6 +148,11 @@ def _named(tensors: Mapping[str, Tensor], archive: Archive) -> tuple[dict[str, K
     places: dict[str, Block] = {}
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
+        if id(tensor) not in archive.blocks:
+            raise CheckpointError(
+                f"{name} is a {type(tensor).__name__} of layout {tensor.layout}. Dense tensors can be merged: leave it "
+                f"out of the state dict, or make it dense."
+            )
         block = archive.blocks[id(tensor)]
         identity = (block.start, block.shape, block.strides, tensor.dtype) if tensor.numel() else name
         if first.setdefault(identity, name) != name:

@@ -58,6 +58,11 @@ class Merging:
         return self.average == "block"
 
     @property
+    def span_in_intervals(self) -> int:
+        """How many intervals a full window reaches over: N means do, and N snapshots one fewer."""
+        return self.window if self.in_blocks else self.window - 1
+
+    @property
     def has_scratch(self) -> bool:
         """Whether raw is copied aside during an evaluation, since the newest slot does not hold it bit for bit."""
         return self.in_blocks or self.slot_itemsize < self.itemsize
@@ -77,6 +82,7 @@ class Training:
         tokens_per_evaluation: Tokens of one pass over the validation data, over all ranks.
         step_seconds: Seconds of one optimizer step; None: estimated.
         utilisation: Share of the peak operations per second that training reaches, for the estimate.
+        total_tokens: Of the whole run; None: not known.
 
     Raises:
         ConfigError: An impossible value.
@@ -86,8 +92,10 @@ class Training:
     tokens_per_evaluation: int
     step_seconds: float | None = None
     utilisation: float = 0.4
+    total_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        _require(self, "total_tokens", lambda value: value is None or value >= 1, "1 or more")
         _require(self, "tokens_per_step", lambda value: value >= 1, "1 or more")
         _require(self, "tokens_per_evaluation", lambda value: value >= 0, "0 or more")
         _require(self, "step_seconds", lambda value: value is None or value > 0, "more than 0, or none to estimate it")

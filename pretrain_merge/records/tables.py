@@ -140,13 +140,13 @@ def _row(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> 
         str(record.step),
         f"{raw:.4f}",
         *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in views),
-        f"{values[best] / raw - 1:+.1%}" if best and raw else "",
+        f"{values[best] / raw - 1:+.1%}" if best and raw and math.isfinite(values[best] / raw) else "",
     ]
 
 
 def _cell(value: float | None, raw: float, *, is_best: bool, mode: Mode) -> str:
     if value is None:
         return "–"
-    is_worse = value > raw if mode == "min" else value < raw
+    is_worse = not (value <= raw if mode == "min" else value >= raw)  # NaN is
     style = "red" if is_worse else "bold green" if is_best else "green"
     return f"[{style}]{value:.4f}[/]"

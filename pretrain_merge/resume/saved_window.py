@@ -87,10 +87,8 @@ class SavedWindow:
             self._fill(manifest, live, WindowFiles(folder, module))
             self._capture.restore(module, live, manifest.segment)
         except BaseException:
-            self._stored.clear()
+            self._capture.clear()
             self._stored.window.resume_from(0, None)
-            if self._block is not None:
-                self._block.clear()
             raise
         self._breaks.restore(manifest.segment_lr, manifest.phase, manifest.num_refused)
 
@@ -152,8 +150,8 @@ class SavedWindow:
                 )
         if len(manifest.snapshots) > self._settings.config.window:
             raise ConfigError(
-                f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} snapshots. Keep "
-                f"at least as many, or start with an empty window by on_missing='refill'."
+                f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} "
+                f"snapshots. Keep at least as many, or start with an empty window by on_missing='refill'."
             )
 
 

@@ -84,6 +84,12 @@ class Capture:
         self.counts = _counts_over_ranks(module, live)
         self._segment_of_all = segment
 
+    def clear(self) -> None:
+        """Forget all snapshots and the open interval, and give their memory back; breaks are remembered."""
+        self.stored.clear()
+        if self._block is not None:
+            self._block.clear()
+
     def _observe_block(
         self, block: BlockMean, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...], due: bool
     ) -> bool:

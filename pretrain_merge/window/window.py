@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from pretrain_merge.cadence import Progress
 
+_BEGIN = Progress()
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -100,7 +102,7 @@ class Window:
     @property
     def since(self) -> Progress:
         """Where the current segment began: at the last break, or with the run."""
-        return self.last_break.progress if self.last_break else Progress()
+        return self.last_break.progress if self.last_break else _BEGIN
 
     def break_at(self, progress: Progress, reason: str) -> int:
         """End the segment before this step; returns how many snapshots are no longer valid."""

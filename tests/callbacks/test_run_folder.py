@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,47 @@ def test_many_fits_leave_one_wrapper_of_save_checkpoint(tmp_path):
         assert "run" not in vars(own.fit_loop)
     assert same_bits(weights(module), weights(module))
     assert torch.is_tensor(own.callback_metrics["a/sma/val_loss"])
+
+
+def test_a_run_that_keeps_every_checkpoint_says_what_its_window_takes(tmp_path, caplog):
+    caplog.set_level("INFO", logger="pretrain_merge")
+    fit(tmp_path, ModelCheckpoint(tmp_path / "kept", save_top_k=-1))
+    said = [text for text in caplog.messages if "save_top_k=-1" in text]
+    assert len(said) == 1
+    assert "1.48e-07 GB each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+
+
+@pytest.mark.parametrize("name", ["merged", "window", "Merged.1", "merges.jsonl"])
+def test_a_name_of_files_of_a_run_is_refused(name):
+    with pytest.raises(ConfigError, match="is that of files of a run"):
+        ModelMerging(name=name)
+
+
+@pytest.mark.parametrize("key", ["window_folder", "store_folder"])
+def test_a_url_for_a_folder_of_ours_is_refused(key):
+    with pytest.raises(ConfigError, match=f"^{key}: 's3://bucket' is a URL"):
+        ModelMerging(**{key: "s3://bucket"})
+
+
+def test_a_step_on_which_nothing_is_due_takes_few_calls(tmp_path):
+    calls: list[str] = []
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and "pretrain_merge" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    class Counted(ModelMerging):
+        def on_before_optimizer_step(self, *arguments: Any) -> None:
+            sys.setprofile(count)
+            super().on_before_optimizer_step(*arguments)
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            super().on_train_batch_end(*arguments)
+            sys.setprofile(None)
+            steps.append(len(calls))
+            calls.clear()
+
+    steps: list[int] = []
+    trainer(tmp_path, Counted(window=9, every=1000), max_steps=6).fit(Regression(), rows(), rows(4, seed=1))
+    assert steps[2:] == [steps[2]] * 4  # the same at every step
+    assert steps[2] <= 50

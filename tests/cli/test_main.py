@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import pretrain_merge
 from pretrain_merge.cli import main as cli
 from pretrain_merge.errors import ConfigError
-from pretrain_merge.records import MergeRecord, append_record, tables
+from pretrain_merge.records import MergeRecord, Recipe, append_record, tables
 from pretrain_merge.records.tables import merges_table
 
 
@@ -125,6 +126,13 @@ def test_the_best_view_is_the_largest_of_a_metric_that_should_be_large(metric, m
     assert ("red" in cells[3]) == (mode is None)
 
 
+def test_a_view_that_is_not_a_number_is_never_the_best():
+    nan = float("nan")
+    table = merges_table([record(1, 2.0, sma=nan, sma4=2.1), record(2, 2.0, sma=nan)], "val_loss")
+    assert [next(iter(column.cells)) for column in table.columns][2:] == ["[red]nan[/]", "[red]2.1000[/]", "+5.0%"]
+    assert list(table.columns[-1].cells)[1] == ""
+
+
 def test_a_report_reads_what_a_logger_wrote(monkeypatch, capsys, tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "step,merge/step,merge/raw/val_loss,merge/sma/val_loss,merge/window\n9,10,2.0,1.9,2\n19,20,1.8,1.7,3\n"
@@ -139,3 +147,29 @@ def test_a_run_without_a_merge_says_so(monkeypatch, tmp_path, command):
     (tmp_path / "merges.jsonl").touch()
     with pytest.raises(SystemExit, match=r"holds no merge yet\. Wait for the first"):
         call(monkeypatch, command, tmp_path)
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, "--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"pretrain-merge {pretrain_merge.__version__}"
+
+
+@pytest.fixture
+def run_to_forecast(tmp_path):
+    """Eight merges with means over one and three intervals."""
+    for step in range(100, 801, 100):
+        taken = {f"sma{n}": tuple(step - 10 * back for back in reversed(range(n))) for n in (2, 4)}
+        recipes = {view: Recipe(steps, (1 / len(steps),) * len(steps)) for view, steps in taken.items()}
+        means = {view: {"val_loss": 1.9 - step / 10_000} for view in taken}
+        raw = {"val_loss": 2.0 - step / 10_000}
+        append_record(tmp_path / "merges.jsonl", MergeRecord("merge", step, 0, 0, 4, 0.1, raw, means, recipes))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [["report", "--picture"], ["forecast", "--steps", "[30]", "--json"]])
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(monkeypatch, run_to_forecast, command):
+    name, *options = command
+    with pytest.raises(SystemExit, match=r"^CheckpointError: cannot write .*in a folder that can be written"):
+        call(monkeypatch, name, run_to_forecast, *options, run_to_forecast / "no" / "such.png")

@@ -8,6 +8,7 @@ import pytest
 from pretrain_merge.cadence import Quantity
 from pretrain_merge.cli import main as cli
 from pretrain_merge.cli.plan_table import plan_table
+from pretrain_merge.config import MergeConfig, build
 from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Question, Training, make_plan
 
@@ -88,8 +89,8 @@ def test_interval_and_window_are_the_papers_where_nothing_else_is_said(call, tmp
         (["7B", "--every", "3 fortnights"], "every: '3 fortnights' is not a quantity"),
         (["7B", "--every", "3 samples"], "every: 3 samples"),
         (["7B", "--tokens_per_step", "lots"], "tokens_per_step: 'lots' is not a quantity"),
-        (["7B", "--validation_tokens", "3 samples"], "validation_tokens: '3 samples' is no number of tokens"),
-        (["7B", "--tokens_per_step", "9 steps"], "tokens_per_step: '9 steps' is no number of tokens"),
+        (["7B", "--validation_tokens", "3 samples"], "validation_tokens: '3 samples' is not a number of tokens"),
+        (["7B", "--tokens_per_step", "9 steps"], "tokens_per_step: '9 steps' is not a number of tokens"),
         (["seven"], "model: 'seven'"),
     ],
 )
@@ -108,3 +109,26 @@ def test_a_table_without_rich_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'pretrain-merge\[cli\]'"):
         plan_table(None, None, None)
+
+
+def test_the_configuration_that_was_planned_is_printed_to_be_pasted(call, tmp_path):
+    printed = call("7B", "--window", 6, "--every", "8B tokens", "--views", "[sma,sma4]", "--store", "disk")
+    path = tmp_path / "merge.yaml"
+    path.write_text(printed[printed.index("# the callback's configuration") :])
+    config = build(MergeConfig, path)
+    assert (config.window, config.every, config.views, config.store) == (6, "8B tokens", ["sma", "sma4"], "disk")
+    assert "average" not in path.read_text()
+
+
+def test_the_tokens_of_a_run_say_how_many_merges_it_makes_and_what_a_window_spans(call):
+    printed = " ".join(call("7B", "--window", 11, "--every", "8B tokens", "--total_tokens", "2T").split())
+    for row in ("snapshots in the run 250 2T tokens / interval", "merges in the run 249", "a window spans 4.0%"):
+        assert row in printed
+
+
+def test_json_to_standard_output_stands_alone(call, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", "plan", "7B", "--json", "-"])
+    cli.main()
+    printed, beside = capsys.readouterr()
+    assert json.loads(printed)["model"]["parameters"] == 7 * 10**9
+    assert "window" in beside

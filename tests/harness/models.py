@@ -165,7 +165,7 @@ class Witness(list):
 
 
 class MemoryLogger(Logger):
-    """A logger with nothing but what Lightning's interface demands; keeps what it is given. Its runs lie in `save_dir`."""
+    """A logger with nothing but what Lightning's interface demands; keeps what it is given, for runs in `save_dir`."""
 
     def __init__(self, save_dir: Any = None) -> None:
         super().__init__()

@@ -306,3 +306,57 @@ def test_remote_files_are_read_through_fsspec(places, tmp_path):
     merge_checkpoints("memory://bucket/dcp", tmp_path / "folders")
     for out in ("files", "folders"):
         assert_is_merge(read(tmp_path / out)[0], list(map(tensors, STEPS)), [1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "pieces"),
+    [
+        ({"w": torch.eye(3).to_sparse()}, CheckpointError, ["w is", "sparse"]),
+        ({"__metadata__": torch.ones(1)}, CheckpointError, ["__metadata__"]),
+        ({"w": torch.ones(3, 3).to(torch.float8_e4m3fn)}, UnsupportedModelError, ["quantised"]),
+    ],
+    ids=["sparse", "reserved name", "float8"],
+)
+def test_tensors_that_no_merge_can_hold_are_named(tmp_path, content, error, pieces):
+    with pytest.raises(error) as caught:
+        merge_checkpoints([writers.pt(tmp_path, 1, content)], tmp_path / "out")
+    assert all(piece in str(caught.value) for piece in pieces)
+
+
+def test_checkpoints_of_compiled_and_plain_models_are_of_one_model(tmp_path):
+    plain = writers.lightning(tmp_path, 1, {"net.w": torch.ones(2), "net.v": torch.ones(1)})
+    compiled = writers.lightning(tmp_path, 2, {"net._orig_mod.w": torch.zeros(2), "net._orig_mod.v": torch.ones(1)})
+    merge_checkpoints([plain, compiled], tmp_path / "out")
+    assert read(tmp_path / "out")[0]["net.w"].tolist() == [0.5, 0.5]
+
+
+def test_the_names_that_are_made_plain_are_those_of_training():
+    from pretrain_merge.offline.tensors import ADDED
+    from pretrain_merge.parameters import shards
+
+    assert set(ADDED) >= set(shards._ADDED)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "options", "error", "piece"),
+    [
+        ("zz://bucket/x.ckpt", "out", {}, CheckpointError, "zz"),
+        ("memory://nothing/x.ckpt", "out", {}, CheckpointError, "not there"),
+        (None, "s3://bucket/out", {}, ConfigError, "local folder"),
+        (None, "link", {}, CheckpointError, "never overwritten"),
+        (None, "file/out", {}, CheckpointError, "cannot make"),
+        (None, "out", {"newest": "*weight"}, ConfigError, r"\['\*weight'\]"),
+    ],
+    ids=str,
+)
+def test_places_and_patterns_that_are_not_what_they_seem_are_refused(
+    tmp_path, monkeypatch, source, out, options, error, piece
+):
+    monkeypatch.chdir(tmp_path)
+    place = source or writers.pt(tmp_path, 1, tensors(1))
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=piece):
+        merge_checkpoints([place], out, **options)
+    assert sorted(tmp_path.rglob("*")) == before

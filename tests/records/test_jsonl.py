@@ -194,12 +194,11 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert victim.read_bytes() == before
 
 
-def test_a_line_without_an_end_is_not_read_without_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain_merge.files.untrusted.LONGEST_LINE", 4096)
+def test_a_line_without_an_end_is_not_read_without_an_end(tmp_path):
     path = tmp_path / "merges.jsonl"
     path.touch()
     os.truncate(path, 2**30)  # a hole: nothing is on the disk
-    with pytest.raises(CheckpointError, match=r"a line has more than 4,096 bytes"):
+    with pytest.raises(CheckpointError, match=r"a line has more than [\d,]+ bytes"):
         read_records(path)
 
 
