@@ -180,9 +180,11 @@ def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
 
 
 def _enter_function(memento: "Memento", index: int, item: Any) -> None:
+    module = item.__globals__.get("__name__") or ""
+    if kinds.is_ours(module):
+        return
     cells = item.__closure__ or ()
     memento.reach(index, [cell.cell_contents for cell in cells if cell != CellType()])
-    module = item.__globals__.get("__name__") or ""
     if kinds.is_library(module):
         return
     memento.reach(index, [*(item.__defaults__ or ()), item.__kwdefaults__, item.__dict__])

@@ -118,7 +118,7 @@ def kind_of(cls: type) -> Kind:
     lives = works or any(map(_lives, mro))
     # modules own streams and locks, and are what hooks aim at first
     always = any(base in mro for base in _KEPT_ALWAYS)
-    if _is_ours(cls) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
+    if is_ours(_module_of(cls)) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
         return Kind(is_state=False, lives=lives, works=works)
     return Kind(
         is_state=True,
@@ -165,6 +165,11 @@ def is_library(module: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
+def is_ours(module: str) -> bool:
+    """Whether a module is of this package, whose own state goes on through an evaluation; the demo is a user."""
+    return module.startswith("pretrain_merge") and not module.startswith("pretrain_merge.demo")
+
+
 def _module_of(cls: type) -> str:
     module = vars(cls).get("__module__")
     return module if isinstance(module, str) else "builtins"
@@ -177,11 +182,6 @@ def _top(cls: type) -> str:
 def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
     is_stdlib = _top(cls) in sys.stdlib_module_names and _top(cls) not in _PLAIN_STDLIB
     return is_stdlib or any(base in mro for base in (np.generic, enum.Enum, BaseException))
-
-
-def _is_ours(cls: type) -> bool:
-    module = _module_of(cls)
-    return module.startswith("pretrain_merge") and not module.startswith("pretrain_merge.demo")
 
 
 def _lives(base: type) -> bool:

@@ -130,23 +130,33 @@ def _seen(item: Any) -> Any:
 class BytesState:
     """The memory of an array of any library but torch."""
 
-    __slots__ = ("item", "nbytes", "saved")
+    __slots__ = ("item", "nbytes", "sample", "saved")
 
     def __init__(self, item: Any) -> None:
         self.item, self.nbytes = item, _num_bytes(item)
-        self.saved: Any = None
+        self.saved: bytes | None = None
+        self.sample = b""
 
     def keep(self) -> None:
         """Copy it."""
         self.saved = _bytes_of(self.item)
 
+    def watch(self) -> None:
+        """Too large to be copied: note some of it."""
+        self.sample = _some_bytes(self.item)
+
     def is_same(self) -> bool:
-        """Byte by byte."""
-        return self.saved is None or (_num_bytes(self.item) == self.nbytes and bool(_bytes_of(self.item) == self.saved))
+        """Byte by byte where it was copied."""
+        if _num_bytes(self.item) != self.nbytes:
+            return False
+        return _some_bytes(self.item) == self.sample if self.saved is None else _bytes_of(self.item) == self.saved
 
     def put_back(self) -> None:
-        """The same bytes in the same memory."""
+        """The same bytes in the same memory; raises where they are too many."""
         item, saved = self.item, self.saved
+        if saved is None:
+            self.watch()  # said once, not at every pass
+            raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
         if issubclass(type(item), np.ndarray):
             plain = item.view(np.ndarray)
             plain[...] = np.frombuffer(saved, item.dtype).reshape(item.shape)

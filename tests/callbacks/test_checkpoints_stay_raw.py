@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness.models import LIGHTNING_REMARKS, Recorder, Regression, rows, same_bits, trainer, weights
+from harness.models import LIGHTNING_REMARKS, Recorder, Regression, Witness, rows, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 
@@ -30,7 +30,7 @@ class Asks(Regression):
             self.trainer.save_checkpoint(path, **self.arguments)
             type(self).waited.append(not path.exists())
 
-    waited: list[bool] = []  # noqa: RUF012 - of the class, since attributes of the module come back after each pass
+    waited = Witness()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -51,7 +51,7 @@ class Asks(Regression):
 @pytest.fixture
 def asks(tmp_path):
     def build(where: str, **arguments: Any) -> Asks:
-        return type("Module", (Asks,), {"waited": []})(where, tmp_path, **arguments)
+        return type("Module", (Asks,), {"waited": Witness()})(where, tmp_path, **arguments)
 
     return build
 

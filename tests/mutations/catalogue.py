@@ -612,8 +612,8 @@ FAULTS = (
     Fault(
         "a graph that training holds cannot be walked backward any more",
         "evaluation/memory.py",
-        "            _set_version(item, self.version)\n",
-        "",
+        "                view.copy_(before)\n                state.put_back_version()\n",
+        "                view.copy_(before)\n",
         "tests/evaluation/test_memento.py",
     ),
     Fault(
