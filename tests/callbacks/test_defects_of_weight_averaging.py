@@ -11,6 +11,7 @@ from harness.models import (
     Regression,
     TiedModel,
     TwoOptimizers,
+    Witness,
     documents,
     rows,
     same_bits,
@@ -61,7 +62,7 @@ class Noting(Regression):
 
 @pytest.fixture
 def noting() -> type[Noting]:
-    return type("Noting", (Noting,), {"noted": []})
+    return type("Noting", (Noting,), {"noted": Witness()})
 
 
 def test_d1_p09_a_weights_only_checkpoint_under_a_merged_metric_is_raw_and_the_merged_weights_have_files(
