@@ -17,7 +17,7 @@ from pretrain_merge.files import atomic, untrusted
 _LIST, _JOURNAL = "checkpoints.json", "checkpoints.journal"
 _LEAST_LINES = 1000  # of a journal that is worth to be put into the list while the run goes on
 # 3,000 checkpoints of a window of 1,000 snapshots
-_MOST_BYTES, _MOST_VALUES = 2**28, 2**22
+_MOST_BYTES, _MOST_VALUES = 2**25, 2**19  # 5,000 checkpoints of a window of 100; read within a second and 200 MB
 Names = list[list[str]]  # of files: one list for each time that the checkpoint was written and may still be that one
 
 
