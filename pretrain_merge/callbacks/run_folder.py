@@ -91,7 +91,7 @@ class RunFolder:
         self._release()
 
     def begin(self, notices: Notices) -> str:
-        """Make the folder that of a new run; what is of an earlier one gets a number. Returns the run's identity."""
+        """Make the folder that of a new run; what an earlier one left gets a number. Returns the run's identity."""
         self._move_aside(notices)
         identity = secrets.token_hex(6)
         self._sign(identity)
@@ -119,11 +119,13 @@ class RunFolder:
             else:
                 for path in self._paths():
                     with suppress(FileNotFoundError):
-                        _numbered(path, number).rename(path)
+                        _numbered(path, number).replace(path)
         return identity or str(here)
 
     def _move_aside(self, notices: Notices) -> None:
-        if not any(os.path.lexists(path) for path in self._paths()):
+        # the identity of a run that ended before its first record names nothing: one that starts again and again, as
+        # under a scheduler that kills it early, would leave a file at each start
+        if not any(os.path.lexists(path) for path in (self.records, self.merged)):
             return
         number = 1
         while any(os.path.lexists(_numbered(path, number)) for path in self._paths()):
@@ -140,7 +142,7 @@ class RunFolder:
     def _sign(self, identity: str) -> None:
         path = self.path / _IDENTITY
         try:
-            path.unlink(missing_ok=True)  # one that could not be read
+            path.unlink(missing_ok=True)  # one that could not be read, or of a run that left nothing
             with path.open("x", encoding="utf-8") as file:  # new: nothing is written through a link
                 json.dump({"run": identity}, file)
         except OSError as error:

@@ -77,6 +77,19 @@ def test_a_run_finds_its_files_again_after_another_one_began_in_its_folder(tmp_p
     assert (tmp_path / "merges.2.jsonl").read_text() == others  # under a number, whole
 
 
+def test_a_run_that_left_nothing_leaves_no_identity_however_often_it_starts(tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    for _ in range(3):
+        fit(tmp_path, kept, max_steps=1)
+        assert sorted(path.name for path in tmp_path.glob("merge*")) == ["merges.run.json"]
+    fit(tmp_path, seed=2)  # another run begins, and leaves records
+    others = (tmp_path / "merges.jsonl").read_text()
+    fit(tmp_path, kept, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert [record.step for record in read_records(tmp_path / "merges.jsonl")] == [4, 6]
+    assert (tmp_path / "merges.1.jsonl").read_text() == others
+    assert sorted(path.name for path in tmp_path.glob("merges.run*")) == ["merges.run.1.json", "merges.run.json"]
+
+
 def test_two_runs_at_once_in_one_folder_are_refused_and_the_remedy_works(tmp_path):
     said = []
 

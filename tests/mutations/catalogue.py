@@ -1383,6 +1383,13 @@ FAULTS = (
         _RUN_FOLDER,
     ),
     Fault(
+        "a run that left nothing leaves its identity at every start",
+        "callbacks/run_folder.py",
+        "for path in (self.records, self.merged)):",
+        "for path in self._paths()):",
+        _RUN_FOLDER,
+    ),
+    Fault(
         "a second model of one Trainer goes on with the first one's window",
         "callbacks/model_merging.py",
         "or self._last_run.module is not pl_module:",
