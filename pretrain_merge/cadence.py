@@ -54,7 +54,7 @@ class Progress:
         for name, value in (("step", self.step), ("samples", self.samples), ("tokens", self.tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ProgressError(
-                    f"{name}={value!r} is no count. Counters are integers of at least 0; "
+                    f"{name}={value!r} is not a count. Counters are integers of at least 0; "
                     f"pass totals since the start of the run."
                 )
 

@@ -35,7 +35,7 @@ def _parse_forecast(config: MergeConfig, name: object, value: object) -> Forecas
         )
     if not isinstance(value, Mapping):
         allowed = ", ".join(item.name for item in fields(ForecastConfig))
-        raise ConfigError(f"{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")
+        raise ConfigError(f"{key}: {value!r} is not a mapping. Allowed: a mapping with keys of {allowed}.")
     forecast = typed(ForecastConfig, value, at=f"{key}.")
     require(forecast, "kind", lambda kind: kind in FORECAST_KINDS, " or ".join(FORECAST_KINDS), at=f"{key}.")
     require(forecast, "coverage", lambda share: 0.5 <= share <= 0.95, "0.5 to 0.95", at=f"{key}.")

@@ -100,11 +100,11 @@ def refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str = "") -> None
         if isinstance(value, str) and value == MISSING:
             raise ConfigError(f"{at}{key}: {value!r} stands for a value that must be given. Give one, or drop the key.")
         if isinstance(default, list) and (isinstance(value, str) or not isinstance(value, Sequence)):
-            raise ConfigError(f"{at}{key}: {value!r} is no list. Allowed: a list, such as {default or ['*.bias']}.")
+            raise ConfigError(f"{at}{key}: {value!r} is not a list. Allowed: a list, such as {default or ['*.bias']}.")
         if is_dataclass(default):
             if not isinstance(value, Mapping):
                 allowed = ", ".join(item.name for item in fields(default))
-                raise ConfigError(f"{at}{key}: {value!r} is no mapping. Allowed: a mapping with keys of {allowed}.")
+                raise ConfigError(f"{at}{key}: {value!r} is not a mapping. Allowed: a mapping with keys of {allowed}.")
             refuse_misfits(type(default), value, f"{at}{key}.")
 
 

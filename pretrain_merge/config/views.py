@@ -62,7 +62,7 @@ def parse_view(value: object, key: str) -> View:
         return _parse_shorthand(value, key)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not NAME.fullmatch(value["name"]):
         raise ConfigError(
-            f"{key}: {value!r} is no view. Allowed: a kind ('sma'), a kind and a number of snapshots ('sma4'), or a "
+            f"{key}: {value!r} is not a view. Allowed: a kind ('sma'), a kind and a number of snapshots ('sma4'), or a "
             f"mapping with a `name` of at most 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` and "
             f"parameters."
         )
@@ -77,12 +77,14 @@ def _parse_shorthand(text: str, key: str) -> View:
     letters = text.rstrip("0123456789")
     digits = text[len(letters) :]
     if len(digits) > _MOST_DIGITS:
-        raise ConfigError(f"{key}: {text!r} is no view; no window holds so many snapshots.")
+        raise ConfigError(f"{key}: {text!r} is not a view; no window holds so many snapshots.")
     last = int(digits) if digits else None
     kind, params = _SHORTHANDS.get(letters, (letters, {}))
     known = list(dict.fromkeys([*coefficients.KINDS, *_SHORTHANDS]))
     if kind not in coefficients.KINDS:
-        raise ConfigError(f"{key}: {text!r} is no view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}.")
+        raise ConfigError(
+            f"{key}: {text!r} is not a view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}."
+        )
     return View(text, kind, last, params)
 
 
@@ -90,7 +92,7 @@ def _try_coefficients(view: View, window: int, key: str) -> None:
     if view.name in _RESERVED:
         raise ConfigError(f"{key}: the name {view.name!r} is taken by other metrics; choose another.")
     if view.last is not None and (isinstance(view.last, bool) or not isinstance(view.last, int)):
-        raise ConfigError(f"{key}.last: {view.last!r} is no number of snapshots. Allowed: 2 to {window}.")
+        raise ConfigError(f"{key}.last: {view.last!r} is not a number of snapshots. Allowed: 2 to {window}.")
     if view.last is not None and not 2 <= view.last <= window:
         raise ConfigError(
             f"{key}: view {view.name!r} needs {view.last} snapshots and the window holds {window}. "

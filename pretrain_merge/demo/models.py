@@ -42,7 +42,7 @@ def build_model(family: str, *, seed: int, width: int = 64, depth: int = 2) -> A
         ConfigError: The family is unknown.
     """
     if family not in FAMILIES:
-        raise ConfigError(f"model: {family!r} is no model of the demo. Allowed: {', '.join(FAMILIES)}.")
+        raise ConfigError(f"model: {family!r} is not a model of the demo. Allowed: {', '.join(FAMILIES)}.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; there is nothing to fetch
     import transformers
 

@@ -77,7 +77,7 @@ def isolated(
         would use, those of evaluators as `<evaluator>/<key>`; of all ranks, the same on each.
 
     Raises:
-        EvaluationError: The loaders gave other batches than the first time, or a metric is no number.
+        EvaluationError: The loaders gave other batches than the first time, or a metric is not a number.
         RankError: Something failed on another rank.
     """
     notices = notices or Notices()

@@ -157,7 +157,7 @@ def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:
 
 def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:
     if not is_ours(file.name):
-        raise CheckpointError(f"{file.name!r} is no name of a snapshot file. The checkpoint is damaged.")
+        raise CheckpointError(f"{file.name!r} is not the name of a snapshot file. The checkpoint is damaged.")
     try:
         with untrusted.opened(path, is_ours=True) as opened:
             num_bytes = os.fstat(opened.fileno()).st_size

@@ -111,7 +111,7 @@ def _emit_alignment(b: Builder, row: Row, begin: Value, end: Value) -> tuple[Val
     bytes_before = b.and_(b.neg(address), integer(CACHE_LINE - 1))
     elements_before, rest = b.sdiv(bytes_before, size), b.srem(bytes_before, size)
     length = b.sub(end, begin)
-    # An address that is no multiple of the element's size never meets a boundary: one element at a time to the end.
+    # An address that is not a multiple of the element's size never meets a boundary: one element at a time to the end.
     meets = b.and_(b.icmp_signed("==", rest, integer(0)), b.icmp_signed("<", elements_before, length))
     body = b.add(begin, b.select(meets, elements_before, length))
     num_vectors = b.sdiv(b.sub(end, body), integer(_LANES))

@@ -202,7 +202,7 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
 
 
 def _drawable(value: float) -> float:
-    """A gap where a value is beyond what an axis can span: its distance to another is no number any more."""
+    """A gap where a value is beyond what an axis can span: its distance to another is not a number any more."""
     return value if abs(value) < _LARGEST else math.nan
 
 

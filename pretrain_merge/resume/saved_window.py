@@ -84,8 +84,9 @@ class SavedWindow:
         self._refuse_other_settings(manifest)
         try:
             live = self._live(module, manifest)
-            self._fill(manifest, live, WindowFiles(folder, module))
+            # first, since ranks meet there: one that failed is heard before the others wait for it in sharded files
             self._capture.restore(module, live, manifest.segment)
+            self._fill(manifest, live, WindowFiles(folder, module))
         except BaseException:
             self._capture.clear()
             self._stored.window.resume_from(0, None)

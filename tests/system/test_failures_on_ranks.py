@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain_merge import ModelMerging, RollingMerger
-from pretrain_merge.callbacks import model_merging
+from pretrain_merge.callbacks import publisher
 from pretrain_merge.callbacks.kept_window import KeptWindow
 from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.errors import CheckpointError
@@ -188,7 +188,7 @@ def all_runs(folder):
         runs[f"{kind}, evaluator"] = run(kind, f"{folder}/{kind}-evaluator", evaluators={"benchmark": evaluator})
         with broken_here(disk, "_write_file", broken_write):
             runs[f"{kind}, store full"] = run(kind, f"{folder}/{kind}-store", store="disk")
-        with broken_here(model_merging, "append_record", on_rank=0):
+        with broken_here(publisher, "append_record", on_rank=0):
             runs[f"{kind}, record"] = run(kind, f"{folder}/{kind}-record")
         with broken_here(KeptWindow, "keep", on_rank=0):
             runs[f"{kind}, checkpoint"] = run(kind, f"{folder}/{kind}-checkpoint", saves_every=2)
