@@ -150,10 +150,24 @@ class NamedBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
+class FolderLogger(WandbLogger):
+    """W&B's logger, whose run has the folder itself: that of the records too, which go where the first logger says."""
+
+    @property
+    def name(self) -> str:
+        """No folder of the project."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No folder of the run."""
+        return ""
+
+
 @contextmanager
 def offline_run(experiment: Experiment, folder: Path) -> Iterator[WandbLogger]:
     """A W&B run on this disk alone; `wandb sync` can upload it later."""
-    logger = WandbLogger(project="pretrain-merge-demo", name=experiment.family, save_dir=folder, offline=True)
+    logger = FolderLogger(project="pretrain-merge-demo", name=experiment.family, save_dir=folder, offline=True)
     with redirect_stderr(io.StringIO()):  # as it starts, WandbLogger passes an old setting that W&B warns of
         logger.log_hyperparams(asdict(experiment))
     try:

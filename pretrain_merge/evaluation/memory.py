@@ -221,7 +221,7 @@ class TensorState:
 
     def keep(self) -> Tensor | None:
         """Keep the bits; of plain memory give a flat view instead, to be kept in a `Block`."""
-        if not self.has_values:
+        if not self.has_values or _is_released(self.item):
             return None
         view = self._watch_memory()
         if view is None:
@@ -248,7 +248,9 @@ class TensorState:
         if item.requires_grad != self.requires_grad:
             item.requires_grad_(self.requires_grad)
         if self.memory is not None and _place(item) != self.place:
-            item.data = self.memory
+            if _is_released(self.memory):
+                self.memory.untyped_storage().resize_(_extent(self.memory))
+            item.data, self.place = self.memory, _place(self.memory)
         if self.copy is not None and not bits.same_bits(item, self.copy):
             bits.write_back(item, self.copy)
             self.put_back_version()
@@ -265,7 +267,7 @@ class TensorState:
         """Note where it lies; a flat view of it, or None where it is not plain memory."""
         item = self.item
         self.version = None if item.is_inference() else item._version
-        if type(item) not in _PLAIN or item.layout != torch.strided or item.is_nested or item.is_quantized:
+        if not _is_plain(item) or _is_released(item):
             return None
         self.place, self.memory = _place(item), item.detach()
         if not item.is_contiguous() or item.is_conj() or item.is_neg() or item.dtype not in _INTEGERS:
@@ -315,6 +317,25 @@ def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:
         sizes[kind] = sizes.get(kind, 0) + view.numel()
         groups.setdefault((kind, sizes[kind] // _BLOCK), []).append((state, view))
     return [Block(group) for group in groups.values()]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    )
+
+
+def _is_released(tensor: Tensor) -> bool:
+    """Whether it has a shape and no memory, as FSDP2 leaves what it gathered (P18): to read it ends the process."""
+    return _is_plain(tensor) and tensor.untyped_storage().nbytes() < _extent(tensor)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the start of its storage to the end of its last element."""
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + steps + 1) * tensor.element_size()
 
 
 def _place(tensor: Tensor) -> Any:

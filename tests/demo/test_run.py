@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pretrain_merge import ModelMerging, load_merged
+from pretrain_merge.cli.main import report
 from pretrain_merge.config import MergeConfig, build
 from pretrain_merge.demo import run
 from pretrain_merge.demo.corpus import load_corpus
@@ -16,6 +17,7 @@ from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, fit, quiet
 from pretrain_merge.demo.models import LanguageModel, build_model, constant_after_warmup, language_model, linear_anneal
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.records import read_records
+from pretrain_merge.records.read_run import read_run
 
 SHORT = Experiment(num_steps=40, warmup_steps=10, batch_size=4, block_length=32, num_validation_blocks=16)
 MERGING = {"window": 3, "every": 5, "start": 10, "merge_every": 10, "views": ["sma", "sma2"], "save": {"at_end": True}}
@@ -85,6 +87,14 @@ def test_every_merge_point_is_a_record_and_the_last_one_is_the_summary(finished)
     assert records[-1].tokens == summary.tokens == 40 * 4 * 32
 
 
+def test_a_report_reads_what_the_demo_leaves(finished, tmp_path, capsys):
+    _, out = finished
+    report(out, picture=tmp_path / "report.png")
+    assert "40" in capsys.readouterr().out
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert read_run(out)[-1].recipes["sma"].steps == (30, 35, 40)  # of merges.jsonl: W&B does not know them
+
+
 def test_the_merged_weights_load_back_and_have_the_loss_that_was_reported(finished, corpus):
     summary, out = finished
     (folder,) = out.glob("merged/*-sma")
@@ -114,6 +124,7 @@ def test_a_run_replaces_what_an_earlier_one_left(finished):
         *(
             "summary.json",
             "merges.jsonl",
+            "merges.run.json",
             "curves.png",
             "merged",
             "wandb",

@@ -220,6 +220,35 @@ def test_a_graph_that_training_holds_can_still_be_walked_backward():
     assert weight.grad.tolist() == [1.0, 1.0]
 
 
+def free(tensor):
+    tensor.untyped_storage().resize_(0)
+
+
+def released(tensor):
+    """What FSDP2 leaves of a parameter that it gathered: all but the memory."""
+    free(tensor)
+    return tensor
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["copied", "watched"])
+def test_p18_a_tensor_whose_memory_was_released_is_left_alone(limit, monkeypatch, caplog):
+    monkeypatch.setattr(module_under_test, "MOST_BYTES", limit)
+    strided, imaginary = released(torch.ones(6, 4)[1:, ::2]), released(torch.ones(5, dtype=torch.complex64))
+    parameter = nn.Parameter(released(torch.ones(3)))
+    whole = Plain(gathered=released(torch.ones(300)), view=strided, odd=imaginary, parameter=parameter)
+    kept(whole, lambda item: item.gathered.untyped_storage().resize_(1200))
+    for tensor in (strided, imaginary, whole.parameter):
+        assert tensor.untyped_storage().nbytes() == 0
+    assert "not put back" not in caplog.text
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6.0), torch.arange(12.0).view(3, 4)[1:, ::2]], ids=["flat", "strided"])
+def test_p18_a_tensor_whose_memory_is_released_meanwhile_gets_its_bits_back(tensor):
+    before = tensor.clone()
+    kept(Plain(tensor=tensor), lambda item: free(item.tensor))
+    assert same_bits(tensor, before)
+
+
 def test_merged_tensors_keep_the_values_that_the_merger_gave_them():
     module = nn.Linear(2, 2)
     module.view = module.weight.detach()[1:]  # the same memory
