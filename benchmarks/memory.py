@@ -3,9 +3,10 @@
     python -m benchmarks.memory [--json FILE] [--quick] [--stores device host disk] [--device cuda]
 
 Each row is a process of its own: a run with a snapshot at every second step, and when the window is full three views,
-merged one after another and evaluated beside raw by a validation step of a few numbers, so that no activations count. `beyond`
-is the most that the process held from before the first snapshot to the end of the merge point, minus what it is meant
-to hold: the slots, a scratch slot where raw cannot come back from the newest slot, the accumulator of `average: block`.
+merged one after another and evaluated beside raw by a validation step of a few numbers, so that no activations count.
+`beyond` is the most that the process held from before the first snapshot to the end of the merge point, minus what it
+is meant to hold: the slots, a scratch slot where raw cannot come back from the newest slot, the accumulator of
+`average: block`.
 
 On a CPU that is RssAnon (memory that no file backs), read every half millisecond by a thread; every allocation beyond
 64 KiB is a mapping of its own, so that nothing hides in memory freed before. On a GPU it is what torch allocated there.
