@@ -42,8 +42,8 @@ def test_a_streamed_merge_is_the_whole_merge_bit_for_bit(num_snapshots, out_dtyp
     if not spread:
         assert measured is None
         return
-    # To the rounding that kernels promise (test_spread.py), not bit for bit: whether to measure once more, in float64, a
-    # kernel decides for each piece.
+    # To the rounding that kernels promise (test_spread.py), not bit for bit: whether to measure once more, in float64,
+    # a kernel decides for each piece.
     relative = 2 * num_snapshots * (num_snapshots + 2) * 2.0**-24
     assert measured == pytest.approx(oracle.spread(snapshots), rel=relative)
 
