@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import chosen_device, interleave, machine, new_parser, show, write_json
@@ -85,11 +86,18 @@ class _Timed(pl.Callback):
                 label="evaluation",
             )
         self.num_states = memento.num_kept  # not inside: it would be put back
-        shares = {name: timing.ratio for name, timing in timings.items()}
-        shares["per evaluation"] = shares["memento"] / (_NUM_VIEWS + 1) + shares["putting back"]
-        for name, share in shares.items():
-            milliseconds = 1e3 * timings[name].median if name in timings else float("nan")
-            self.rows.append({"what": name, "milliseconds": milliseconds, "share": share, "rounds": self._rounds})
+        common = {
+            "rounds": self._rounds,
+            "elements": sum(parameter.numel() for parameter in merged),
+            "machine": machine(pl_module.device),
+            "torch": torch.__version__,
+        }
+        rows = {name: {"milliseconds": 1e3 * timing.median, "share": timing.ratio} for name, timing in timings.items()}
+        memento_costs, putting_back = rows.values()
+        rows["per evaluation"] = {
+            key: cost / (_NUM_VIEWS + 1) + putting_back[key] for key, cost in memento_costs.items()
+        }
+        self.rows = [{"what": name, **row, **common} for name, row in rows.items()]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.memory [--json FILE] [--quick] [--stores device host disk] [--device cuda]
 
-Each row is a process of its own: a run with a snapshot at every step, and when the window is full three views, merged
-one after another and evaluated beside raw by a validation step of a few numbers, so that no activations count. `beyond`
-is the most that the process held from before the first snapshot to the end of the merge point, minus what it is meant
-to hold: the slots, a scratch slot where raw cannot come back from the newest slot, the accumulator of `average: block`.
+Each row is a process of its own: a run with a snapshot at every second step, and when the window is full three views,
+merged one after another and evaluated beside raw by a validation step of a few numbers, so that no activations count.
+`beyond` is the most that the process held from before the first snapshot to the end of the merge point, minus what it
+is meant to hold: the slots, a scratch slot where raw cannot come back from the newest slot, the accumulator of
+`average: block`.
 
 On a CPU that is RssAnon (memory that no file backs), read every half millisecond by a thread; every allocation beyond
 64 KiB is a mapping of its own, so that nothing hides in memory freed before. On a GPU it is what torch allocated there.
@@ -40,6 +41,8 @@ from pretrain_merge.kernels.weighted_sum import weighted_sum_
 from pretrain_merge.stores.store import slot_dtype
 
 MIB = 2**20
+# Of one step the mean is the model itself: raw comes back from the slot then, and no scratch slot would be measured.
+STEPS_PER_SNAPSHOT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = {
     "store": "store",
@@ -100,19 +103,20 @@ def _measure(case: Case) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     module = Parameters(case)
     compiler = _compile(module)
+    max_steps = case.window * STEPS_PER_SNAPSHOT
     with tempfile.TemporaryDirectory() as folder:
         callback = Measured(
             folder,
             window=case.window,
-            every=1,
-            merge_every=case.window,
+            every=STEPS_PER_SNAPSHOT,
+            merge_every=max_steps,
             views=["sma", "wma", "sma2"],
             average=case.average,
             store=case.store,
             slot_dtype=case.slot_dtype,
         )
         trainer = pl.Trainer(
-            max_steps=case.window,
+            max_steps=max_steps,
             accelerator="gpu" if case.device == "cuda" else case.device,
             devices=1,
             callbacks=[callback],
@@ -125,7 +129,7 @@ def _measure(case: Case) -> dict[str, Any]:
             val_check_interval=10**6,
             check_val_every_n_epoch=None,
         )
-        batches = [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}] * max(4, case.window)
+        batches = [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}] * max(4, max_steps)
         trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
     expected = _expected(case, module)
     meant = sum(expected.values())
@@ -182,7 +186,7 @@ class Measured(ModelMerging):
         if trainer.global_step == 1:
             self.meter = _CudaMeter() if trainer.strategy.root_device.type == "cuda" else RssMeter()
         super().on_train_batch_end(trainer, *hook_arguments)
-        if trainer.global_step == self.config.window:
+        if trainer.global_step == trainer.max_steps:
             self.peak = self.meter.stop()
             assert self.last_record is not None
             assert len(self.last_record.views) == len(self.last_record.recipes) == 3

@@ -26,7 +26,7 @@ def test_every_dtype_and_size_is_right_to_one_rounding(backend, make, inputs, ou
         oracle.assert_is_weighted_sum(result, [snapshot[i] for snapshot in snapshots], coefficients)
 
 
-@pytest.mark.parametrize("num_snapshots", [1, 2, 3, 4, 7, 10, 12, 13, 24, 64, 65, 100])
+@pytest.mark.parametrize("num_snapshots", [1, 2, 3, 4, 7, 12, 13, 64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_number_of_snapshots_is_right_to_one_rounding(backend, make, num_snapshots, dtype):
     sizes = [1, 70] if backend.longest < 5000 else [1, 70, 9001]
