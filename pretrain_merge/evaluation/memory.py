@@ -335,7 +335,7 @@ def _extent(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + steps + 1) * tensor.element_size()
+    return int((tensor.storage_offset() + steps + 1) * tensor.element_size())
 
 
 def _place(tensor: Tensor) -> Any:
