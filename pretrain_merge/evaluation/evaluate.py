@@ -38,14 +38,10 @@ _PATIENCE = timedelta(minutes=1)
 
 
 class Measure(Protocol):
-    """Evaluates the live model on all ranks' data.
+    """Evaluates the live model on all ranks' data, with a label for the progress bar."""
 
-    A label for the progress bar, and numbers of another source that ranks hold in parts, to be reduced along with the
-    metrics.
-    """
-
-    def __call__(self, label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
-        """The metrics by name, and the numbers alongside."""
+    def __call__(self, label: str) -> dict[str, float]:
+        """The metrics by name."""
 
 
 @contextmanager
@@ -90,8 +86,8 @@ def isolated(
         parameters.reshard(module)
         memento = Memento(parts_of(trainer, module, data), merged=merged, notices=notices)
 
-        def measure(label: str, alongside: Mapping[str, Part] | None = None) -> dict[str, float]:
-            parts = dict(alongside or {})
+        def measure(label: str) -> dict[str, float]:
+            parts: dict[str, Part] = {}
             is_sharded = parameters.is_sharded(module)
             together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
             with together as agree, torch.no_grad(), ExitStack() as kept:
