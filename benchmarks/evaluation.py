@@ -25,7 +25,7 @@ from pretrain_merge.demo.experiment import Experiment
 from pretrain_merge.demo.models import constant_after_warmup, language_model
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.evaluation.memento import Memento
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 _NUM_VIEWS = 3  # of the demo's configuration
 _COLUMNS = {"what": "what", "milliseconds": "milliseconds", "of an evaluation": "share"}
@@ -74,7 +74,7 @@ class _Timed(pl.Callback):
         parts = evaluate.parts_of(trainer, pl_module)
 
         def take() -> Memento:
-            return Memento(parts, merged=merged, notices=Notices())
+            return Memento(parts, merged=merged, notices=WarnOnce())
 
         with evaluate.isolated(trainer, pl_module, merged=merged) as measure:
             memento = take()

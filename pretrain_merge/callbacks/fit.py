@@ -8,7 +8,7 @@ from pretrain_merge.callbacks.clock import TokensPerBatch
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.config import MergeConfig, Settings
 from pretrain_merge.evaluation.evaluate import Evaluator
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Fit:
     tokens_per_batch: TokensPerBatch
     evaluators: Mapping[str, Evaluator]
     forecasts: RunForecasts
-    notices: Notices
+    notices: WarnOnce
     trainer: Any
     module: Any
 

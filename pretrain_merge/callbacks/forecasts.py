@@ -15,7 +15,7 @@ from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
 from pretrain_merge.records import FORECAST, Expected, MergeRecord
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 
 class RunForecasts:
@@ -30,7 +30,7 @@ class RunForecasts:
         ConfigError: A view has the name of a mean that the forecasts need.
     """
 
-    def __init__(self, settings: Settings, notices: Notices) -> None:
+    def __init__(self, settings: Settings, notices: WarnOnce) -> None:
         self._settings = settings
         self._calibrations = {
             name: Calibration.load(Path(forecast.config.calibration)) if forecast.config.calibration else None
@@ -81,7 +81,7 @@ class RunForecasts:
             return record
         expected, refused = ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]
         for name, reason in refused.items():
-            self._notices.once(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
+            self._notices.warn(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
         refusals = {f"{FORECAST}/{name}": reason for name, reason in refused.items()}
         return replace(record, forecasts=expected, skipped={**record.skipped, **refusals})
 

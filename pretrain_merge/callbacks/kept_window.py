@@ -84,13 +84,13 @@ class KeptWindow:
             CheckpointError: It cannot be restored on this rank or on another.
             ConfigError: The configuration makes other snapshots.
         """
-        with ranks.together("restore the window") as agree:
+        with ranks.all_or_none("restore the window"):
             # where `fit` is called once more, ranks have what they remembered: under DDP rank 0 alone has a window
             window = ranks.gather(state.window)[0]
-            with _on_all(agree):
+            with _on_all():
                 manifest, folder = self._found(replace(state, window=window))
             try:
-                with _on_all(agree):
+                with _on_all():
                     self._fill(merger, manifest, module, folder)
             except BaseException:
                 merger.close()  # also where it was read on this rank
@@ -120,7 +120,7 @@ class KeptWindow:
             save(filepath, *arguments, **options)
         finally:
             self._checkpoint = ""
-        with ranks.together("note which checkpoints there are"):
+        with ranks.all_or_none("note which checkpoints there are"):
             self.prune(thoroughly=False)  # at each save: as long as ever, however many there were
 
     def _key(self, checkpoint: Any) -> str:
@@ -167,13 +167,13 @@ class KeptWindow:
 
 
 @contextmanager
-def _on_all(agree: ranks.Agree) -> Iterator[None]:
+def _on_all() -> Iterator[None]:
     """A part that every rank does; where one cannot, all raise what `on_missing` may answer."""
     failure: CheckpointError | ConfigError | None = None
     try:
         yield
     except (CheckpointError, ConfigError) as error:
         failure = error
-    num_failed, *_ = agree(failure is not None)
+    num_failed, *_ = ranks.count(failure is not None)
     if num_failed:
         raise failure or CheckpointError("another rank could not read it; its message says why.")

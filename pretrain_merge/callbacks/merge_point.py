@@ -19,7 +19,7 @@ from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, Recipe
 from pretrain_merge.runtime import signals
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 Keep = Callable[[str, Recipe, Mapping[str, float]], None]
 
@@ -31,7 +31,7 @@ def measured(
     merger: RollingMerger,
     *,
     evaluators: Mapping[str, Evaluator],
-    notices: Notices,
+    notices: WarnOnce,
     keep: Keep,
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
@@ -51,7 +51,7 @@ def measured(
     ready = [view for view in merger.views if merger.why_not(view) is None]
     skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
     for view, reason in skipped.items():
-        notices.once(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
+        notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
     stopwatch = _Stopwatch()
@@ -66,7 +66,7 @@ def measured(
     )
     try:
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
-        with signals.held(), isolated as measure:
+        with signals.deferred(), isolated as measure:
             with merger.swap(module) as merge_view:
                 raw = measure("raw")
                 stopwatch.lap("evaluate_raw")
@@ -82,13 +82,13 @@ def measured(
     except EvaluationInterrupted:
         return None
     if not raw and not any(metrics.values()):
-        notices.once(
+        notices.warn(
             "nothing",
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
             "that logs nothing.",
         )
     if raw and spread > 0 and raw in metrics.values():
-        notices.once(
+        notices.warn(
             "equal",
             f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
             f"the module validate with weights of its own, such as an average that it swaps in? Measure merges with an "

@@ -25,7 +25,7 @@ from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 _CALLBACKS: tuple[type, ...] = (lightning.Callback,)
 if find_spec("pytorch_lightning"):
@@ -138,7 +138,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
         self.config = self.settings.config  # the keys as they were given, with defaults filled in
-        self._notices = Notices()  # what the user was told; once for all runs of this callback
+        self._notices = WarnOnce()  # what the user was told; once for all runs of this callback
         forecasts = RunForecasts(self.settings, self._notices)  # refuses calibrations that cannot be read
         # what a `Fit` has besides its Trainer and module
         self._parts = (tokens_per_batch, refusals.checked_evaluators(evaluators), forecasts, self._notices)
@@ -230,7 +230,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Save merges of the newest snapshots where the user asked for it, and the window for a checkpoint to come."""
         if self._run is not None:
             self._run.finish()
-        with ranks.together("keep the window of the end"):
+        with ranks.all_or_none("keep the window of the end"):
             lost = "" if trainer.checkpoint_callbacks else "the run before ended, and keeps no checkpoints."
             self._remember(lost=lost)
 
@@ -243,14 +243,15 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         """Lightning calls no `teardown` after an exception; a checkpoint may follow (`save_on_exception`)."""
         # those without this choice, as OnExceptionCheckpoint, may do nothing else
         will_save = any(getattr(item, "save_on_exception", True) for item in trainer.checkpoint_callbacks)
-        reason, is_on_all = f"the run before ended with {type(exception).__name__}.", ranks.is_on_all(exception)
+        is_known = ranks.is_known_to_all_ranks(exception)
+        reason = f"the run before ended with {type(exception).__name__}."
         try:
-            with ranks.together("keep the window") if is_on_all and will_save else nullcontext():
+            with ranks.all_or_none("keep the window") if is_known and will_save else nullcontext():
                 self._remember(lost="" if will_save else reason)
         except Exception as error:
-            if not is_on_all:
+            if not is_known:
                 raise
-            self._notices.once("lost", f"the window is not kept: {error}")
+            self._notices.warn("lost", f"the window is not kept: {error}")
             self._remember(lost=f"{reason} {error}")  # the checkpoint is saved without it
         finally:
             self._end()
@@ -258,7 +259,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Counters, the manifest of the window, and the folders of saved models, as plain values (P11, P12)."""
         # every rank is asked, and all must know where one cannot write; after an exception not every rank may be here
-        with ranks.together("keep the window for a checkpoint") if self._run is not None else nullcontext():
+        with ranks.all_or_none("keep the window for a checkpoint") if self._run is not None else nullcontext():
             self._remember()
             if self._last_run is not None:
                 self._last_run.announce()

@@ -20,13 +20,13 @@ from pretrain_merge.merged_models.retention import MergedModels
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord, keep_records_until
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 
-def refill_or_raise(config: MergeConfig, notices: Notices, error: Exception, step: int) -> None:
+def refill_or_raise(config: MergeConfig, notices: WarnOnce, error: Exception, step: int) -> None:
     """Raise what keeps a window from being restored, or say so once, as `on_missing` wants it."""
     if config.on_missing == "refill":
-        notices.once("refill", f"resumed at step {step}: the window starts empty (on_missing: refill). {error}")
+        notices.warn("refill", f"resumed at step {step}: the window starts empty (on_missing: refill). {error}")
         return
     raise type(error)(
         f"the window of {config.name!r} at step {step} cannot be restored: {error} Point window_folder to the "
@@ -35,7 +35,7 @@ def refill_or_raise(config: MergeConfig, notices: Notices, error: Exception, ste
 
 
 def find_state(
-    config: MergeConfig, notices: Notices, checkpoint: Mapping[str, Any], key: str, callbacks: Iterable[Any]
+    config: MergeConfig, notices: WarnOnce, checkpoint: Mapping[str, Any], key: str, callbacks: Iterable[Any]
 ) -> None:
     """Refuse a checkpoint that holds a state of ours which nobody would ask for, as `on_missing` wants it (P21).
 
@@ -72,7 +72,7 @@ class Start:
         self._fit, self._config, self._notices, self._trainer = fit, fit.config, fit.notices, fit.trainer
         self._has_state = bool(plain)
         self._goes_on = bool(plain) or fit.trainer.ckpt_path is not None
-        with ranks.together("read the state of the run"):
+        with ranks.all_or_none("read the state of the run"):
             self.state = self._read(plain)
         self.folder = run_folder(fit.config, fit.trainer)
 
@@ -85,7 +85,7 @@ class Start:
         """
         state = self.state
         if state.lost and self._trainer.ckpt_path is None:  # `fit` once more, not a checkpoint that must go on
-            self._notices.once("lost", f"the window starts empty at step {state.progress.step}: {state.lost}")
+            self._notices.warn("lost", f"the window starts empty at step {state.progress.step}: {state.lost}")
         elif state.progress.step:
             try:
                 if self._has_state:
@@ -135,7 +135,7 @@ class Start:
         state = self.state
         newest = keep_records_until(records, until, before=before, read=read)
         if min(state.last_merge, until) > newest:
-            self._notices.once(
+            self._notices.warn(
                 "records",
                 f"{records} lacks merges up to step {state.last_merge}, which were made: it was moved, or cut when the "
                 f"run was resumed from an earlier checkpoint.",
@@ -154,7 +154,7 @@ class Start:
             except CheckpointError as error:
                 self._refill_or_raise(error, step)
         elif self._goes_on:
-            self._notices.once(
+            self._notices.warn(
                 "no state",
                 f"resumed at step {step} from a checkpoint without counters of {self._config.name!r}: the window "
                 f"starts empty, samples and tokens count from here.",

@@ -83,7 +83,7 @@ class Run:
                 borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
             monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
-            with ranks.together("open the run's folder"):
+            with ranks.all_or_none("open the run's folder"):
                 self._open(start, forecasts, monitors, borrowed)
             self._borrowed = borrowed.pop_all()  # given back in `close`, the last first
 
@@ -119,14 +119,14 @@ class Run:
         merger, newest = self.merger, self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
             try:
-                with ranks.together("save merged models at the end"), merger.swap(self.module) as merge_view:
+                with ranks.all_or_none("save merged models at the end"), merger.swap(self.module) as merge_view:
                     for view in merger.views:
                         if view not in self._not_saved and merger.why_not(view) is None:
                             self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
-                self._fit.notices.once("end", f"no merged model is saved at the end: {error}")
+                self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
         if not self._last_merge:
-            self._fit.notices.once(
+            self._fit.notices.warn(
                 "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
             )
 
@@ -220,7 +220,7 @@ class Run:
 
     def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
         if monitors.checkpoints:
-            self._fit.notices.once(
+            self._fit.notices.warn(
                 "monitor",
                 f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
                 f"the best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
@@ -231,14 +231,14 @@ class Run:
             return
         step = self.merger.progress.step
         # rank 0 writes and logs: the others must not go on where it could not
-        with ranks.together(f"merge at step {step}"):
+        with ranks.all_or_none(f"merge at step {step}"):
             record = self._measure()
             if record is None and not ranks.any_rank(self._fit.trainer.received_sigterm):
                 record = self._measure()  # after a signal that lets the run go on
             if record is not None:
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
                 return
-        self._fit.notices.once(
+        self._fit.notices.warn(
             "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
         )
 

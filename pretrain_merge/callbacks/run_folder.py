@@ -19,7 +19,7 @@ from typing import Any
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import folder_lock
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 _RECORDS, _MERGED, _IDENTITY, _LOCK = "merges.jsonl", "merged", "merges.run.json", "merges.lock"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*", re.DOTALL)  # Lightning normalises file:///x to file:/x
@@ -90,14 +90,14 @@ class RunFolder:
         """Let other runs use the folder."""
         self._release()
 
-    def begin(self, notices: Notices) -> str:
+    def begin(self, notices: WarnOnce) -> str:
         """Make the folder that of a new run; what an earlier one left gets a number. Returns the run's identity."""
         self._move_aside(notices)
         identity = secrets.token_hex(6)
         self._sign(identity)
         return identity
 
-    def resume(self, identity: str, notices: Notices) -> str:
+    def resume(self, identity: str, notices: WarnOnce) -> str:
         """Make the folder that of a run that goes on; where another one has begun in it, the two change places.
 
         Args:
@@ -122,7 +122,7 @@ class RunFolder:
                         _numbered(path, number).replace(path)
         return identity or str(here)
 
-    def _move_aside(self, notices: Notices) -> None:
+    def _move_aside(self, notices: WarnOnce) -> None:
         # the identity of a run that ended before its first record names nothing: one that starts again and again, as
         # under a scheduler that kills it early, would leave a file at each start
         if not any(os.path.lexists(path) for path in (self.records, self.merged)):
@@ -134,7 +134,7 @@ class RunFolder:
             if os.path.lexists(path):
                 path.rename(_numbered(path, number))
                 if path.name != _IDENTITY:
-                    notices.once(str(path), f"{path} is of another run; it is now {_numbered(path, number)}.")
+                    notices.warn(str(path), f"{path} is of another run; it is now {_numbered(path, number)}.")
 
     def _paths(self) -> tuple[Path, Path, Path]:
         return self.records, self.merged, self.path / _IDENTITY

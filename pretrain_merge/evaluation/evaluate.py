@@ -30,7 +30,7 @@ from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.evaluation.reduction import How, Part
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.evaluating import evaluating_merge
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 # A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
@@ -53,7 +53,7 @@ def isolated(
     validate: bool = True,
     stateful_data: str = "refuse",
     merged: Iterable[Tensor] = (),
-    notices: Notices | None = None,
+    notices: WarnOnce | None = None,
 ) -> Iterator[Measure]:
     """Evaluate the live model, as often as needed, each time on the same batches with the same random numbers.
 
@@ -76,7 +76,7 @@ def isolated(
         EvaluationError: The loaders gave other batches than the first time, or a metric is not a number.
         RankError: Something failed on another rank.
     """
-    notices = notices or Notices()
+    notices = notices or WarnOnce()
     with ExitStack() as stack:
         stack.enter_context(isolation.checkpoints_wait(trainer, notices))
         random_state = stack.enter_context(isolation.random_state_kept())
@@ -89,13 +89,13 @@ def isolated(
         def measure(label: str) -> dict[str, float]:
             parts: dict[str, Part] = {}
             is_sharded = parameters.is_sharded(module)
-            together = ranks.together(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
-            with together as agree, torch.no_grad(), ExitStack() as kept:
+            on_all_ranks = ranks.all_or_none(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
+            with on_all_ranks, torch.no_grad(), ExitStack() as kept:
                 kept.callback(memento.put_back)
                 kept.enter_context(isolation.gradients_hidden(module))
                 kept.enter_context(isolation.torch_settings_kept())
                 kept.enter_context(evaluating_merge())
-                lockstep = Lockstep(agree, is_sharded=is_sharded)
+                lockstep = Lockstep(is_sharded=is_sharded)
                 lockstep.start()
                 kept.enter_context(isolation.buffers_of_rank_0(trainer.strategy.model))
                 bar.reset()
@@ -106,7 +106,7 @@ def isolated(
                 for name, evaluator in (evaluators or {}).items():
                     random_state()
                     module.eval()
-                    with signals.ctrl_c_breaks_in():
+                    with signals.keyboard_interrupt_allowed():
                         values = evaluator(module)
                     parts |= {f"{name}/{key}": Part(value) for key, value in _numbers(name, values).items()}
             return reduction.over_ranks(parts)
@@ -138,7 +138,7 @@ def _validate(trainer: Any, data: RepeatedLoaders, bar: Any, lockstep: Lockstep)
         isolation.replaced(trainer, _logger_connector=connector),
     ):
         try:
-            with signals.ctrl_c_breaks_in():
+            with signals.keyboard_interrupt_allowed():
                 lockstep.run(loop)
         finally:
             loop.teardown()
@@ -212,10 +212,10 @@ def parts_of(trainer: Any, module: Any, data: RepeatedLoaders | None = None) -> 
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: Notices) -> RepeatedLoaders | None:
+def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: WarnOnce) -> RepeatedLoaders | None:
     users_loop = trainer.fit_loop.epoch_loop.val_loop
     # Lightning's own exchanges among the loaders are out of step where it refuses one of them on one rank
-    with ranks.together("set up the validation loaders", patience=_PATIENCE) as agree:
+    with ranks.all_or_none("set up the validation loaders", patience=_PATIENCE):
         combined, max_batches = users_loop._combined_loader, users_loop._max_batches
         if combined is None and trainer.enable_validation:
             # the user's loop has not asked for its loaders yet: ask for ours alone, so that it asks as it would have
@@ -226,7 +226,7 @@ def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: Notic
                 loop.setup_data()
             memento.put_back()
             combined, max_batches = loop._combined_loader, loop._max_batches
-        num_with_data, *_ = agree(combined is not None and sum(max_batches) > 0)
+        num_with_data, *_ = ranks.count(combined is not None and sum(max_batches) > 0)
     return RepeatedLoaders(combined, max_batches, stateful_data=stateful_data) if num_with_data else None
 
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain_merge import parameters
 from pretrain_merge.evaluation import loaders, muting
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -37,7 +37,7 @@ _FLAGS = tuple((torch.backends.cudnn, name) for name in ("enabled", "benchmark",
 
 
 @contextmanager
-def checkpoints_wait(trainer: Any, notices: Notices) -> Iterator[None]:
+def checkpoints_wait(trainer: Any, notices: WarnOnce) -> Iterator[None]:
     """Checkpoints asked for inside are written when the block has ended, also by an exception, with the same arguments.
 
     Inside, the model may hold merged weights and the Trainer's parts may be stand-ins; neither belongs in a checkpoint.
@@ -46,7 +46,7 @@ def checkpoints_wait(trainer: Any, notices: Notices) -> Iterator[None]:
     waiting: list[tuple[Any, Any]] = []
 
     def wait(*args: Any, **kwargs: Any) -> None:
-        notices.once(
+        notices.warn(
             "checkpoint",
             f"step {trainer.global_step}: a checkpoint was asked for while a merge is evaluated. It is written when "
             f"the raw weights are back, and holds them; so is every further one.",

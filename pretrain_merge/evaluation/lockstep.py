@@ -15,19 +15,18 @@ _PAUSE = 0.01
 
 
 class Lockstep:
-    """One evaluation on all ranks.
+    """One evaluation on all ranks, inside `ranks.all_or_none`.
 
     Args:
-        agree: What `ranks.together` yielded.
         is_sharded: Whether every forward needs all ranks.
     """
 
-    def __init__(self, agree: ranks.Agree, *, is_sharded: bool) -> None:
-        self._agree, self._is_sharded = agree, is_sharded
+    def __init__(self, *, is_sharded: bool) -> None:
+        self._is_sharded = is_sharded
         self._loader = 0
 
     def start(self) -> None:
-        """All are here.
+        """Wait until every rank has started the evaluation.
 
         Raises:
             EvaluationInterrupted: A signal waits on some rank.
@@ -73,7 +72,7 @@ class Lockstep:
 
     def _meet(self, *, has_more: bool, syncs: bool = False) -> bool:
         """Whether any rank has a batch left; each says of itself, and all leave together where a signal waits."""
-        num_more, num_interrupted, num_syncing = self._agree(has_more, signals.requested(), syncs)
+        num_more, num_interrupted, num_syncing = ranks.count(has_more, signals.pending(), syncs)
         num_ranks = ranks.num_ranks()
         if num_more and num_interrupted:
             self._let_the_signal_reach_all(num_interrupted)
@@ -97,7 +96,7 @@ class Lockstep:
         deadline, num_waiting = time.monotonic() + _SKEW, 1
         while num_signalled < ranks.num_ranks() and num_waiting:
             time.sleep(_PAUSE)
-            num_signalled, num_waiting, _ = self._agree(signals.requested(), time.monotonic() < deadline)
+            num_signalled, num_waiting, _ = ranks.count(signals.pending(), time.monotonic() < deadline)
 
 
 def _num_loaders(loop: Any) -> int:

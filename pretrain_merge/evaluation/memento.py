@@ -19,7 +19,7 @@ from pretrain_merge.evaluation.graph import enter, places
 from pretrain_merge.evaluation.kinds import VALUES
 from pretrain_merge.evaluation.memory import BytesState, TensorState, blocks_of
 from pretrain_merge.evaluation.states import State
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 MOST_OBJECTS = 100_000
 MOST_ITEMS = 10_000  # of one container whose items are searched: rows of a data set lie in larger ones
@@ -38,7 +38,7 @@ class Memento:
         notices: What the user was told already.
     """
 
-    def __init__(self, roots: Mapping[str, Any], *, merged: Iterable[Tensor] = (), notices: Notices) -> None:
+    def __init__(self, roots: Mapping[str, Any], *, merged: Iterable[Tensor] = (), notices: WarnOnce) -> None:
         self._notices = notices
         self._roots = list(roots)
         self.merged = {place for tensor in merged for place in places(tensor)}
@@ -55,7 +55,7 @@ class Memento:
             self._keep_memory()
         if self._left:
             paths = "; ".join(f"{path} ({why})" for path, why in list(self._left.items())[:5])
-            notices.once(
+            notices.warn(
                 "left alone",
                 f"while a merge is evaluated, hooks may change these for good, since they are not put back: {paths}. A "
                 f"hook that moves them can ask pretrain_merge.is_evaluating_merge() first.",
@@ -83,7 +83,7 @@ class Memento:
             state.put_back()
         except Exception as error:
             path = self._path(index)
-            self._notices.once(
+            self._notices.warn(
                 f"not put back: {path}",
                 f"{path} was changed by a hook while a merge was evaluated, and stays changed: {error}. The run is not "
                 f"what it would be without merging; let the hook ask pretrain_merge.is_evaluating_merge() first.",

@@ -78,7 +78,7 @@ def read(folder: Path, file: SnapshotFile, tensors: Mapping[str, Tensor]) -> Non
 def _together(what: str, do: Callable[[], _T]) -> _T:
     """Do a thing on every rank, or raise on every rank."""
     try:
-        with ranks.together(what):
+        with ranks.all_or_none(what):
             return do()
     except RankError as error:
         raise CheckpointError(str(error)) from error

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_merge.parameters import plain_name
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 _SAVED_BESIDE = ("config", "generation_config")
-_said = Notices()  # every merged model of a run has the same to say
+_said = WarnOnce()  # every merged model of a run has the same to say
 _kinds: dict[tuple[type, str], Mapping[str, tuple[int, ...]] | str] = {}  # shapes by key, or why there are none
 
 
@@ -40,7 +40,7 @@ def wrapped_model(module: nn.Module) -> tuple[str, Any]:
             reason = _why_not(part, own)
             if not reason:
                 return prefix, part
-            _said.once(
+            _said.warn(
                 f"{type(part).__name__}: {reason}",
                 f"merged models of this {type(part).__name__} are saved without config.json, for load_merged and not "
                 f"for from_pretrained, which would start it with other weights: {reason}. Merge adapters and make "
@@ -64,7 +64,7 @@ def save_configuration(model: Any, folder: Path) -> None:
             part.save_pretrained(folder)
         except Exception as error:  # whatever their checks raise: the weights count
             (folder / f"{name}.json").unlink(missing_ok=True)
-            _said.once(
+            _said.warn(
                 f"{type(model).__name__}.{name}",
                 f"merged models of this {type(model).__name__} are saved without {name}.json, since transformers "
                 f"refuses its {name} ({' '.join(str(error).split())}). Correct it before training to have it saved.",

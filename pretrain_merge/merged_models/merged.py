@@ -84,9 +84,9 @@ def save_merged(
     }
     with _published_by_rank_0(target) as folder:
         is_writer = ranks.rank() == 0 or is_sharded(module)
-        with ranks.together(f"write {target}"):
+        with ranks.all_or_none(f"write {target}"):
             written = whole_weights.write(folder, state.tensors, largest_file=largest_file) if is_writer else []
-        with ranks.together(f"read {target} back"):
+        with ranks.all_or_none(f"read {target} back"):
             if is_writer and not whole_weights.hold(folder, state.tensors):
                 raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
             sums = ranks.gather(whole_weights.checksums(folder, written))
@@ -110,8 +110,8 @@ def holds_weights_of(module: nn.Module, target: Path) -> bool:
 @contextmanager
 def _published_by_rank_0(target: Path) -> Iterator[Path]:
     """`published` on rank 0; the others get its temporary folder to write in."""
-    with ranks.together(f"save {target}"), ExitStack() as publishing:
-        with ranks.together(f"make a folder for {target}"):
+    with ranks.all_or_none(f"save {target}"), ExitStack() as publishing:
+        with ranks.all_or_none(f"make a folder for {target}"):
             own = publishing.enter_context(published(target)) if ranks.rank() == 0 else None
         try:
             yield ranks.gather(own)[0] or target

@@ -110,7 +110,7 @@ class MergedModels:
         self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
         best = next((path for path in places if path in there), None)
         self._best = (saved.best_score, best) if best is not None and saved.best_score is not None else None
-        with ranks.together("name the best merged model"):
+        with ranks.all_or_none("name the best merged model"):
             self._name_best()
 
     def save_if_due(
@@ -214,11 +214,11 @@ class MergedModels:
         }
         if ranks.gather(os.path.lexists(target))[0]:
             if holds_weights_of(module, target):
-                with ranks.together(f"note why {target} is kept"):
+                with ranks.all_or_none(f"note why {target} is kept"):
                     if ranks.rank() == 0:
                         add_reasons(target, reasons)
                 return target
-            with ranks.together(f"move {target} aside"):
+            with ranks.all_or_none(f"move {target} aside"):
                 if ranks.rank() == 0:
                     move_aside(target)  # of a run that went on from an earlier checkpoint another way
         save_merged(module, target, provenance)

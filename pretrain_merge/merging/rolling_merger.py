@@ -21,7 +21,7 @@ from pretrain_merge.records import Recipe
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.saved_window import SavedWindow
 from pretrain_merge.runtime import signals
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
@@ -57,7 +57,7 @@ class RollingMerger:
 
     def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:
         parsed = settings or config.parse_window_settings(options)
-        values, notices = parsed.config, Notices()
+        values, notices = parsed.config, WarnOnce()
         self._merge_cadence = parsed.merge_cadence  # when merges are due
         self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
@@ -195,7 +195,7 @@ class RollingMerger:
         """
         with self.swap(module) as merge_view:
             recipe = merge_view(view)
-            with signals.ctrl_c_breaks_in():
+            with signals.keyboard_interrupt_allowed():
                 yield recipe
 
     def swap(self, module: nn.Module) -> AbstractContextManager[Callable[[str], Recipe]]:

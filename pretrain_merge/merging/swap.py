@@ -59,7 +59,7 @@ class Swap:
         Raises:
             UnsupportedModelError: A parameter was replaced by something that cannot be undone; all others are raw.
         """
-        with signals.held(), self._places.versions_kept():
+        with signals.deferred(), self._places.versions_kept():
             self._stored.num_swaps += 1
             try:
                 yield self

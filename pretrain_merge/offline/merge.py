@@ -216,14 +216,14 @@ class _Job:
         """Write every file, then publish the folder."""
         partial = self.out.with_name(f".{self.out.name}.partial")
         with locked(self.out.with_name(f".{self.out.name}.lock")):
-            with ranks.together(f"prepare {partial}"):
+            with ranks.all_or_none(f"prepare {partial}"):
                 if ranks.rank() == 0:
                     prepare(partial, self._identity())
-            with removed_if_empty(partial), ranks.together(f"write {partial}"):
+            with removed_if_empty(partial), ranks.all_or_none(f"write {partial}"):
                 own = self._write(partial, device, progress)
             written = {name: item for of_rank in ranks.gather(own) for name, item in of_rank.items()}
             about = self._provenance(written)
-            with ranks.together(f"publish {self.out}"):
+            with ranks.all_or_none(f"publish {self.out}"):
                 if ranks.rank() == 0:
                     self._finish(partial, about)
                     publish(partial, self.out)

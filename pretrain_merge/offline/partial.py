@@ -43,7 +43,7 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One merge at a time into one folder."""
-    with ranks.together(f"lock {folder}"):
+    with ranks.all_or_none(f"lock {folder}"):
         if ranks.rank() == 0:
             try:
                 atomic.make_folder(folder.parent)

@@ -19,13 +19,13 @@ def _as_text(record: logging.LogRecord) -> bool:
 logger.addFilter(_as_text)
 
 
-class Notices:
+class WarnOnce:
     """Messages that were said already, by key."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def once(self, key: str, message: str) -> None:
+    def warn(self, key: str, message: str) -> None:
         """Say the message unless one with this key was said before."""
         if key not in self._said:
             self._said.add(key)

@@ -4,7 +4,7 @@ This module knows process groups and nothing of merging. Every rank must call th
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -17,8 +17,8 @@ from pretrain_merge.errors import RankError
 _T = TypeVar("_T")
 _ErrorT = TypeVar("_ErrorT", bound=BaseException)
 _NUM_FLAGS = 3
-_TOLD = "_told_to_all_ranks"
-Agree = Callable[..., list[int]]
+_KNOWN = "_known_to_all_ranks"
+_doing: list[str] = []  # what the open blocks do, outermost first: a rank that hears of a failure says what it was at
 
 
 def num_ranks() -> int:
@@ -33,50 +33,51 @@ def rank() -> int:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank."""
-    return _meet("ask all ranks", flag)[0] > 0
+    return count(flag)[0] > 0
+
+
+def count(*flags: int) -> list[int]:
+    """How many ranks set each of up to three flags, or the sums of as many counts: all ranks meet here.
+
+    Raises:
+        RankError: Another rank failed in the block.
+    """
+    counts = _summed([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
+    if counts[0]:
+        raise _mark_known(RankError(f"cannot {_doing[-1] if _doing else 'ask all ranks'}: {_reasons(None)}"))
+    return counts[1:]
 
 
 @contextmanager
-def together(what: str, *, patience: timedelta | None = None) -> Iterator[Agree]:
+def all_or_none(what: str, *, patience: timedelta | None = None) -> Iterator[None]:
     """Do a thing on every rank, or raise on every rank: the one that failed its own error, the others `RankError`.
 
-    One small reduction at the end of the block, and one each time that the function is called or anything else of this
-    module; a rank that failed joins the next of them, wherever in the block (or in one inside it) the others are.
+    One small reduction at the end of the block, and one for each `count`, `gather` or sum inside; a rank that failed
+    joins the next of them, wherever in the block (or in one inside it) the others are.
 
     Args:
         what: What is done, to infinitive, for the message.
         patience: How long a rank that failed waits for the others to hear of it; then it leaves with its reason, and
             its end breaks off whatever they wait for. None: as long as the process group has it.
 
-    Yields:
-        A function that takes up to three flags and returns how many ranks set each; it raises where a rank failed.
-
     Raises:
         RankError: Another rank failed; its reason is in the message.
     """
-
-    def agree(*flags: bool) -> list[int]:
-        return _meet(what, *flags)
-
     # by the caller, as in a save because of an exception: what fails now is another failure
     handled = sys.exc_info()[1]
+    _doing.append(what)
     try:
-        yield agree
-        agree()
+        yield
+        count()
     except BaseException as error:
-        if num_ranks() > 1 and not _is_told(error, handled):
+        if num_ranks() > 1 and not _is_known(error, handled):
             with suppress(Exception):  # a group that is broken too must not hide the reason
                 _summed([1, *[0] * _NUM_FLAGS], patience=patience)
                 _reasons(f"{type(error).__name__}: {error}")
-            _told(error)
+            _mark_known(error)
         raise
-
-
-def _meet(what: str, *flags: int) -> list[int]:
-    counts = _summed([0, *map(int, flags), *[0] * (_NUM_FLAGS - len(flags))])
-    if counts[0]:
-        raise _told(RankError(f"cannot {what}: {_reasons(None)}"))
-    return counts[1:]
+    finally:
+        _doing.pop()
 
 
 def _reasons(own: str | None) -> str:
@@ -84,30 +85,30 @@ def _reasons(own: str | None) -> str:
     return "; ".join(f"rank {number} failed with {reason}" for number, reason in failed.items())
 
 
-def _told(error: _ErrorT) -> _ErrorT:
-    setattr(error, _TOLD, True)
+def _mark_known(error: _ErrorT) -> _ErrorT:
+    setattr(error, _KNOWN, True)
     return error
 
 
-def _is_told(error: BaseException | None, handled: BaseException | None) -> bool:
+def _is_known(error: BaseException | None, handled: BaseException | None) -> bool:
     """Whether all ranks know of it, or of what it came from: each failure is told once."""
     if error is None or error is handled:
         return False
-    return hasattr(error, _TOLD) or _is_told(error.__cause__, handled) or _is_told(error.__context__, handled)
+    return hasattr(error, _KNOWN) or _is_known(error.__cause__, handled) or _is_known(error.__context__, handled)
 
 
-def is_on_all(error: BaseException) -> bool:
-    """Whether every rank has met this error or its `RankError`: in one process, or where `together` told of it."""
-    return num_ranks() == 1 or _is_told(error, None)
+def is_known_to_all_ranks(error: BaseException) -> bool:
+    """Whether every rank has met this error or its `RankError`: in one process, or where `all_or_none` told of it."""
+    return num_ranks() == 1 or _is_known(error, None)
 
 
 def gather(value: _T) -> list[_T]:
     """What each rank gave, in the order of ranks.
 
     Raises:
-        RankError: Another rank failed before it came here, in a `together` that this one is in too.
+        RankError: Another rank failed before it came here, in an `all_or_none` that this one is in too.
     """
-    _meet("exchange values")
+    count()
     return _gathered(value)
 
 
@@ -118,8 +119,8 @@ def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
         RankError: As `gather`.
     """
     if len(numbers) <= _NUM_FLAGS:
-        return _meet("add up numbers", *numbers)[: len(numbers)]
-    _meet("add up numbers")
+        return count(*numbers)[: len(numbers)]
+    count()
     return _summed(numbers)
 
 

@@ -37,13 +37,13 @@ class _State:
 _state = _State()
 
 
-def requested() -> bool:
+def pending() -> bool:
     """Whether a held signal waits; long work should then come to its end."""
     return bool(_state.pending) or _state.ctrl_c_broke_in
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Hold signals that have a handler in Python; each is delivered once when the block has ended, Ctrl-C last."""
     global _state
     handlers = {signum: signal.getsignal(signum) for signum in _HELD}
@@ -67,7 +67,7 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def ctrl_c_breaks_in() -> Iterator[None]:
+def keyboard_interrupt_allowed() -> Iterator[None]:
     """Inside a held block: code of the user's, which may take long and which Ctrl-C shall end at once."""
     if not _state.ctrl_c_raises or threading.current_thread() is not threading.main_thread():
         yield

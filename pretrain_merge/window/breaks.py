@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.window import Window
 
@@ -30,7 +30,7 @@ class Breaks:
         num_refused: Snapshots refused so far because they were not finite.
     """
 
-    def __init__(self, window: Window, block: BlockMean | None, settings: WindowConfig, notices: Notices) -> None:
+    def __init__(self, window: Window, block: BlockMean | None, settings: WindowConfig, notices: WarnOnce) -> None:
         self._window = window
         self._block = block
         self._settings = settings
@@ -57,7 +57,7 @@ class Breaks:
         falls = max(lr, default=0.0) < max(self.segment_lr)
         self._num_falls = self._num_falls + 1 if falls and self._window.num_valid < 2 else 0  # else merges were made
         if self._num_falls == _IN_A_ROW:
-            self._notices.once(
+            self._notices.warn(
                 "decays",
                 f"step {now.step}: the learning rate fell {_IN_A_ROW} times in a row without two snapshots between. "
                 f"It decays, so nothing is merged. Set breaks: {{lr: off}} to merge across its changes, or merge where "
@@ -73,7 +73,7 @@ class Breaks:
         """Break because the snapshot of this step is not finite, and count it."""
         self.num_refused += 1
         self.at(now, "a snapshot held NaN or infinity")
-        self._notices.once(
+        self._notices.warn(
             "non-finite",
             f"step {now.step}: the snapshot holds NaN or infinity and was refused; so is every further one until the "
             f"weights are finite. Records count them as `refused`.",
@@ -85,7 +85,7 @@ class Breaks:
         if self._block is not None:
             self._block.invalidate()
         if num_lost:
-            self._notices.once(
+            self._notices.warn(
                 said_as or reason,
                 f"break at step {now.step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
             )

@@ -15,7 +15,7 @@ from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import ProgressError
 from pretrain_merge.parameters import Trained
 from pretrain_merge.runtime import ranks, signals
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.stored import StoredWindow
@@ -43,7 +43,7 @@ class Capture:
         stored: StoredWindow,
         block: BlockMean | None,
         breaks: Breaks,
-        notices: Notices,
+        notices: WarnOnce,
     ) -> None:
         self._cadence, values = settings.cadence, settings.config
         self.trained = Trained(
@@ -61,7 +61,7 @@ class Capture:
         due = self._cadence.crossed(before, now, since=self.stored.window.since)
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
         touches = due or (self._block is not None and self._block.samples_at(now.step))
-        with signals.held() if touches else nullcontext():
+        with signals.deferred() if touches else nullcontext():
             if self._block is not None:
                 return self._observe_block(self._block, module, before, now, lr=lr, due=due)
             return due and self._take(module, now, lr)
@@ -112,12 +112,12 @@ class Capture:
         return taken
 
     def _take(self, module: nn.Module, now: Progress, lr: tuple[float, ...]) -> bool:
-        with ranks.together(f"take the snapshot of step {now.step}") as agree:
+        with ranks.all_or_none(f"take the snapshot of step {now.step}"):
             live = self.trained.tensors(module)
             if others := self.stored.why_others(live):
                 self._breaks.at(now, f"the set of merged parameters changed: {others}")
                 self.stored.clear()
-            if not self._all_ranks_take(agree, live, now):
+            if not self._all_ranks_take(live, now):
                 return False
             if self.counts.keys() != live.keys():
                 self.counts = _counts_over_ranks(module, live)
@@ -125,18 +125,19 @@ class Capture:
             self.stored.capture(live, source, now, lr=lr, phase=self._breaks.phase)
         return True
 
-    def _all_ranks_take(self, agree: ranks.Agree, live: Mapping[str, Tensor], now: Progress) -> bool:
+    def _all_ranks_take(self, live: Mapping[str, Tensor], now: Progress) -> bool:
         """One decision for all ranks: a break on one is a break on all, and what one cannot take nobody takes."""
         window, block = self.stored.window, self._block
         is_complete = block is None or (block.is_complete and block.names == tuple(live))
         is_finite = is_complete and parameters.all_finite(list(live.values()) if block is None else block.sums)
         has_broken = window.segment != self._segment_of_all
-        num_broken, num_partial, num_non_finite = agree(has_broken, not is_complete, is_complete and not is_finite)
+        is_refused = is_complete and not is_finite
+        num_broken, num_partial, num_non_finite = ranks.count(has_broken, not is_complete, is_refused)
         if num_broken and not has_broken:
             self._breaks.at(now, "another rank had one")
         self._segment_of_all = window.segment
         if num_partial:
-            self._notices.once(
+            self._notices.warn(
                 f"block {window.segment}",
                 f"step {now.step}: no block mean, since its interval was not observed from its start.",
             )

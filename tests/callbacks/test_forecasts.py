@@ -17,7 +17,7 @@ from pretrain_merge.config import parse_settings
 from pretrain_merge.forecast import forecast_anneal
 from pretrain_merge.records import Expected, MergeRecord, Recipe, read_records
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 pytestmark = LIGHTNING_REMARKS
 FORECASTS = {
@@ -125,7 +125,7 @@ def test_a_forecast_that_is_refused_says_why_once_and_in_every_record(tmp_path, 
 def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
     keys = {"window": 5, "every": "100 tokens", "forecast": {"now": {"steps": "200 tokens", "kind": "nowcast"}}}
     settings = parse_settings(keys)
-    forecasts = RunForecasts(settings, Notices())
+    forecasts = RunForecasts(settings, WarnOnce())
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
     assert forecasts._steps(settings.forecasts["now"], record) == 40
@@ -135,7 +135,7 @@ def test_other_ranks_take_rank_0s_forecasts_and_keep_no_records(monkeypatch):
     expected = {"now": {"val_loss": Expected(1.0, 0.9, 1.1, 90)}}
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(ranks, "gather", lambda value: [(expected, {"ahead": "too early"}), value])
-    forecasts = RunForecasts(parse_settings({"window": 9, "every": 2, "forecast": FORECASTS}), Notices())
+    forecasts = RunForecasts(parse_settings({"window": 9, "every": 2, "forecast": FORECASTS}), WarnOnce())
     record = MergeRecord("merge", 90, 0, 0, 5, 0.1, {"val_loss": 1.0}, {})
     for _ in range(3):
         told = forecasts.with_forecasts(record)

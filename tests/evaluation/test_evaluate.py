@@ -521,7 +521,7 @@ def test_a_waiting_signal_ends_the_pass_before_its_next_batch(tmp_path, monkeypa
     class Signalled(Regression):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             seen.append(batch_idx)
-            monkeypatch.setattr(signals, "requested", lambda: True)
+            monkeypatch.setattr(signals, "pending", lambda: True)
 
     def act(trainer: Any, module: Any) -> None:
         with pytest.raises(EvaluationInterrupted):

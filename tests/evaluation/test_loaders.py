@@ -19,7 +19,7 @@ from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import loaders
 from pretrain_merge.evaluation.loaders import Fingerprints, RepeatedLoaders
 from pretrain_merge.evaluation.memento import Memento
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 
 def combined(*given: Any, mode: str = "sequential") -> CombinedLoader:
@@ -30,7 +30,7 @@ class Repeated(RepeatedLoaders):
     """Loaders whose state is put back after each pass and at the end, as `evaluate.isolated` does."""
 
     def __enter__(self) -> "Repeated":
-        self.memento = Memento({"loaders": self.loaders}, notices=Notices())
+        self.memento = Memento({"loaders": self.loaders}, notices=WarnOnce())
         return self
 
     def __exit__(self, *_: object) -> None:

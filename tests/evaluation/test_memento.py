@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pretrain_merge.evaluation import memento as module_under_test
 from pretrain_merge.evaluation.memento import Memento
-from pretrain_merge.runtime.log import Notices
+from pretrain_merge.runtime.log import WarnOnce
 
 LEVEL = 1
 SHARED = types.SimpleNamespace(level=1)
@@ -32,7 +32,7 @@ _HERE = sys.modules[__name__]
 
 def kept(item: Any, move: Callable[[Any], object], **options: Any) -> Memento:
     """The memento of an object that was moved and put back, twice."""
-    memento = Memento({"module": item}, notices=Notices(), **options)
+    memento = Memento({"module": item}, notices=WarnOnce(), **options)
     for _ in range(2):
         move(item)
         memento.put_back()
@@ -314,7 +314,7 @@ def test_a_thread_that_was_started_meanwhile_keeps_its_owner():
 def test_what_lives_by_itself_is_not_even_looked_into(living):
     module = nn.Module()
     module.living = living()
-    memento = Memento({"module": module}, notices=Notices())
+    memento = Memento({"module": module}, notices=WarnOnce())
     own = vars(module.living).values() if hasattr(module.living, "__dict__") else []
     assert not [item for state, _ in memento._states for item in own if state.item is item]
 
@@ -334,7 +334,7 @@ def test_objects_are_bounded(caplog, monkeypatch):
     module = nn.Module()
     module.tree = [[Plain() for _ in range(9)] for _ in range(9)]
     with caplog.at_level(logging.WARNING):
-        memento = Memento({"module": module}, notices=Notices())
+        memento = Memento({"module": module}, notices=WarnOnce())
     assert len(memento._objects) == 50
     assert [line for line in caplog.messages if "module.tree[" in line and "beyond the first 50 objects" in line]
 
@@ -384,7 +384,7 @@ def test_two_roots_that_share_an_object_keep_it_once():
     shared = Curriculum()
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + shared.level))
-    memento = Memento({"optimizer": optimizer, "scheduler": scheduler}, notices=Notices())
+    memento = Memento({"optimizer": optimizer, "scheduler": scheduler}, notices=WarnOnce())
     shared.level = 7
     optimizer.param_groups[0]["betas"] = 3
     optimizer.step()

@@ -141,9 +141,9 @@ class Once:
             return
         self._sign.touch()
         deadline = time.monotonic() + _PATIENCE
-        while not signals.requested() and time.monotonic() < deadline:
+        while not signals.pending() and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.is_over = signals.requested()
+        self.is_over = signals.pending()
 
 
 def pause_in(moment: str, pause: Once) -> None:

@@ -29,12 +29,12 @@ def failures_one_after_another():
     """What each rank meets: a failure on one of them, and another one while the first is handled."""
     met = []
     try:
-        with package_ranks.together("begin"):
+        with package_ranks.all_or_none("begin"):
             fail_on_rank_1("first")
     except Exception as first:
         met.append(str(first))
         try:
-            with package_ranks.together("save because of that"):
+            with package_ranks.all_or_none("save because of that"):
                 fail_on_rank_1("second")
         except Exception as second:
             met.append(str(second))

@@ -33,12 +33,12 @@ def delivered():
 
 
 def test_a_held_signal_is_delivered_after_the_block(delivered):
-    with signals.held():
+    with signals.deferred():
         signal.raise_signal(signal.SIGTERM)
         assert delivered == []
-        assert signals.requested()
+        assert signals.pending()
     assert delivered == ["SIGTERM"]
-    assert not signals.requested()
+    assert not signals.pending()
 
 
 def test_without_a_block_a_signal_is_delivered_at_once(delivered):
@@ -47,22 +47,22 @@ def test_without_a_block_a_signal_is_delivered_at_once(delivered):
 
 
 def test_each_waiting_signal_is_delivered_once_in_order_of_arrival(delivered):
-    with signals.held():
+    with signals.deferred():
         for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.raise_signal(signum)
     assert delivered == ["SIGUSR1", "SIGTERM", "SIGUSR2"]
 
 
 def test_an_inner_block_leaves_delivery_to_the_outer_one(delivered):
-    with signals.held():
-        with signals.held():
+    with signals.deferred():
+        with signals.deferred():
             signal.raise_signal(signal.SIGTERM)
         assert delivered == []
     assert delivered == ["SIGTERM"]
 
 
 def test_a_block_that_raises_delivers_too(delivered):
-    with pytest.raises(KeyError), signals.held():
+    with pytest.raises(KeyError), signals.deferred():
         signal.raise_signal(signal.SIGTERM)
         raise KeyError
     assert delivered == ["SIGTERM"]
@@ -70,7 +70,7 @@ def test_a_block_that_raises_delivers_too(delivered):
 
 def test_handlers_are_put_back(delivered):
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with signals.held():
+    with signals.deferred():
         pass
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
@@ -81,37 +81,37 @@ def test_a_handler_that_raises_does_so_after_the_block():
 
     kept, done = signal.signal(signal.SIGTERM, stop), []
     try:
-        with pytest.raises(SystemExit), signals.held():
+        with pytest.raises(SystemExit), signals.deferred():
             signal.raise_signal(signal.SIGTERM)
             done.append("block")
     finally:
         signal.signal(signal.SIGTERM, kept)
     assert done == ["block"]
-    assert not signals.requested()
+    assert not signals.pending()
 
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_a_block():
     done = []
-    with pytest.raises(KeyboardInterrupt), signals.held():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         signal.raise_signal(signal.SIGINT)
-        assert signals.requested()
+        assert signals.pending()
         done.append("block")
     assert done == ["block"]
-    assert not signals.requested()
+    assert not signals.pending()
 
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_users_code_at_once_and_the_clean_up_is_not_interrupted_again():
     cleaned = []
-    with pytest.raises(KeyboardInterrupt), signals.held():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         try:
-            with signals.ctrl_c_breaks_in():
+            with signals.keyboard_interrupt_allowed():
                 signal.raise_signal(signal.SIGINT)
                 cleaned.append("not reached")
         finally:
             signal.raise_signal(signal.SIGINT)
-            with signals.ctrl_c_breaks_in():
+            with signals.keyboard_interrupt_allowed():
                 signal.raise_signal(signal.SIGINT)
             cleaned.append("cleaned")
     assert cleaned == ["cleaned"]
@@ -122,9 +122,9 @@ def test_ctrl_c_ends_users_code_at_once_and_the_clean_up_is_not_interrupted_agai
 @pytest.mark.usefixtures("ctrl_c")
 def test_users_code_does_not_start_where_ctrl_c_waits():
     started = []
-    with pytest.raises(KeyboardInterrupt), signals.held():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         signal.raise_signal(signal.SIGINT)
-        with signals.ctrl_c_breaks_in():
+        with signals.keyboard_interrupt_allowed():
             started.append(True)
     assert started == []
 
@@ -132,7 +132,7 @@ def test_users_code_does_not_start_where_ctrl_c_waits():
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_interrupts_again_in_the_next_block():
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), signals.held(), signals.ctrl_c_breaks_in():
+        with pytest.raises(KeyboardInterrupt), signals.deferred(), signals.keyboard_interrupt_allowed():
             signal.raise_signal(signal.SIGINT)
 
 
@@ -140,7 +140,7 @@ def test_a_handler_of_the_users_for_ctrl_c_is_called_after_the_block_and_nothing
     called: list[int] = []
     kept = signal.signal(signal.SIGINT, lambda number, _: called.append(number))
     try:
-        with signals.held(), signals.ctrl_c_breaks_in():
+        with signals.deferred(), signals.keyboard_interrupt_allowed():
             signal.raise_signal(signal.SIGINT)
             assert called == []
     finally:
@@ -153,22 +153,22 @@ def test_a_handler_that_raises_keeps_no_other_from_running(delivered):
         raise SystemExit(3)
 
     signal.signal(signal.SIGUSR1, stop)
-    with pytest.raises(SystemExit), signals.held():
+    with pytest.raises(SystemExit), signals.deferred():
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
     assert delivered == ["SIGTERM"]
 
 
 def test_without_a_held_block_ctrl_c_is_pythons(ctrl_c):
-    with pytest.raises(KeyboardInterrupt), signals.ctrl_c_breaks_in():
+    with pytest.raises(KeyboardInterrupt), signals.keyboard_interrupt_allowed():
         signal.raise_signal(signal.SIGINT)
-    assert not signals.requested()
+    assert not signals.pending()
 
 
 def test_a_signal_without_a_handler_in_python_keeps_its_meaning():
     kept = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
-        with signals.held():
+        with signals.deferred():
             assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR2, kept)
@@ -178,7 +178,7 @@ def test_in_another_thread_nothing_is_held(delivered):
     seen = []
 
     def work() -> None:
-        with signals.held():
+        with signals.deferred():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)
