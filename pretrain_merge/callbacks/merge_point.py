@@ -54,6 +54,7 @@ def measured(
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
+    known: dict[Recipe, dict[str, float]] = {}  # views often make one and the same merge, as `sma` and `sma4` of four
     stopwatch = _Stopwatch()
     isolated = evaluate.isolated(
         trainer,
@@ -73,7 +74,9 @@ def measured(
                 for view in ready:
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
-                    metrics[view] = measure(view)
+                    if recipes[view] not in known:
+                        known[recipes[view]] = measure(view)
+                    metrics[view] = dict(known[recipes[view]])
                     stopwatch.lap(f"evaluate_{view}")
                     keep(view, recipes[view], metrics[view])
                     stopwatch.lap(f"save_{view}")

@@ -22,7 +22,7 @@ from pretrain_merge.callbacks.rehearsal import Rehearsal
 from pretrain_merge.callbacks.resuming import find_state, has_begun
 from pretrain_merge.callbacks.run import Run
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.config import SPAN, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
@@ -53,7 +53,9 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
-            optionally `last`, and the parameters of the kind.
+            optionally `last` or `span`, and the parameters of the kind.
+        span: A view that names no number of snapshots takes the newest that span at most this share of the run since
+            its last break; None: all that are valid.
         average: "last": a snapshot is the model after a step; "block": the mean of the models in the interval.
         sample_every: With "block": steps between the models that enter the mean.
         tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
@@ -88,6 +90,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
         start: int | str = 0,
         merge_every: int | str | None = None,
         views: Sequence[str | dict[str, Any]] = ("sma",),
+        span: float | str | None = SPAN,
         average: str = "last",
         sample_every: int = 1,
         tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
@@ -115,6 +118,7 @@ class ModelMerging(*_CALLBACKS):  # type: ignore[misc]
             "start": start,
             "merge_every": merge_every,
             "views": views,
+            "span": span,
             "average": average,
             "sample_every": sample_every,
             # the schema holds what YAML can say

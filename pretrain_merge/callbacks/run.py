@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks import advice, merge_point
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
@@ -178,6 +178,8 @@ class Run:
             start.fill(self.merger, self._kept_window)
             self._say_what_monitors_keep(monitors, folder)
             self._say_what_checkpoints_keep()
+            if wide := advice.why_too_wide(fit.settings, advice.steps_of(fit.trainer)):
+                fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()

@@ -11,6 +11,9 @@ SLOT_DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("min", "max")
 FORECAST_KINDS = ("forecast", "nowcast")
 FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
+# Over 25 runs, dense and with experts, a plain mean was best over 8 to 13% of the steps so far, and worse than raw from
+# about half on. The loss is flat around its best, so the upper end costs little and averages more.
+SPAN = 0.12
 
 
 @dataclass
@@ -89,7 +92,9 @@ class WindowConfig:
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; null: at every snapshot.
         views: Named merges: a kind ("sma"), a kind with a number of newest snapshots ("sma4"), or a mapping with
-            `name`, `kind`, optionally `last`, and the parameters of the kind.
+            `name`, `kind`, optionally `last` or `span`, and the parameters of the kind.
+        span: A view that names no number of snapshots takes the newest that span at most this share of the run since
+            its last break: 0.12, "12%"; null: all that are valid.
         average: "last": a snapshot is the model after the step that filled the interval; "block": the mean of the
             models in the interval.
         sample_every: With "block": steps between the models that enter the mean.
@@ -108,6 +113,7 @@ class WindowConfig:
     start: Any = 0
     merge_every: Any = None
     views: list[Any] = field(default_factory=lambda: ["sma"])
+    span: Any = SPAN
     average: str = "last"
     sample_every: int = 1
     lr_tolerance: float = 1e-3

@@ -35,8 +35,8 @@ class RollingMerger:
     Args:
         settings: Parsed settings; None: they are parsed from the options.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
-            `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`, `batch_norm`,
-            `store`, `store_folder`, `slot_dtype`.
+            `views`, `span`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`,
+            `batch_norm`, `store`, `store_folder`, `slot_dtype`.
 
     Raises:
         ConfigError: An unknown key or an impossible value.
@@ -59,7 +59,7 @@ class RollingMerger:
         parsed = settings or config.parse_window_settings(options)
         values, notices = parsed.config, WarnOnce()
         self._merge_cadence = parsed.merge_cadence  # when merges are due
-        self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
+        self._views = Views(parsed.views, parsed.cadence, values.average)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
         self._stored = StoredWindow(values)  # which snapshots are held, and their bytes

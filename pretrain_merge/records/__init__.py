@@ -1,11 +1,22 @@
 """What was measured: records, their lines of JSON, and where they are shown."""
 
 from pretrain_merge.records.jsonl import append_record, keep_records_until, read_records
-from pretrain_merge.records.record import FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
+from pretrain_merge.records.record import (
+    FORECAST,
+    RAW,
+    SPAN,
+    Expected,
+    MergeRecord,
+    Metrics,
+    Recipe,
+    metric_name,
+    span_of,
+)
 
 __all__ = [
     "FORECAST",
     "RAW",
+    "SPAN",
     "Expected",
     "MergeRecord",
     "Metrics",
@@ -14,4 +25,5 @@ __all__ = [
     "keep_records_until",
     "metric_name",
     "read_records",
+    "span_of",
 ]

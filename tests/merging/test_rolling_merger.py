@@ -226,7 +226,7 @@ def test_a_decay_view_of_a_real_run_is_where_its_updates_lead_when_replayed_with
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     views = [{"name": "annealed", "kind": "decay", "shape": shape}]
-    merging, visited = RollingMerger(window=8, every=every, views=views), []
+    merging, visited = RollingMerger(window=8, every=every, views=views, span=None), []
     for step in range(1, 12 * every + 1):
         x = torch.randn(16, 6, dtype=torch.float64)
         loss = (module(x) - x.sum(1, keepdim=True).sin()).square().mean()
@@ -750,7 +750,7 @@ def test_a_model_that_trains_other_parameters_starts_over():
 
 @pytest.mark.parametrize(("sample_every", "last"), [(1, [31, 40]), (3, [33, 39]), (7, [35, 35]), (10, [40, 40])])
 def test_a_block_is_the_mean_of_the_models_sampled_after_the_last_multiple_up_to_this_one(sample_every, last):
-    merging = RollingMerger(window=4, every=10, average="block", sample_every=sample_every)
+    merging = RollingMerger(window=4, every=10, average="block", sample_every=sample_every, span=None)
     module, taken = counting(merging, range(1, 41))
     assert taken == [10, 20, 30, 40]
     sampled = [[step for step in range(k + 1, k + 11) if step % sample_every == 0] for k in (0, 10, 20, 30)]
