@@ -133,6 +133,7 @@ def _emit_range(module: Value, lanes: int, scalar: Value, *, spread: bool, paire
         with loop(b, integer(0), row.num_snapshots, _GROUP) as group:
             group_end = minimum(b, b.add(group, integer(_GROUP)), row.num_snapshots)
             with loop(b, block, block_end, lanes) as position:
+                # one buffer, cut anew for each block: it stays in L1 from group to group
                 waiting = [element(b, buffer, b.sub(position, block), v.size) for buffer in buffers]
                 _emit_vector(v, row, position, (group, group_end), waiting, sums)
     if spread:

@@ -126,6 +126,7 @@ def emit_store(v: Vectors, row: Row, position: Value, value: Value) -> None:
     address = load_integer(b, row.addresses, integer(0))
     for code in cases(b, load_integer(b, row.addresses, integer(1)), v.codes):
         rounded = value
+        # as torch rounds: float64 to a 16-bit dtype goes through float32 there too
         if v.scalar == DOUBLE and code != _FLOAT64:
             rounded = b.fptrunc(rounded, v.of(FLOAT))
         if code == _FLOAT16:
@@ -180,6 +181,7 @@ def add_up(v: Vectors, total: Value, value: Value) -> None:
     does, and hold a merge of 16-bit snapshots up by half.
     """
     b = v.b
+    # pairwise, so the error grows with the logarithm of the lanes
     while v.lanes > _SUM_LANES:
         value = b.fadd(*_halves(v, value))
         v = v.halved()
