@@ -105,7 +105,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         breaks_at = {"lr_tolerance": lr_tolerance, "breaks": breaks}
         tensors = {"parameters": parameters, "merge_buffers": merge_buffers, "batch_norm": batch_norm}
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
-        merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
+        merges = {"merge_every": merge_every, "views": views, "span": span, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "forecast": forecast}
         files = {"save": save, "window_folder": window_folder, "on_missing": on_missing, "name": name}
         given = snapshots | breaks_at | tensors | slots | merges | measured | files
