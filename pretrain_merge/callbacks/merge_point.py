@@ -5,7 +5,7 @@ where its record goes, is the callback's business.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -33,6 +33,7 @@ def measured(
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
+    besides: Collection[str] = (),
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -44,6 +45,7 @@ def measured(
         evaluators: Further evaluations by name.
         notices: What the user was told already.
         keep: Called with each view's name, recipe and metrics while its weights are in the module.
+        besides: Views that nobody configured; one that makes the merge of another is not measured again.
 
     Returns:
         The record; None where a signal ended the evaluation early.
@@ -54,7 +56,7 @@ def measured(
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
-    known: dict[Recipe, dict[str, float]] = {}  # views often make one and the same merge, as `sma` and `sma4` of four
+    known: dict[Recipe, dict[str, float]] = {}
     stopwatch = _Stopwatch()
     isolated = evaluate.isolated(
         trainer,
@@ -74,9 +76,10 @@ def measured(
                 for view in ready:
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
-                    if recipes[view] not in known:
-                        known[recipes[view]] = measure(view)
-                    metrics[view] = dict(known[recipes[view]])
+                    # a limited `sma` and a forecast's `sma4` are often one merge; a user's evaluator sees each view
+                    same = known.get(recipes[view]) if view in besides else None
+                    metrics[view] = dict(same) if same is not None else measure(view)
+                    known[recipes[view]] = metrics[view]
                     stopwatch.lap(f"evaluate_{view}")
                     keep(view, recipes[view], metrics[view])
                     stopwatch.lap(f"save_{view}")

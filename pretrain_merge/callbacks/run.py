@@ -255,6 +255,7 @@ class Run:
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
+            besides=self._not_saved,
         )
 
     def _say_what_checkpoints_keep(self) -> None:

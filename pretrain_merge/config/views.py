@@ -91,7 +91,7 @@ def parse_view(value: object, key: str, span: float | None = None) -> View:
 
 
 def parse_span(value: object, key: str) -> float | None:
-    """The share of a run that a view may span, from what people write: 0.12, "12%"; None: any.
+    """The share of a run that a view may span, from what people write: 0.06, "6%"; None: any.
 
     Raises:
         ConfigError: It is not above 0 and up to 1.
@@ -104,7 +104,7 @@ def parse_span(value: object, key: str) -> float | None:
     if not 0.0 < share <= 1.0:
         raise ConfigError(
             f"{key}: {value!r} is not a share of the run. Allowed: above 0 and up to 1, or null for no limit. Write it "
-            f"as 0.12 or '12%'."
+            f"as 0.06 or '6%'."
         )
     return float(share)
 

@@ -43,16 +43,16 @@ class RollingMerger:
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
-    >>> merger = RollingMerger(window=4, every=10)
-    >>> for step in range(1, 41):
+    >>> merger = RollingMerger(window=4, every=4)
+    >>> for step in range(1, 17):
     ...     with torch.no_grad():
     ...         _ = model.weight.fill_(step)  # stands for an optimizer step
     ...     _ = merger.observe(model, step)
-    >>> with merger.merged(model, "sma"):  # mean of steps 10, 20, 30, 40
+    >>> with merger.merged(model, "sma"):  # mean of steps 4, 8, 12, 16
     ...     model.weight.tolist()
-    [[25.0, 25.0]]
+    [[10.0, 10.0]]
     >>> model.weight.tolist()
-    [[40.0, 40.0]]
+    [[16.0, 16.0]]
     """
 
     def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:

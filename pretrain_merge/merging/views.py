@@ -15,9 +15,9 @@ from pretrain_merge.records import Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
 
 _SMALLEST = 2  # snapshots of a view that takes all there are
-# The share that a view may span was measured from step 250 on, of which 12% are these many. Younger runs and stretches
-# are judged by nobody, and a limit of a few steps would merge models that hardly differ.
-ALWAYS_ALLOWED = 30
+# Steps, what the default share allows at step 200, from which on it was measured. Younger stretches are judged by
+# nobody, and a limit of fewer steps would merge models that hardly differ.
+ALWAYS_ALLOWED = 12
 
 
 class Merge(NamedTuple):
