@@ -91,7 +91,7 @@ def refuse_fsdp1(module: nn.Module) -> None:
 
 def _inside(wrapper: nn.Module) -> nn.Module | None:
     if isinstance(wrapper, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return wrapper.module
+        return wrapper._modules["module"]
     children = wrapper._modules  # not getattr, which Fabric's wrapper passes on to the module inside
     return next((children[name[:-1]] for name in _ADDED if name[:-1] in children), None)
 

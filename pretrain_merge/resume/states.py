@@ -64,7 +64,7 @@ class States:
         """
         text = ranks.gather(state.get(_KEY))[0]
         try:
-            plain = json.loads(text)
+            plain = json.loads(text)  # type: ignore[arg-type]  # a TypeError says that it is not text
             return Manifest.from_plain(plain["manifest"]), Path(plain["folder"])
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
