@@ -85,6 +85,7 @@ def statistics(logits: Tensor, num_chosen: int) -> Router:
         num_chosen: Experts per token.
     """
     num_experts = logits.shape[-1]
+    # what is chosen, not how likely: an even router that is sure differs from one that cannot decide
     load = _chosen(logits, num_chosen).mean(dim=1) / num_chosen
     probabilities = logits.double().softmax(dim=-1)
     return Router(
@@ -106,4 +107,6 @@ def _chosen(logits: Tensor, num_chosen: int) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    return -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+    # xlogy: an expert that is never chosen adds 0, not NaN
+    summands: Tensor = torch.special.xlogy(probabilities, probabilities)
+    return -summands.sum(dim=-1)
