@@ -26,6 +26,10 @@ def _flags(owner: Any, *names: str) -> list[tuple[Callable[[], Any], Callable[[A
     return [(partial(getattr, owner, name), partial(setattr, owner, name)) for name in names if hasattr(owner, name)]
 
 
+def _parts(*owners: Any) -> list[Any]:
+    return [getattr(owner, name) for owner in owners for name in ("conv", "rnn", "matmul") if hasattr(owner, name)]
+
+
 # In this order: a setting of a whole, such as the precision of products, before those of its parts.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -49,7 +53,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     *_flags(cuda.matmul, "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
     *(
         setting
-        for owner in (torch.backends, cudnn, mkldnn, cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)
+        for owner in (torch.backends, cudnn, mkldnn, cuda.matmul, *_parts(cudnn, mkldnn))
         for setting in _flags(owner, "fp32_precision")
     ),
     *_flags(torch.utils.deterministic, "fill_uninitialized_memory"),

@@ -162,7 +162,7 @@ def _extent(tensor: Tensor) -> int:
     num_elements = tensor.numel()
     if num_elements and not tensor.is_contiguous():
         num_elements = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + num_elements) * tensor.element_size() if num_elements else 0
+    return int((tensor.storage_offset() + num_elements) * tensor.element_size()) if num_elements else 0
 
 
 def _place(tensor: Tensor) -> Any:
