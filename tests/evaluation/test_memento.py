@@ -282,12 +282,13 @@ class Prefetcher:
     """Fills a queue from a thread of its own."""
 
     def __init__(self, *, lazily: bool) -> None:
-        self.rows, self.thread = [0], None
+        self.rows, self.thread, self.is_running = [0], None, False
         if not lazily:
             self.start()
 
     def start(self) -> None:
         self.rows.append(1)
+        self.is_running = True
         self.thread = threading.Thread(target=int)
 
 
@@ -305,6 +306,7 @@ def test_a_thread_that_was_started_meanwhile_keeps_its_owner():
     module.data = Prefetcher(lazily=True)
     kept(module, lambda module: module.data.thread or module.data.start())
     assert module.data.thread is not None
+    assert module.data.is_running  # as its thread will find it
     module.lock = None
     kept(module, lambda module: setattr(module, "lock", threading.Lock()))
     assert module.lock is not None

@@ -653,13 +653,6 @@ FAULTS = (
         "tests/evaluation/test_settings.py",
     ),
     Fault(
-        "memory that was freed is written",
-        "parameters/places.py",
-        "        place.memory.untyped_storage().resize_(place.num_bytes)\n",
-        "        pass\n",
-        _SWAP,
-    ),
-    Fault(
         "the windows of all saves are kept, whatever the bound",
         "resume/sidecar.py",
         "        if old:\n            self._needs.update",
@@ -797,8 +790,8 @@ FAULTS = (
     Fault(
         "an evaluator's gradients stay",
         "evaluation/isolation.py",
-        "            parameter.grad = gradient\n",
-        "            pass\n",
+        "        parameter.grad = gradient\n",
+        "        pass\n",
         _NON_INTERFERENCE,
     ),
     Fault(
