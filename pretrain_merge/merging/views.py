@@ -15,9 +15,9 @@ from pretrain_merge.records import Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
 
 _SMALLEST = 2  # snapshots of a view that takes all there are
-# Steps, what the default share allows at step 200, from which on it was measured. Younger stretches are judged by
+# Steps, what the default share allows at step 250; it was measured from 200 on. Younger stretches are judged by
 # nobody, and a limit of fewer steps would merge models that hardly differ.
-ALWAYS_ALLOWED = 12
+ALWAYS_ALLOWED = 15
 
 
 class Merge(NamedTuple):

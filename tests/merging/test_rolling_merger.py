@@ -179,9 +179,9 @@ def test_whatever_the_window_a_merge_is_the_oracle_and_raw_comes_back(size, ever
 
 
 def test_a_recipe_names_steps_and_coefficients_oldest_first():
-    merging = RollingMerger(window=4, every=10, views=["wma"])
+    merging = RollingMerger(window=4, every=10, views=["wma4"])
     module, _ = counting(merging, range(1, 61))
-    with merging.merged(module, "wma") as recipe:
+    with merging.merged(module, "wma4") as recipe:
         assert recipe.steps == (30, 40, 50, 60)
         assert recipe.coefficients == coefficients.wma(4)
         assert module.weight.item() == pytest.approx(0.1 * 30 + 0.2 * 40 + 0.3 * 50 + 0.4 * 60)

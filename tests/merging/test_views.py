@@ -140,7 +140,8 @@ def test_a_number_of_snapshots_is_taken_as_it_was_given_and_so_is_a_window_witho
 
 def test_a_young_run_is_merged_as_if_there_were_no_limit():
     assert spans(1, 12)[12] == {"sma": (10, 9)}
-    assert spans(4, 40)[40] == {"sma": (4, 12)}
+    assert spans(5, 20)[20] == {"sma": (4, 15)}
+    assert spans(8, 40)[40] == {"sma": (2, 8)}
 
 
 def test_blocks_begin_one_interval_before_the_first_snapshot_and_it_counts():
