@@ -16,6 +16,7 @@ from pretrain_merge.callbacks.both_libraries import CALLBACKS
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.fits import Fits
 from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
@@ -59,6 +60,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
+        on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; a second instance needs its own.
@@ -91,6 +93,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         validate: bool = True,
         stateful_data: str = "refuse",
+        on_error: str = "raise",
         window_folder: str | None = None,
         on_missing: str = "error",
         name: str = "merge",
@@ -103,7 +106,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         tensors = {"parameters": parameters, "merge_buffers": merge_buffers, "batch_norm": batch_norm}
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
         merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
-        measured = {"validate": validate, "stateful_data": stateful_data, "forecast": forecast}
+        measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
         files = {"save": save, "window_folder": window_folder, "on_missing": on_missing, "name": name}
         given = snapshots | breaks_at | tensors | slots | merges | measured | files
         # every word of the keys as a value, parsed this once
@@ -113,6 +116,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         forecasts = RunForecasts(self.settings, notices)  # refuses calibrations that cannot be read
         checked = refusals.checked_evaluators(evaluators)
         self._notices = notices  # for what is said before a run
+        self._metric_check = MetricCheck(self.settings, checked, notices)  # of the names that somebody was given
         self._fits = Fits(partial(Fit, self.settings, tokens_per_batch, checked, forecasts, notices), notices)
 
     @classmethod
@@ -163,7 +167,16 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         refusals.refuse_model(pl_module, trainer.optimizers, self.config)
         refusals.refuse_other_configs(self.config)
+        self._metric_check.begin(trainer)
         self._fits.watch(trainer, pl_module)
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse names of metrics that were not measured, before the first batch."""
+        self._metric_check.look(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse them at the run's first validation, where there was no sanity check."""
+        self._metric_check.look(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one: P13 lets nothing be restored before."""

@@ -40,5 +40,5 @@ class Publisher:
             append_record(self._file, record)
         metrics = {key: torch.tensor(value, dtype=torch.float64) for key, value in record.metrics().items()}
         self._trainer.callback_metrics.update(metrics)
-        self._monitors.new_values()
+        self._monitors.new_values(record)
         return record

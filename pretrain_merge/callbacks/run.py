@@ -81,7 +81,7 @@ class Run:
             if self._may_change_weights_after_us:
                 loop = fit.trainer.fit_loop.epoch_loop
                 borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
-            monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
+            monitors = Monitors(fit.trainer, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             with ranks.all_or_none("open the run's folder"):
                 self._open(start, forecasts, monitors, borrowed)
@@ -267,6 +267,9 @@ class Run:
                 f"They go with the checkpoints that are deleted."
             )
 
-    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
-            self._merged_models.save_if_due(self._fit.module, view, self.merger.progress, recipe, metrics)
+            progress = self.merger.progress
+            self._merged_models.save_if_due(
+                self._fit.module, view, progress, recipe, metrics, may_lack_best=may_lack_best
+            )

@@ -10,6 +10,7 @@ from pretrain_merge.config.schema import (
     AVERAGES,
     BATCH_NORMS,
     MODES,
+    ON_ERROR,
     ON_MISSING,
     SLOT_DTYPES,
     STORES,
@@ -112,6 +113,7 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
     _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
+    require(config, "on_error", lambda value: value in ON_ERROR, " or ".join(ON_ERROR))
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)
     forecasts = {

@@ -5,6 +5,7 @@ from typing import Any
 
 AVERAGES = ("last", "block")
 BATCH_NORMS = ("refuse", "live", "merge")
+ON_ERROR = ("raise", "warn")
 ON_MISSING = ("error", "refill")
 STORES = ("auto", "device", "host", "disk")
 SLOT_DTYPES = ("float32", "bfloat16", "float16")
@@ -130,6 +131,7 @@ class MergeConfig(WindowConfig):
         forecast: Forecasts by name, each with the keys of `ForecastConfig`.
         validate: Evaluate on the Trainer's validation loaders at merge points.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
+        on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; two instances in one Trainer need two names.
@@ -140,6 +142,7 @@ class MergeConfig(WindowConfig):
     forecast: dict[str, Any] = field(default_factory=dict)
     validate: bool = True
     stateful_data: str = "refuse"
+    on_error: str = "raise"
     window_folder: str | None = None
     on_missing: str = "error"
     name: str = "merge"

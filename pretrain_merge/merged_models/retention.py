@@ -12,19 +12,20 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import SaveConfig, save_cadence
-from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import discard, move_aside
 from pretrain_merge.merged_models.choosing import BEST
 from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
 from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import Recipe, metric_names
 from pretrain_merge.runtime import ranks
 
 _NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
@@ -52,12 +53,6 @@ class SavedModels:
 def will_save(config: SaveConfig) -> bool:
     """Whether any merged model is to be written."""
     return config.every is not None or config.best is not None or config.at_end
-
-
-def refuse_unmeasured(best: str | None, metrics: Mapping[str, float]) -> None:
-    """Raise a `ConfigError` where `save.best` names a metric that is not among the measured ones."""
-    if best is not None and best not in metrics:
-        raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
 
 
 class MergedModels:
@@ -114,16 +109,31 @@ class MergedModels:
             self._name_best()
 
     def save_if_due(
-        self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
+        self,
+        module: Any,
+        view: str,
+        progress: Progress,
+        recipe: Recipe,
+        metrics: Mapping[str, float],
+        *,
+        may_lack_best: bool = False,
     ) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
+
+        Args:
+            module: The model.
+            view: Its name.
+            progress: Counters of the merge point.
+            recipe: How it was made.
+            metrics: What was measured of it.
+            may_lack_best: Whether the metric of `save.best` may be missing, since an evaluation failed that may.
 
         Raises:
             ConfigError: `save.best` names a metric that was not measured.
             CheckpointError: The disk refuses.
         """
         is_due = self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress)
-        score = self._score(metrics)
+        score = self._score(metrics, may_lack_best)
         is_best = score is not None and (self._best is None or score < self._best[0])
         if is_due or is_best:
             reasons = [*(["every"] if is_due else []), *(["best"] if is_best else [])]
@@ -141,10 +151,13 @@ class MergedModels:
         """Save the view that is in the module now, for good."""
         return self._save(module, view, progress, recipe, {}, ["at_end"])
 
-    def _score(self, metrics: Mapping[str, float]) -> float | None:
+    def _score(self, metrics: Mapping[str, float], may_lack_best: bool) -> float | None:
         """The metric of `save.best`, lower is better; None where there is none that can be the best."""
-        refuse_unmeasured(self._config.best, metrics)
-        value = metrics[self._config.best] if self._config.best is not None else math.nan
+        best = self._config.best
+        if best is None:
+            return None
+        find = partial(metric_names.measured_name, "save.best") if not may_lack_best else metric_names.found
+        value = metrics.get(find(best, metrics) or best, math.nan)
         return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
 
     def _name_best(self) -> None:
@@ -159,7 +172,8 @@ class MergedModels:
                 return
             path = self._best[1]
             metrics = about.get("metrics")
-            value = metrics.get(self._config.best) if isinstance(metrics, Mapping) else None
+            metrics = metrics if isinstance(metrics, Mapping) else {}
+            value = metrics.get(metric_names.found(self._config.best, metrics))
             what = {
                 "folder": path.name if path.parent == self.folder else str(path),
                 "view": about.get("view"),

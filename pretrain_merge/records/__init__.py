@@ -1,9 +1,10 @@
 """What was measured: records, their lines of JSON, and where they are shown."""
 
 from pretrain_merge.records.jsonl import append_record, keep_records_until, read_records
-from pretrain_merge.records.record import FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
+from pretrain_merge.records.record import EVALUATION, FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
 
 __all__ = [
+    "EVALUATION",
     "FORECAST",
     "RAW",
     "Expected",
