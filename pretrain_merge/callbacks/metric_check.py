@@ -91,7 +91,7 @@ class MetricCheck:
                 metric_names.measured_name(key, metric, measured)
         for wanted in self._monitors(trainer):
             model, metric = self._parts(wanted.metric)
-            is_ours = metric in measured or self._is_of_an_evaluator(metric) or _is_derived(metric, measured)
+            is_ours = metric in measured or self._is_of_an_evaluator(metric) or _is_derived(metric)
             if model is not None and not is_ours:
                 known = [metric_name(self._settings.config.name, model, name) for name in measured]
                 meant = metric_names.found(wanted.metric, known) or nearest(wanted.metric, known)
@@ -140,9 +140,9 @@ class MetricCheck:
             )
 
 
-def _is_derived(metric: str, measured: Iterable[str]) -> bool:
-    """Whether it is said of a view besides its metrics: over how many steps it spans, how much of a gap it closes."""
-    return metric == "span" or any(metric.endswith(f"/{name}") for name in measured)
+def _is_derived(metric: str) -> bool:
+    """Whether it is said of a view or forecast besides its metrics: what it spans, closes of a gap, or ends at."""
+    return metric in ("span", "step") or metric.startswith("gap_closed/")
 
 
 def _asked_by_user(names: set[str], objects: Iterable[Any]) -> bool:

@@ -63,6 +63,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        verbose: Say one line at each merge, besides those at the start and the end of a run.
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
 
@@ -96,6 +97,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         on_error: str = "raise",
         window_folder: str | None = None,
         on_missing: str = "error",
+        verbose: bool = False,
         name: str = "merge",
         **options: NoReturn,
     ) -> None:
@@ -107,8 +109,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
         merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
-        files = {"save": save, "window_folder": window_folder, "on_missing": on_missing, "name": name}
-        given = snapshots | breaks_at | tensors | slots | merges | measured | files
+        files = {"save": save, "window_folder": window_folder, "on_missing": on_missing}
+        shown = {"name": name, "verbose": verbose}
+        given = snapshots | breaks_at | tensors | slots | merges | measured | files | shown
         # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
         self.config = self.settings.config  # the keys as they were given, with defaults filled in

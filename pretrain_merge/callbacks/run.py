@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks.announcements import Announcements, why_no_merge
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
@@ -26,10 +27,8 @@ from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import MergeRecord, Recipe
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import logger
 
 
 class Run:
@@ -125,10 +124,10 @@ class Run:
                             self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
+        self._announcements.end(self.last_record, self.best_model_path)
         if not self._last_merge:
-            self._fit.notices.warn(
-                "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
-            )
+            why, step = why_no_merge(self.merger, self.clock), self.clock.progress.step
+            self._fit.notices.warn("no merge", f"training ended at step {step} without a merge: {why}")
 
     def state(self, *, lost: str = "") -> dict[str, Any]:
         """The state as it is now, as plain values; writes the files that it refers to.
@@ -172,12 +171,14 @@ class Run:
         if fit.trainer.is_global_zero:
             files = RunFolder(folder)
             borrowed.callback(files.close)
+        self._announcements = Announcements(fit, folder)
         self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
-            self._say_what_monitors_keep(monitors, folder)
-            self._say_what_checkpoints_keep()
+            if monitors.checkpoints:
+                self._announcements.monitored()
+            self._announcements.begin(self.merger, state.progress)
             until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
@@ -192,21 +193,6 @@ class Run:
         step = self.clock.progress.step
         return self._last_merge < step and (self.merger.progress.step < step or self.merger.merge_is_due())
 
-    def _why_no_merge(self) -> str:
-        if self.clock.num_batches and not self.clock.num_steps:
-            return (
-                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
-                f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
-            )
-        last, num_valid = self.merger.window.last_break, self.merger.window.num_valid
-        if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
-            across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
-            return (
-                f"a view needs two snapshots at least, and the window held {num_valid} since the break at step "
-                f"{last.step} ({last.reason}). {across if last.reason.startswith('learning rate') else ''}"
-            ).strip()
-        return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
-
     def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:
         """After the module's own hook, before validation."""
         if self._is_unobserved:
@@ -217,14 +203,6 @@ class Run:
     def _observe(self) -> None:
         self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
         self._merge_if_due()
-
-    def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
-        if monitors.checkpoints:
-            self._fit.notices.warn(
-                "monitor",
-                f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
-                f"the best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
-            )
 
     def _merge_if_due(self) -> None:
         if not self.merger.merge_is_due():
@@ -237,6 +215,7 @@ class Run:
                 record = self._measure()  # after a signal that lets the run go on
             if record is not None:
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
+                self._announcements.merged(self.last_record)
                 return
         self._fit.notices.warn(
             "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
@@ -254,18 +233,6 @@ class Run:
             notices=fit.notices,
             keep=self._save_if_due,
         )
-
-    def _say_what_checkpoints_keep(self) -> None:
-        """Where no checkpoint is ever deleted, no snapshot is: a disk fills up."""
-        if any(getattr(item, "save_top_k", None) == -1 for item in self._fit.trainer.checkpoint_callbacks):
-            tensors = self.merger.tensors(self.module)
-            sizes = zip(tensors.values(), whole_sizes(self.module, tensors), strict=True)
-            snapshot = sum(tensor.element_size() * size for tensor, size in sizes) / 1e9
-            logger.info(
-                f"save_top_k=-1 keeps every checkpoint, and so {self._kept_window.folder} every snapshot that one of "
-                f"them needs: {snapshot:.3g} GB each, at most {self._fit.config.window} new ones for a checkpoint. "
-                f"They go with the checkpoints that are deleted."
-            )
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:

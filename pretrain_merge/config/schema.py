@@ -134,6 +134,7 @@ class MergeConfig(WindowConfig):
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        verbose: Say one line at each merge, besides those at the start and the end of a run.
         name: Prefix of metrics and folders; two instances in one Trainer need two names.
     """
 
@@ -145,4 +146,5 @@ class MergeConfig(WindowConfig):
     on_error: str = "raise"
     window_folder: str | None = None
     on_missing: str = "error"
+    verbose: bool = False
     name: str = "merge"
