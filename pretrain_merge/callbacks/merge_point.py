@@ -5,7 +5,7 @@ where its record goes, is the callback's business.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from pretrain_merge.evaluation.loaders import EvaluationInterrupted
 from pretrain_merge.evaluation.reduction import How, Part
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import RAW, MergeRecord, Recipe
+from pretrain_merge.records import FORECAST, RAW, MergeRecord, Recipe
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -31,6 +31,7 @@ def measured(
     module: Any,
     merger: RollingMerger,
     *,
+    views: Sequence[str],
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
@@ -42,6 +43,7 @@ def measured(
         trainer: A Trainer between two batches of training.
         module: Its module, with raw weights; it has them again when this returns, however it ends.
         merger: Holds the window.
+        views: Which of its views.
         evaluators: Further evaluations by name.
         notices: What the user was told already.
         keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
@@ -50,9 +52,11 @@ def measured(
     Returns:
         The record; None where a signal ended the evaluation early.
     """
-    ready = [view for view in merger.views if merger.why_not(view) is None]
-    skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
+    ready = [view for view in views if merger.why_not(view) is None]
+    skipped = {view: reason for view in views if (reason := merger.why_not(view))}
     for view, reason in skipped.items():
+        if view.startswith(f"{FORECAST}/"):
+            continue  # nobody asked for it, and the forecast says what it misses
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}

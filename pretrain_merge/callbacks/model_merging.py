@@ -19,12 +19,12 @@ from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.config import AUTO, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
 
 _INPUT_IDS = "input_ids"
-_MAPPINGS = ("breaks", "parameters", "save", "forecast")  # None stands for an empty one
+_MAPPINGS = ("breaks", "parameters", "save")  # None stands for an empty one
 
 
 class ModelMerging(*CALLBACKS):  # type: ignore[misc]
@@ -56,7 +56,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         slot_dtype: Dtype of snapshots where smaller than the parameter's, e.g. "bfloat16"; None: the parameter's.
         save: Which merged models are kept on disk: {every, keep, best, mode, at_end}.
         forecast: Forecasts of annealed losses by name: {name: {steps, shape, kind, metric, coverage,
-            calibration}}.
+            calibration}}; "auto": of an anneal that ends now, and of one that starts now; None: none.
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
@@ -90,7 +90,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         store_folder: str | None = None,
         slot_dtype: str | None = None,
         save: Mapping[str, Any] | None = None,
-        forecast: Mapping[str, Mapping[str, Any]] | None = None,
+        forecast: Mapping[str, Mapping[str, Any]] | str | bool | None = AUTO,
         evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         validate: bool = True,
         stateful_data: str = "refuse",

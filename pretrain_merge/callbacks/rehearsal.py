@@ -82,6 +82,7 @@ class Rehearsal:
             fit.trainer,
             fit.module,
             self.merger,
+            views=self.merger.views,
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=lambda *_: None,

@@ -61,6 +61,7 @@ class Run:
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
         forecasts = fit.forecasts.of_a_run()
+        self._forecasts = forecasts
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
@@ -229,10 +230,15 @@ class Run:
             fit.trainer,
             fit.module,
             self.merger,
+            views=self._views_to_measure(),
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
         )
+
+    def _views_to_measure(self) -> list[str]:
+        reads = self._forecasts.reads(self.last_record)
+        return [view for view in self.merger.views if reads or view not in self._not_saved]
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pretrain_merge.cadence import Cadence, Quantity, Share, parse_interval
-from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
+from pretrain_merge.config.forecasts import parse_forecasts
 from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
     AVERAGES,
@@ -18,7 +18,7 @@ from pretrain_merge.config.schema import (
     SaveConfig,
     WindowConfig,
 )
-from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
+from pretrain_merge.config.settings import Settings, WindowSettings
 from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
 
@@ -116,11 +116,9 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "on_error", lambda value: value in ON_ERROR, " or ".join(ON_ERROR))
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)
-    forecasts = {
-        name: Forecast(forecast, num_intervals(config, forecast)) for name, forecast in parse_forecasts(config).items()
-    }
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
+    forecasts = parse_forecasts(config)
     return Settings(config, window.cadence, window.merge_cadence, window.views, saves, forecasts)
 
 

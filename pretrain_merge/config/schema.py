@@ -10,6 +10,7 @@ ON_MISSING = ("error", "refill")
 STORES = ("auto", "device", "host", "disk")
 SLOT_DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("min", "max")
+AUTO = "auto"
 FORECAST_KINDS = ("forecast", "nowcast")
 FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
 
@@ -66,7 +67,8 @@ class ForecastConfig:
         steps: Length D of the anneal, in the unit of `every`; null: what the full window spans.
         shape: Of the anneal: "linear", "cosine" or "1-sqrt".
         kind: "forecast": the anneal starts now. "nowcast": it started D ago and ends now; the window must span it.
-        metric: A loss that is measured at the merge points.
+        metric: A loss that is measured at the merge points; null: the only one with "loss" in its name, or
+            `val_loss`, also where it is spelt `val/loss`.
         coverage: Share of truths that the interval is to hold, 0.5 to 0.95.
         calibration: A file that `Calibration.save` wrote; null: the calibration that ships.
     """
@@ -74,7 +76,7 @@ class ForecastConfig:
     steps: Any = None
     shape: str = "linear"
     kind: str = "forecast"
-    metric: str = "val_loss"
+    metric: str | None = None
     coverage: float = 0.9
     calibration: str | None = None
 
@@ -128,7 +130,8 @@ class MergeConfig(WindowConfig):
     Attributes:
         tokens_per_batch: Tokens of one batch on one rank: a number, or the key of the batch whose elements are counted.
         save: Which merged models are written to disk.
-        forecast: Forecasts by name, each with the keys of `ForecastConfig`.
+        forecast: Forecasts by name, each with the keys of `ForecastConfig`; "auto": of an anneal that ends now, and of
+            one that starts now, over what the longest mean spans; null: none.
         validate: Evaluate on the Trainer's validation loaders at merge points.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
@@ -140,7 +143,7 @@ class MergeConfig(WindowConfig):
 
     tokens_per_batch: Any = "input_ids"
     save: SaveConfig = field(default_factory=SaveConfig)
-    forecast: dict[str, Any] = field(default_factory=dict)
+    forecast: Any = AUTO
     validate: bool = True
     stateful_data: str = "refuse"
     on_error: str = "raise"

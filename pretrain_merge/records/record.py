@@ -61,7 +61,8 @@ class MergeRecord:
         window: Valid snapshots at the merge point.
         spread: Relative RMS distance of the valid snapshots from their mean, dimensionless.
         raw: Metrics of the live model.
-        views: Metrics of each merged view, on the same batches as `raw`.
+        views: Metrics of each merged view, on the same batches as `raw`; means that only forecasts read are among them
+            as `forecast/sma<number>`.
         recipes: How each view was made.
         skipped: Views that were not made at this point, forecasts (`forecast/<name>`), and evaluations that failed
             (`evaluation/<view>`, or `evaluation/<view>/<evaluator>`), with the reason.
@@ -94,6 +95,11 @@ class MergeRecord:
     average: str = "last"
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> dict[str, Metrics]:
+        """Metrics of the views that the user asked for: without the means that only forecasts read."""
+        return {view: metrics for view, metrics in self.views.items() if not view.startswith(f"{FORECAST}/")}
 
     @property
     def num_failed(self) -> int:
