@@ -128,7 +128,8 @@ class Announcements:
 
     def _saved(self, sizes: _Sizes) -> str:
         """How much the merged models take that are kept."""
-        save, views = self._fit.config.save, len(self._fit.settings.views)
+        save = self._fit.config.save
+        views = len(self._fit.settings.views) + save.raw
         number = views * save.keep * (save.every is not None) + (save.best is not None) + views * save.at_end
         return f"merged models, {_bytes(number * sizes.model)} at most" if number else "no merged models (save: {…})"
 

@@ -76,6 +76,9 @@ def measured(
             with merger.swap(module) as merge_view:
                 raw = failures.measured(measure, RAW)
                 stopwatch.lap("evaluate_raw")
+                if config.save.raw:
+                    keep(RAW, Recipe((merger.progress.step,), (1.0,)), raw, bool(failures.reasons))
+                    stopwatch.lap("save_raw")
                 for view in ready:
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")

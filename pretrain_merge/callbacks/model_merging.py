@@ -63,6 +63,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        on_publish: For each saved model, beside training: a command with {folder}, {step} and {view} in it, which may
+            print numbers as JSON, or a function of folder and step that returns some; they are logged at that step.
+        on_publish_timeout: Seconds that one of these may take, and that the end of a run waits for those left.
         verbose: Say one line at each merge, besides those at the start and the end of a run.
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
@@ -97,6 +100,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         on_error: str = "raise",
         window_folder: str | None = None,
         on_missing: str = "error",
+        on_publish: str | Callable[[Path, int], Any] | None = None,
+        on_publish_timeout: float = 3600.0,
         verbose: bool = False,
         name: str = "merge",
         **options: NoReturn,
@@ -110,8 +115,10 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
         files = {"save": save, "window_folder": window_folder, "on_missing": on_missing}
+        command = None if callable(on_publish) else on_publish
+        published = {"on_publish": command, "on_publish_timeout": on_publish_timeout}
         shown = {"name": name, "verbose": verbose}
-        given = snapshots | breaks_at | tensors | slots | merges | measured | files | shown
+        given = snapshots | breaks_at | tensors | slots | merges | measured | files | published | shown
         # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
         self.config = self.settings.config  # the keys as they were given, with defaults filled in
@@ -120,7 +127,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         checked = refusals.checked_evaluators(evaluators)
         self._notices = notices  # for what is said before a run
         self._metric_check = MetricCheck(self.settings, checked, notices)  # of the names that somebody was given
-        self._fits = Fits(partial(Fit, self.settings, tokens_per_batch, checked, forecasts, notices), notices)
+        work = refusals.checked_on_publish(on_publish, self.config)
+        fit_of = partial(Fit, self.settings, tokens_per_batch, checked, work, forecasts, notices)
+        self._fits = Fits(fit_of, notices)  # the run that is on, and what the next may need of it
 
     @classmethod
     def from_config(cls, source: object, **python_only: Any) -> "ModelMerging":
@@ -128,7 +137,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
 
         Args:
             source: Path of a YAML file, or the keys themselves.
-            **python_only: What YAML cannot hold: `evaluators`, or a `tokens_per_batch` function.
+            **python_only: What YAML cannot hold: `evaluators`, or functions as `tokens_per_batch` or `on_publish`.
 
         Raises:
             ConfigError: An unknown key, a wrong type or an impossible value.

@@ -20,6 +20,7 @@ from pretrain_merge.callbacks.run_folder import run_folder
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord
+from pretrain_merge.runtime.errands import refuse_missing_program
 
 _EVERY_STEP = Cadence(Quantity(1))
 
@@ -43,6 +44,7 @@ class Rehearsal:
         self._fit, self.module = fit, fit.module
         self._is_over = False
         self.last_record: MergeRecord | None = None
+        refuse_missing_program(fit.on_publish)
         forecasts = fit.forecasts.of_a_run()
         share = evaluate.data_share(fit.trainer)
         self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)

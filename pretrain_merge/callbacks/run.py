@@ -19,6 +19,7 @@ from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.kept_window import KeptWindow
 from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.on_publish import OnPublish
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.resuming import Start
@@ -27,7 +28,7 @@ from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records import RAW, MergeRecord, Recipe
 from pretrain_merge.runtime import ranks
 
 
@@ -120,11 +121,16 @@ class Run:
         if self._fit.config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self.module) as merge_view:
+                    if self._fit.config.save.raw:
+                        progress = self.clock.progress
+                        self._merged_models.save_last(self.module, RAW, progress, Recipe((progress.step,), (1.0,)))
                     for view in merger.views:
                         if view not in self._not_saved and merger.why_not(view) is None:
                             self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
+        self._on_publish.finish()
+        self._merged_models.drop_unused()
         self._announcements.end(self.last_record, self.best_model_path)
         if not self._last_merge:
             why, step = why_no_merge(self.merger, self.clock), self.clock.progress.step
@@ -184,6 +190,10 @@ class Run:
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
             self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+            self._on_publish = OnPublish(fit, self._publisher.publish_late)
+            borrowed.callback(self._on_publish.close)
+            self._merged_models.users = self._on_publish
+            self._on_publish.go_on(self._merged_models.kept)
         except BaseException:
             self._kept_window.release()
             raise
@@ -217,6 +227,7 @@ class Run:
             if record is not None:
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
                 self._announcements.merged(self.last_record)
+                self._on_publish.collect()
                 return
         self._fit.notices.warn(
             "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."

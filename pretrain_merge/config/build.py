@@ -1,5 +1,6 @@
 """Values against their schema: defaults are filled in, the impossible is refused, each message begins with its key."""
 
+import math
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from pretrain_merge.config.schema import (
 from pretrain_merge.config.settings import Settings, WindowSettings
 from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.runtime.errands import refuse_command
 
 _FILES_OF_A_RUN = ("merged", "merges", "window")  # a second callback's folder lies beside the first one's
 _LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
@@ -116,6 +118,11 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "on_error", lambda value: value in ON_ERROR, " or ".join(ON_ERROR))
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)
+    require(config, "on_publish_timeout", lambda value: 0.0 < value < math.inf, "seconds, above 0")
+    if config.on_publish is not None:
+        refuse_command(config.on_publish)
+    may_be_raw = config.save.every is not None or config.save.at_end
+    require(config.save, "raw", lambda value: not value or may_be_raw, "true beside every or at_end", at="save.")
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
     forecasts = parse_forecasts(config)

@@ -49,6 +49,7 @@ class SaveConfig:
         keep: How many periodic saves of each view stay on disk.
         best: Metric whose best merged model, over all views, is kept; null: none.
         mode: Whether `best` means the smallest ("min") or the largest ("max") value.
+        raw: Save the raw model, too, wherever `every` or `at_end` saves views.
         at_end: When training ends, save every view that the newest snapshots allow.
     """
 
@@ -56,6 +57,7 @@ class SaveConfig:
     keep: int = 1
     best: str | None = None
     mode: str = "min"
+    raw: bool = False
     at_end: bool = False
 
 
@@ -137,6 +139,9 @@ class MergeConfig(WindowConfig):
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        on_publish: A command that is run beside training for each saved model, with {folder}, {step} and {view};
+            numbers that it prints as JSON are recorded and logged at that step. null: none.
+        on_publish_timeout: Seconds that one such command may take, and that the end of a run waits for those left.
         verbose: Say one line at each merge, besides those at the start and the end of a run.
         name: Prefix of metrics and folders; two instances in one Trainer need two names.
     """
@@ -149,5 +154,7 @@ class MergeConfig(WindowConfig):
     on_error: str = "raise"
     window_folder: str | None = None
     on_missing: str = "error"
+    on_publish: str | None = None
+    on_publish_timeout: float = 3600.0
     verbose: bool = False
     name: str = "merge"

@@ -30,7 +30,7 @@ _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 # A command that is started by a rank is not one: a library in it that sees these waits for other ranks for ever.
 _OF_A_RANK = re.compile(
     r"(RANK|WORLD_SIZE|MASTER_(ADDR|PORT)|(LOCAL|GROUP|ROLE|NODE)_(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE|ROLE_NAME"
-    r"|TORCHELASTIC_.*|PL_GLOBAL_SEED)"
+    r"|TORCHELASTIC_.*)"
 )
 Work = str | Callable[[Path, int], Any]
 
@@ -114,7 +114,7 @@ class Errands:
 
     def __init__(self, work: Work, timeout: float, log: Callable[[Errand], Path | None] = lambda errand: None) -> None:
         self._work, self._timeout, self._log = work, timeout, log
-        self._waiting: queue.SimpleQueue[Errand] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()  # None: there will be no more
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._open: dict[Path, Errand] = {}  # waiting or under way; written here, so that no lock is needed
         self._process: subprocess.Popen[bytes] | None = None  # of the command that is under way
@@ -150,14 +150,12 @@ class Errands:
     def close(self) -> None:
         """End what is under way, and forget what waits."""
         self._is_closed = True
+        self._waiting.put(None)
         if self._process is not None:
             _end(self._process)
 
     def _go(self) -> None:
-        while not self._is_closed:
-            errand = self._waiting.get()
-            if self._is_closed:
-                return
+        while (errand := self._waiting.get()) is not None and not self._is_closed:
             begun = time.monotonic()
             numbers: Mapping[str, float] = {}
             failure = ""
@@ -176,7 +174,7 @@ class Errands:
         ]
         environment = {name: value for name, value in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
         log = self._log(errand)
-        with tempfile.TemporaryFile() as printed, (open(log, "wb") if log else tempfile.TemporaryFile()) as said:
+        with tempfile.TemporaryFile() as printed, log.open("w+b") if log else tempfile.TemporaryFile() as said:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=printed, stderr=said, env=environment, start_new_session=True
             )
@@ -189,10 +187,10 @@ class Errands:
                 raise TimeoutError(f"it took more than {self._timeout:g} seconds and was ended") from None
             finally:
                 self._process = None
-            text = _end_of(printed)
+            text, complaint = _end_of(printed), _end_of(said)
             said.write(text.encode())
             if code:
-                raise RuntimeError(f"it ended with code {code}: {_last_words(text if log is None else _end_of_file(log))}")
+                raise RuntimeError(f"it ended with code {code}: {_last_words(complaint.strip() or text)}")
         return _numbers(_json_in(text))
 
     def _function(self, errand: Errand) -> Mapping[str, float]:
@@ -228,11 +226,6 @@ def _end_of(file: IO[bytes]) -> str:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _MOST_OUTPUT))
     return file.read().decode("utf-8", "replace")
-
-
-def _end_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return _end_of(file)
 
 
 def _last_words(text: str) -> str:
