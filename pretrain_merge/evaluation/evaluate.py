@@ -32,6 +32,7 @@ from pretrain_merge.evaluation.users_code import users_code
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.evaluating import evaluating_merge
 from pretrain_merge.runtime.log import WarnOnce
+from pretrain_merge.runtime.random_state import random_state_kept
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 # A rank that fails between the layers of a sharded forward cannot tell the others, who wait for its shards.
@@ -80,7 +81,7 @@ def isolated(
     notices = notices or WarnOnce()
     with ExitStack() as stack:
         stack.enter_context(isolation.checkpoints_wait(trainer, notices))
-        random_state = stack.enter_context(isolation.random_state_kept())
+        random_state = stack.enter_context(random_state_kept())
         data = _repeated_data(trainer, module, stateful_data, notices) if validate else None
         bar = stack.enter_context(_progress_bar(trainer, data))
         stack.enter_context(isolation.stubbed_trainer(trainer))

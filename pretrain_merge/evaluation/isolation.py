@@ -10,7 +10,6 @@ from inspect import getattr_static
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -111,16 +110,6 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
                 setattr(owner, name, before[name])
             elif name in getattr(owner, "__dict__", kept_by_class):
                 delattr(owner, name)
-
-
-@contextmanager
-def random_state_kept() -> Iterator[Callable[[], None]]:
-    """Yields a function that sets Python, NumPy, torch CPU and CUDA generators back to where they were (P6)."""
-    states = _collect_rng_states()
-    try:
-        yield lambda: _set_rng_states(states)
-    finally:
-        _set_rng_states(states)
 
 
 @contextmanager

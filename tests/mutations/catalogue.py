@@ -41,6 +41,9 @@ _WINDOW = "tests/window/test_window.py"
 _BLOCK = "tests/window/test_block_mean.py"
 _MERGER = "tests/merging/test_rolling_merger.py"
 _SNAPSHOT = "tests/parameters/test_live.py"
+_STATES = "tests/merging/test_states.py"
+_SEVERAL = "tests/merging/test_several_modules.py"
+_MASTERS = "tests/merging/test_masters.py"
 _SWAP = "tests/merging/test_swap.py"
 _VIEWS = "tests/merging/test_views.py"
 _WHICH = "tests/callbacks/test_which_parameters.py"
@@ -517,6 +520,56 @@ FAULTS = (
         _COMPILED,
     ),
     Fault("a kernel for each N", "kernels/cuda_kernel.py", '(do_not_specialize=["num_snapshots"])', "", _COMPILED),
+    # in any loop
+    Fault(
+        "NumPy's generator moves on",
+        "runtime/random_state.py",
+        "        np.random.set_state(numpy)\n",
+        "",
+        _STATES,
+    ),
+    Fault(
+        "merged draws other random numbers than raw",
+        "merging/swap.py",
+        "        set_back()\n",
+        "",
+        _STATES,
+    ),
+    Fault(
+        "stages whose names collide share them",
+        "parameters/several.py",
+        "len(set(names)) < len(names)",
+        "False",
+        _SEVERAL,
+    ),
+    Fault(
+        "masters are rounded before they are merged",
+        "window/stored.py",
+        "parameter if self._least is None else torch.promote_types(parameter, self._least)",
+        "parameter",
+        _MASTERS,
+    ),
+    Fault(
+        "parameters are merged in place of masters",
+        "window/capture.py",
+        "[sources[name] for name in live]",
+        "list(live.values())",
+        _MASTERS,
+    ),
+    Fault(
+        "files of old states stay for ever",
+        "resume/states.py",
+        '"there" if newest is None or state in newest else None',
+        '"there"',
+        _STATES,
+    ),
+    Fault(
+        "a state that was gone back to is pruned as an old one",
+        "resume/states.py",
+        "            self._note(self._folder, manifest)\n\n    def close",
+        "            pass\n\n    def close",
+        _STATES,
+    ),
     # evaluation
     Fault(
         "other random numbers at each pass",
@@ -527,10 +580,10 @@ FAULTS = (
     ),
     Fault(
         "the run's generators move on",
-        "evaluation/isolation.py",
-        "        yield lambda: _set_rng_states(states)\n    finally:\n        _set_rng_states(states)\n",
-        "        yield lambda: _set_rng_states(states)\n    finally:\n        pass\n",
-        _NON_INTERFERENCE,
+        "runtime/random_state.py",
+        "        yield set_back\n    finally:\n        set_back()\n",
+        "        yield set_back\n    finally:\n        pass\n",
+        f"{_NON_INTERFERENCE} {_STATES}",
     ),
     Fault(
         "modules stay in eval mode",
@@ -886,6 +939,20 @@ FAULTS = (
         "tests/records/test_jsonl.py tests/system/test_killed_runs.py",
     ),
     # the demo's check
+    Fault(
+        "the branch begins one snapshot late",
+        "demo/experiment.py",
+        'back = config.window + (config.average == "block")',
+        'back = config.window - 1 + (config.average == "block")',
+        "tests/demo/test_run.py",
+    ),
+    Fault(
+        "a router is compared with itself",
+        "demo/routing.py",
+        "* _chosen(other, num_chosen)",
+        "* _chosen(logits, num_chosen)",
+        "tests/demo/test_routing.py",
+    ),
     Fault(
         "the anneal sees other data", "demo/run.py", "first_step=branch.start", "first_step=0", "tests/demo/test_run.py"
     ),
