@@ -38,6 +38,7 @@ class OnPublish:
     def __init__(self, fit: Fit, show: Callable[[Late], None]) -> None:
         self._fit, self._show = fit, show
         self._timeout = fit.config.on_publish_timeout
+        self._known: list[Late] = []  # to be shown once the loggers can be reached, which an evaluation hides
         self._errands: Errands | None = None  # on rank 0, where there is something to be done
         if fit.on_publish is not None and ranks.rank() == 0:
             refuse_missing_program(fit.on_publish)
@@ -50,8 +51,8 @@ class OnPublish:
         note = _read_note(folder)
         if note is None:
             self._errands.add(Errand(folder, step, view))
-        elif note:  # the record of this step was written anew
-            self._show(Late(self._fit.config.name, step, view, note))
+        elif note:  # the record of this step is written anew
+            self._known.append(Late(self._fit.config.name, step, view, note))
 
     def go_on(self, folders: Iterable[Path]) -> None:
         """Hand over what the run before had published and did not come to."""
@@ -69,6 +70,9 @@ class OnPublish:
 
     def collect(self) -> None:
         """Show the numbers that have come, and say of what failed so, once."""
+        known, self._known = self._known, []
+        for late in known:
+            self._show(late)
         for outcome in self._errands.ended() if self._errands is not None else ():
             step, view = outcome.errand.step, outcome.errand.view
             _write_note(outcome)
@@ -91,6 +95,7 @@ class OnPublish:
         while ranks.any_rank(self._errands is not None and bool(self._errands.open) and time.monotonic() < until):
             time.sleep(_ASKED_EVERY)
             self.collect()
+        self.collect()
 
     def close(self) -> None:
         """End what is under way."""

@@ -848,10 +848,45 @@ FAULTS = (
     ),
     # what survives
     Fault(
+        "a folder is deleted while it is evaluated",
+        "merged_models/retention.py",
+        "self._surplus = [path for path in surplus if self.users.is_using(path)]",
+        "self._surplus = []",
+        "tests/callbacks/test_on_publish.py",
+    ),
+    Fault(
+        "a resumed run hands over again what was done",
+        "callbacks/on_publish.py",
+        "        if note is None:\n            self._errands.add",
+        "        if True:\n            self._errands.add",
+        "tests/callbacks/test_on_publish.py",
+    ),
+    Fault(
+        "a command is thought to be a rank",
+        "runtime/errands.py",
+        "if not _OF_A_RANK.fullmatch(name)",
+        "if True",
+        "tests/runtime/test_errands.py",
+    ),
+    Fault(
+        "a shell reads the folder's name",
+        "runtime/errands.py",
+        "                words, stdin=subprocess.DEVNULL,",
+        '                " ".join(words), shell=True, stdin=subprocess.DEVNULL,',
+        "tests/runtime/test_errands.py",
+    ),
+    Fault(
+        "a run says more merges than there are",
+        "callbacks/announcements.py",
+        "return due, min(number, multiples)",
+        "return due, number + 1",
+        "tests/callbacks/test_announcements.py",
+    ),
+    Fault(
         "a checkpoint names what is deleted elsewhere",
         "merged_models/retention.py",
-        "if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name) and ranks.rank() == 0:",
-        "if not is_wanted:",
+        "if path not in self._surplus and is_ours and ranks.rank() == 0:",
+        "if path not in self._surplus:",
         "tests/merged_models/test_retention.py",
     ),
     Fault(
