@@ -178,7 +178,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     def at(count: int) -> Progress:
         return Progress(**{"step" if unit == "steps" else unit: count})
 
-    held = window.newest.progress.count(unit) if window.num_valid else None
+    held = window.newest.progress.count(unit) if window.newest is not None and window.num_valid else None
     before = since.count(unit)
     first = held if held is not None else cadence.due_after(at(before), since=origin).amount
     if merging.every.unit != unit:

@@ -135,7 +135,7 @@ def test_tuples_are_lists():
         ({"windw": 3}, ["windw: unknown key", "did you mean 'window'?", "Known keys: window, every"]),
         ({"zzz": 3}, ["zzz: unknown key. Known keys:"]),
         ({5: 3}, ["5: unknown key. Known keys:"]),
-        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "every, keep, best, mode, raw, at_end"]),
+        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "keep, best, mode, raw, at_end"]),
         ({"breaks": {"learning_rate": False}}, ["breaks.learning_rate: unknown key", "Known keys: lr"]),
         ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, raw, at_end"]),
         ({"breaks": False}, ["breaks: False is not a mapping", "Allowed: a mapping with keys of lr"]),
