@@ -1,7 +1,9 @@
 """What was measured: records, their lines of JSON, and where they are shown."""
 
-from pretrain_merge.records.jsonl import append_record, keep_records_until, read_records
+from pretrain_merge.records.jsonl import append_late, append_record, keep_records_until, read_records
+from pretrain_merge.records.late import PUBLISHED, Late
 from pretrain_merge.records.record import (
+    EVALUATION,
     FORECAST,
     RAW,
     SPAN,
@@ -14,13 +16,17 @@ from pretrain_merge.records.record import (
 )
 
 __all__ = [
+    "EVALUATION",
     "FORECAST",
+    "PUBLISHED",
     "RAW",
     "SPAN",
     "Expected",
+    "Late",
     "MergeRecord",
     "Metrics",
     "Recipe",
+    "append_late",
     "append_record",
     "keep_records_until",
     "metric_name",
