@@ -8,8 +8,7 @@ reads them, chooses as the run before would have. This module knows records; the
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pretrain_merge.cadence import Progress, Quantity
-from pretrain_merge.callbacks.advice import rounded_down
+from pretrain_merge.cadence import Progress, Quantity, Share
 from pretrain_merge.config import Settings
 from pretrain_merge.merging.best_span import best_span, nested
 from pretrain_merge.records import Choice, MergeRecord, is_plain, metric_names, span_of
@@ -91,6 +90,6 @@ class AutoSpans:
         fixed = f", or {max(1, round(middle * num_steps / reach))} steps by now" if isinstance(every, Quantity) else ""
         return (
             f"view {name!r}: spans of {low:.2g} to {high:.2g} of the steps since the last break were best here. "
-            f'Window {config.window} at every: "{rounded_down(100.0 * middle / reach):g}%"{fixed} reaches '
+            f'Window {config.window} at every: "{Share.spanning(middle, reach).percent:g}%"{fixed} reaches '
             f"them; it was {every}."
         )

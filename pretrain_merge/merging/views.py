@@ -92,7 +92,9 @@ class Views:
         if len(valid) < self._num_needed(name):
             return self._why_too_few(name, valid, now, window, num_lost)
         chosen = self._within(view, valid[-(view.last or window.size) :], window.since)
-        times = [item.progress.count(self._cadence.every.unit) for item in chosen]
+        # counted from the last break, of which some kinds take a share
+        unit = self._cadence.every.unit
+        times = [item.progress.count(unit) - window.since.count(unit) for item in chosen]
         try:
             weights = coefficients.compute(view.kind, len(chosen), times=times, **view.params)
         except CoefficientError as error:  # a kind that asks for even spacing, say

@@ -90,9 +90,7 @@ def test_a_choice_holds_for_its_stretch_only_and_the_run_ends_with_advice():
         assert 20 < made.choices["auto"].span < 90
     assert spans.shares(Progress()) == {"auto": made.choices["auto"].span / 600}
     assert spans.shares(Progress(step=600)) == {}  # a break
-    assert (
-        "spans of 0.058 to 0.17 of the steps since the last break were best here" in spans.advice()
-    )
+    assert "spans of 0.058 to 0.17 of the steps since the last break were best here" in spans.advice()
 
 
 def test_where_nothing_was_measured_nothing_is_chosen_or_advised():
