@@ -176,7 +176,8 @@ def _share_of_newest(half_life: str, newest: float) -> float:
     match = _PERCENT.fullmatch(half_life.strip())
     if match is None or not 0.0 < float(match[1]) <= 100.0:
         raise CoefficientError(
-            f"half_life is {half_life!r}; text is a share of the run so far, above 0% and up to 100%. Write it as '5%'."
+            f"half_life is {half_life!r}; allowed are finite numbers, and shares of the run so far, above 0% and up to "
+            f"100%. Write it as '5%'."
         )
     return float(match[1]) / 100.0 * newest or 1.0  # one snapshot where the run began: there is nothing to weigh
 

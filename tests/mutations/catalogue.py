@@ -1284,9 +1284,9 @@ FAULTS = (
     ),
     Fault(
         "block means are taken to span as little as snapshots",
-        "forecast/history.py",
-        'if average == "block" else float(between)',
-        "if False else float(between)",
+        "records/record.py",
+        'if average == "block" and len',
+        "if False and len",
         "tests/forecast",
     ),
     Fault(
