@@ -75,6 +75,7 @@ def smallest(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
 
 CHOICES: Mapping[str, Choice] = {
     "the best of the nested means": smallest,
+    "every: 1%, N = 10, at most 6%": newest(7),  # the default, which is for small rates, too
     "every: 1%, N = 10": newest(10),
     "every: 1%, N = 12": newest(12),
     "span 10% of the steps so far": nearest_share(0.1),
