@@ -6,6 +6,7 @@ things and nothing of how a merge is computed or measured; Lightning's hooks are
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records.thinning import History
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
 
@@ -116,6 +118,7 @@ class Run:
         Raises:
             CheckpointError: The disk refuses.
         """
+        self._publisher.finish()
         merger, newest = self.merger, self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
             try:
@@ -179,9 +182,17 @@ class Run:
             self._say_what_monitors_keep(monitors, folder)
             self._say_what_checkpoints_keep()
             until = state.progress.step - self._owes_merge
-            self._identity = start.open_folder(files, until=until, read=forecasts.append)
+            history = History()
+
+            def read(record: MergeRecord) -> None:
+                forecasts.append(record)
+                history.append(record)
+
+            self._identity = start.open_folder(files, until=until, read=read)
+            if files is not None:
+                files.keep_config(asdict(fit.config))
             self._merged_models = start.merged_models()
-            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl", history)
         except BaseException:
             self._kept_window.release()
             raise

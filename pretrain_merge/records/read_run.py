@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import RAW, MergeRecord, Recipe, read_records
+from pretrain_merge.records import FORECAST, GAP_CLOSED, RAW, Expected, MergeRecord, Recipe, read_records
 
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
@@ -166,10 +166,16 @@ def _records(name: str, rows: Iterable[Row], every: int | None, average: str) ->
 
 def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord:
     measured: dict[str, dict[str, float]] = {}
+    forecasts: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         prefix, _, rest = key.partition("/")
         model, _, metric = rest.partition("/")
-        if prefix == name and metric and model != "forecast":
+        if prefix != name or not metric or metric.startswith(f"{GAP_CLOSED}/"):
+            continue
+        if model == FORECAST:
+            forecast, _, metric = metric.partition("/")
+            forecasts.setdefault(forecast, {})[metric] = value
+        else:
             measured.setdefault(model, {})[metric] = value
     step = _counter(row, f"{name}/step", _LARGEST_STEP)
     window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
@@ -184,8 +190,19 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         raw=raw,
         views=measured,
         recipes=dict(_recipes(measured, step, window, every)) if every is not None else {},
+        forecasts={key: _expected(values, step) for key, values in forecasts.items()},
         average=average,
     )
+
+
+def _expected(values: Row, step: int) -> dict[str, Expected]:
+    """A forecast by its metric; a run of an earlier version did not say where its anneal ends."""
+    end = _counter({"step": step} | values, "step", _LARGEST_STEP)
+    return {
+        metric: Expected(mean, values[f"{metric}/low"], values[f"{metric}/high"], end)
+        for metric, mean in values.items()
+        if {f"{metric}/low", f"{metric}/high"} <= values.keys()
+    }
 
 
 def _counter(row: Row, key: str, most: int) -> int:

@@ -1,24 +1,20 @@
 """Records to a table in the terminal. This module knows rich and how raw and merged numbers are read side by side."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.modes import Mode, is_better, mode_of
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-Mode = Literal["min", "max"]
 _T = TypeVar("_T")
 
 _LONGEST_NAME = 120
-_LARGER_IS_BETTER = re.compile(
-    r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|score|em|recall|precision|map|reward)([^a-z]|$)", re.IGNORECASE
-)
 
 
 def merges_table(
@@ -72,15 +68,6 @@ def merges_table(
         expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
         table.add_row(*_row(record, metric, shown, mode), *expected, *closed)
     return table
-
-
-def mode_of(metric: str) -> Mode:
-    """Whether a metric is better the smaller or the larger it is, by its name.
-
-    >>> mode_of("val_loss"), mode_of("val_acc")
-    ('min', 'max')
-    """
-    return "max" if _LARGER_IS_BETTER.search(metric) else "min"
 
 
 def as_text(name: str) -> "Text":
@@ -147,6 +134,6 @@ def _row(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> 
 def _cell(value: float | None, raw: float, *, is_best: bool, mode: Mode) -> str:
     if value is None:
         return "–"
-    is_worse = not (value <= raw if mode == "min" else value >= raw)  # NaN is
+    is_worse = not is_better(value, raw, mode)
     style = "red" if is_worse else "bold green" if is_best else "green"
     return f"[{style}]{value:.4f}[/]"
