@@ -36,6 +36,7 @@ def choose_store(
     Raises:
         ConfigError: "disk" without a folder, or without room in it.
     """
+    # ranks on one host fill the same memory and disk
     device, sharing = live[0].device, _num_ranks_on_this_host()
     free = {"device": _free_device_bytes(device, sharing), "host": _free_host_bytes() // sharing}
     needed = f"the window takes {_gib(num_bytes)} per rank"
@@ -64,6 +65,7 @@ def _made(kind: str, folder: Path | None, num_bytes: int, slot_bytes: int, num_s
         return HostStore()
     if folder is None:
         raise ConfigError("store: 'disk' needs a folder. Set store_folder to one on local storage.")
+    # the folder itself may not exist yet
     there = next(path for path in (folder, *folder.parents) if path.exists())
     old_slots = sum(path.stat().st_size for path in folder.glob("slot-*.safetensors"))  # will be overwritten
     room = shutil.disk_usage(there).free // num_sharing + old_slots

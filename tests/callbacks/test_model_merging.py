@@ -689,7 +689,7 @@ def test_the_window_is_freed_after_an_exception(tmp_path):
     module, merging = _Breaks(), ModelMerging(window=2, every=2)
     with pytest.raises(RuntimeError, match="validation broke"):
         trainer(tmp_path, _RawAfterStep(), merging, max_steps=8).fit(module, rows(), rows(10, seed=1))
-    assert merging._run is None
+    assert merging._fits.run is None
 
 
 def test_misconfiguration_of_lightning_is_lightnings_to_say(tmp_path):

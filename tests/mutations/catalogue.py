@@ -654,7 +654,7 @@ FAULTS = (
     # what is published and kept
     Fault(
         "a phase named before fit is forgotten",
-        "callbacks/model_merging.py",
+        "callbacks/fits.py",
         "            self._phase_to_come = name\n",
         "            pass\n",
         "tests/callbacks/test_model_merging.py",
@@ -824,8 +824,8 @@ FAULTS = (
     ),
     Fault(
         "a complete run keeps owing its last merge",
-        "callbacks/model_merging.py",
-        "if self._run is None and self._state and",
+        "callbacks/fits.py",
+        "if self.run is None and self.state and",
         "if False and",
         _DURABLE,
     ),
@@ -1398,8 +1398,8 @@ FAULTS = (
     ),
     Fault(
         "a second model of one Trainer goes on with the first one's window",
-        "callbacks/model_merging.py",
-        "or self._last_run.module is not pl_module:",
+        "callbacks/fits.py",
+        "or self.last_run.module is not module:",
         "or False:",
         _RUN_FOLDER,
     ),
