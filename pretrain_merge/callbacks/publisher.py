@@ -41,7 +41,8 @@ class Publisher:
         self._tracker = Tracker(
             asdict(config),
             forecasts={name: forecast.config.metric for name, forecast in fit.settings.forecasts.items()},
-            modes={config.save.best: config.save.mode} if config.save.best else {},
+            # the schema has refused other words than these two
+            modes={config.save.best: "max" if config.save.mode == "max" else "min"} if config.save.best else {},
             showcase=Showcase(config.name, history or History(), fit.notices.warn),
         )
         self._tracker.begin(fit.trainer.loggers, config.name)

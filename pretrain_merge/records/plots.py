@@ -24,6 +24,7 @@ _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
 _LONGEST_LABEL = 48  # in the legend, beside the curves
+_LONGEST_TITLE = 110
 _LARGEST = 1e100
 _EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
 
@@ -217,7 +218,7 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
     if xlabel:
         axes.set_xlabel(xlabel, color=_TEXT)
     if title:
-        axes.set_title(title, loc="left", color=_TEXT, fontsize=11)
+        axes.set_title(_literal(title, _LONGEST_TITLE), loc="left", color=_TEXT, fontsize=11)
 
 
 def _drawable(value: float) -> float:
@@ -225,9 +226,9 @@ def _drawable(value: float) -> float:
     return value if abs(value) < _LARGEST else math.nan
 
 
-def _literal(text: str) -> str:
+def _literal(text: str, longest: int = _LONGEST_LABEL) -> str:
     """Text as it is: a file may name a metric like a formula, and matplotlib would try to set it."""
-    return printable(text)[:_LONGEST_LABEL].replace("$", r"\$")
+    return printable(text)[:longest].replace("$", r"\$")
 
 
 def _focus(axes: "Axes", curves: Sequence[Mapping[int, float]], *, around: float | None = None) -> None:

@@ -197,7 +197,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
 
 def _expected(values: Row, step: int) -> dict[str, Expected]:
     """A forecast by its metric; a run of an earlier version did not say where its anneal ends."""
-    end = _counter({"step": step} | values, "step", _LARGEST_STEP)
+    end = _counter({"step": step, **values}, "step", _LARGEST_STEP)
     return {
         metric: Expected(mean, values[f"{metric}/low"], values[f"{metric}/high"], end)
         for metric, mean in values.items()

@@ -28,7 +28,7 @@ def fit(folder: Path, *loggers: Any) -> dict[int, dict[str, float]]:
     own = trainer(folder, *callbacks, max_steps=6, logger=list(loggers), val_check_interval=2, log_every_n_steps=1)
     own.fit(TiedModel(), documents(), documents(6, seed=1))
     lines: dict[int, dict[str, float]] = {}
-    for path in Path(own.log_dir).rglob("merges.jsonl"):
+    for path in folder.rglob("merges.jsonl"):
         for record in read_records(path):
             lines.setdefault(record.step, {}).update(record.metrics())
     return lines
@@ -241,6 +241,7 @@ def test_tensorboard_draws_raw_views_and_forecasts_in_one_chart(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore")  # its libraries' own
 def test_mlflow_has_every_metric_at_the_step_of_its_merge(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed; it is no dependency of ours")
     from lightning.pytorch.loggers import MLFlowLogger
