@@ -60,6 +60,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
+        keep_windows: Of how many checkpoints, the newest, the windows are kept; None: of all that exist.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
@@ -92,6 +93,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         validate: bool = True,
         stateful_data: str = "refuse",
         window_folder: str | None = None,
+        keep_windows: int | None = None,
         on_missing: str = "error",
         name: str = "merge",
         **options: NoReturn,
@@ -104,7 +106,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
         merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "forecast": forecast}
-        files = {"save": save, "window_folder": window_folder, "on_missing": on_missing, "name": name}
+        windows = {"window_folder": window_folder, "keep_windows": keep_windows, "on_missing": on_missing}
+        files = {"save": save, "name": name} | windows
         given = snapshots | breaks_at | tensors | slots | merges | measured | files
         # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)

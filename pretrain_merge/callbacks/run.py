@@ -175,7 +175,8 @@ class Run:
         if fit.trainer.is_global_zero:
             files = RunFolder(folder)
             borrowed.callback(files.close)
-        self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
+        where = Path(fit.config.window_folder or folder / "window")
+        self._kept_window = KeptWindow(fit.trainer, folder, where, keep=fit.config.keep_windows)
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
@@ -268,14 +269,16 @@ class Run:
 
     def _say_what_checkpoints_keep(self) -> None:
         """Where no checkpoint is ever deleted, no snapshot is: a disk fills up."""
-        if any(getattr(item, "save_top_k", None) == -1 for item in self._fit.trainer.checkpoint_callbacks):
+        if self._fit.config.keep_windows is None and any(
+            getattr(item, "save_top_k", None) == -1 for item in self._fit.trainer.checkpoint_callbacks
+        ):
             tensors = self.merger.tensors(self.module)
             sizes = zip(tensors.values(), whole_sizes(self.module, tensors), strict=True)
             snapshot = sum(tensor.element_size() * size for tensor, size in sizes) / 1e9
             logger.info(
                 f"save_top_k=-1 keeps every checkpoint, and so {self._kept_window.folder} every snapshot that one of "
                 f"them needs: {snapshot:.3g} GB each, at most {self._fit.config.window} new ones for a checkpoint. "
-                f"They go with the checkpoints that are deleted."
+                f"They go with the checkpoints that are deleted, or with keep_windows: <number>."
             )
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:

@@ -131,6 +131,7 @@ class MergeConfig(WindowConfig):
         validate: Evaluate on the Trainer's validation loaders at merge points.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
+        keep_windows: Of how many checkpoints, the newest, the windows are kept; null: of all that exist.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         name: Prefix of metrics and folders; two instances in one Trainer need two names.
     """
@@ -141,5 +142,6 @@ class MergeConfig(WindowConfig):
     validate: bool = True
     stateful_data: str = "refuse"
     window_folder: str | None = None
+    keep_windows: int | None = None
     on_missing: str = "error"
     name: str = "merge"

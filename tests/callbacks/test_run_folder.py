@@ -180,6 +180,10 @@ def test_a_run_that_keeps_every_checkpoint_says_what_its_window_takes(tmp_path, 
     said = [text for text in caplog.messages if "save_top_k=-1" in text]
     assert len(said) == 1
     assert "1.48e-07 GB each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+    assert "keep_windows" in said[0]
+    caplog.clear()
+    fit(tmp_path / "bounded", ModelCheckpoint(tmp_path / "kept", save_top_k=-1), options={"keep_windows": 2})
+    assert not [text for text in caplog.messages if "save_top_k=-1" in text]
 
 
 @pytest.mark.parametrize("name", ["merged", "window", "Merged.1", "merges.jsonl"])
