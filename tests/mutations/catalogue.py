@@ -794,8 +794,8 @@ FAULTS = (
     Fault(
         "W&B draws against its own step",
         "records/loggers.py",
-        "step_metric=prefix + axes[0]",
-        "step_metric=None",
+        '{"step_metric": prefix + axes[0]}',
+        "{}",
         "tests/records/test_loggers.py",
     ),
     Fault(
