@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pretrain_merge.cli.results import console_beside, write_result
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import MergeRecord, plots, read_run, tables
+from pretrain_merge.records import MergeRecord, metric_names, plots, read_run, tables
 from pretrain_merge.records.modes import Mode, mode_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def report(
 
     Args:
         runs: Each a run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
-        metric: The metric to compare.
+        metric: The metric to compare; val_loss is also val/loss.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         all: Print every merge; else the first, the best, the last, and some between.
         name: Prefix of the metrics, for a CSV or a W&B run.
@@ -51,6 +51,8 @@ def report(
     console = console_beside(json)
     names = _names(runs)
     records = {run: read_run.read_run(run, name=name, needs_recipes=False) for run in runs}
+    known = dict.fromkeys(key for items in records.values() for key in items[-1].raw)
+    metric = metric_names.found(metric, known) or metric
     for run in runs:
         title = names[run] if len(runs) > 1 else None
         _print_table(console, records[run], metric, mode or mode_of(metric), title=title, every=all)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pretrain_merge.records import FORECAST, GAP_CLOSED, RAW, MergeRecord, metric_name
+from pretrain_merge.records import FORECAST, GAP_CLOSED, RAW, Late, MergeRecord, metric_name, metric_names
 from pretrain_merge.records.modes import Mode, mode_of
 from pretrain_merge.records.showcase import Showcase
 
@@ -21,7 +21,7 @@ class Tracker:
 
     Args:
         config: The callback's keys as plain values; None: they are logged nowhere.
-        forecasts: Which metric each forecast is of, by its name.
+        forecasts: Which metric each forecast is of, by its name; None: of the loss.
         modes: Whether a metric is best at its smallest or its largest value, where its name does not tell.
         showcase: Draws the picture and the table; None: there are none.
     """
@@ -30,7 +30,7 @@ class Tracker:
         self,
         config: Mapping[str, Any] | None = None,
         *,
-        forecasts: Mapping[str, str] | None = None,
+        forecasts: Mapping[str, str | None] | None = None,
         modes: Mapping[str, Mode] | None = None,
         showcase: Showcase | None = None,
     ) -> None:
@@ -55,30 +55,35 @@ class Tracker:
         """
         loggers, metrics = list(loggers), record.metrics()
         for index, logger in enumerate(loggers):
-            self._define_axes(index, logger, record, metrics)
+            self._define_axes(index, logger, record.name, metrics, self._best(record))
             self._lay_out(index, logger, record)
             logger.log_metrics(metrics, step=record.step)
             logger.save()
         if self._showcase is not None:
             self._showcase.add(record, [logger for logger in loggers if _is_wandb(logger)])
 
+    def publish_late(self, loggers: Iterable[Any], late: Late) -> None:
+        """Log numbers that came after their merge point, at its step."""
+        metrics = late.metrics()
+        for index, logger in enumerate(loggers):
+            self._define_axes(index, logger, late.name, metrics)
+            logger.log_metrics(metrics, step=late.step)
+            logger.save()
+
     def finish(self, loggers: Iterable[Any]) -> None:
         """Log picture and table of the whole run."""
         if self._showcase is not None:
             self._showcase.show([logger for logger in loggers if _is_wandb(logger)])
 
-    def _define_axes(self, index: int, logger: Any, record: MergeRecord, metrics: Iterable[str]) -> None:
+    def _define_axes(
+        self, index: int, logger: Any, name: str, metrics: Iterable[str], best: Mapping[str, Mode] | None = None
+    ) -> None:
         # a logger of the user's own need not have an `experiment`
         define_metric = getattr(getattr(logger, "experiment", None), "define_metric", None)
         if not callable(define_metric):  # W&B alone draws against a metric
             return
-        prefix, name = _prefix(logger), record.name
+        prefix, best = _prefix(logger), best or {}
         axes = (f"{name}/step", f"{name}/tokens")
-        best = {
-            metric_name(name, model, metric): self._modes.get(metric) or mode_of(metric)
-            for model, values in {RAW: record.raw, **record.views}.items()
-            for metric in values
-        }
         for metric in metrics:
             if (index, metric) not in self._with_axis:
                 self._with_axis.add((index, metric))
@@ -86,6 +91,14 @@ class Tracker:
                 axis = {} if metric in axes else {"step_metric": prefix + axes[0]}
                 summary = {"summary": f"{best[metric]},last"} if metric in best else {}
                 define_metric(prefix + metric, **axis, **summary)
+
+    def _best(self, record: MergeRecord) -> dict[str, Mode]:
+        """Which value of a metric says most of a run: of raw and of the views that the user asked for."""
+        return {
+            metric_name(record.name, model, metric): self._modes.get(metric) or mode_of(metric)
+            for model, values in {RAW: record.raw, **record.shown}.items()
+            for metric in values
+        }
 
     def _lay_out(self, index: int, logger: Any, record: MergeRecord) -> None:
         """TensorBoard reads the first layout of a run only: written once, by patterns, before most curves exist."""
@@ -99,7 +112,10 @@ class Tracker:
         charts: dict[str, list[Any]] = {
             metric: ["Multiline", [rf"^{literal}/({FORECAST}/)?[^/]+/{re.escape(metric)}$"]] for metric in metrics
         }
-        for forecast, metric in self._forecasts.items():
+        for forecast, wanted in self._forecasts.items():
+            metric = metric_names.the_loss(metrics) if wanted is None else metric_names.found(wanted, metrics)
+            if metric is None:
+                continue
             mean = metric_name(name, f"{FORECAST}/{forecast}", metric)
             charts[f"forecast: {forecast}"] = ["Margin", [mean, f"{mean}/low", f"{mean}/high"]]
         if self._forecasts:

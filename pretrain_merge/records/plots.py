@@ -125,7 +125,7 @@ def view_names(records: Iterable[MergeRecord]) -> dict[str, None]:
     Early records lack the views that need a longer window, so the fullest record comes first; views of no other record
     with as many, as after a change of the configuration, follow.
     """
-    found = {tuple(record.views): None for record in records}
+    found = {tuple(record.shown): None for record in records}
     return dict.fromkeys(name for names in sorted(found, key=len, reverse=True) for name in names)
 
 
@@ -155,7 +155,7 @@ def _views(records: Sequence[MergeRecord], metric: str, chosen: Sequence[str] | 
     """Values of each view in the order of the configuration; a skipped view has a gap in its steps."""
     names = view_names(records)
     if chosen is not None:
-        if unknown := [view for view in chosen if view not in names]:
+        if unknown := [view for view in chosen if not any(view in record.views for record in records)]:
             raise ConfigError(f"views: {unknown} are in no record. Measured: {', '.join(names)}.")
         names = dict.fromkeys(chosen)
     return {

@@ -178,7 +178,7 @@ def _share_of_rate(record: MergeRecord, made: MergeRecord) -> float:
 
 
 def _measured(record: MergeRecord, metric: str) -> dict[str, float]:
-    return {view: values[metric] for view, values in record.views.items() if metric in values}
+    return {view: values[metric] for view, values in record.shown.items() if metric in values}
 
 
 def _best(values: dict[str, float], mode: Mode) -> str:
