@@ -162,6 +162,7 @@ def test_axes_carry_the_loggers_prefix_and_are_defined_once():
     tracker.publish([logger], RECORD)
     assert sorted(logger.experiment.defined, key=str) == [
         ("mine-merge/raw/val_loss", "mine-merge/step", "min,last"),
+        ("mine-merge/sma/span", "mine-merge/step", None),
         ("mine-merge/sma/val_loss", "mine-merge/step", "min,last"),
         ("mine-merge/sma2/val_loss", "mine-merge/step", "min,last"),
         ("mine-merge/spread", "mine-merge/step", None),
@@ -174,7 +175,7 @@ def test_axes_carry_the_loggers_prefix_and_are_defined_once():
 def test_every_logger_is_given_its_axes():
     first, second = _LikeWandb(), _LikeWandb()
     Tracker().publish([first, second], RECORD)
-    assert len(first.experiment.defined) == len(second.experiment.defined) == 7
+    assert len(first.experiment.defined) == len(second.experiment.defined) == 8
 
 
 @pytest.mark.parametrize(
