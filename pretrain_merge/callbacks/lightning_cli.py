@@ -49,10 +49,10 @@ def _ending_with_ours(instantiate: Any) -> Any:
         try:
             return instantiate(self, *arguments, **options)
         except ValueError as error:
-            cause: BaseException | None = error
+            cause = error.__cause__  # the parser's own is around ours
             while cause is not None and not isinstance(cause, PretrainMergeError):
                 cause = cause.__cause__
-            if cause is None or cause is error:
+            if cause is None:
                 raise
             return self.error(str(cause), error)
 
