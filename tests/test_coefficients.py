@@ -19,13 +19,13 @@ from pretrain_merge.coefficients import (
     custom,
     decay,
     decay_curve,
-    decays,
     ema,
     kind,
     mean_age,
     n_eff,
     qam,
     registry,
+    replays,
     sma,
     wma,
 )
@@ -509,7 +509,7 @@ def test_lists_of_a_yaml_file_are_taken():
 @given(merge=merges())
 def test_compute_calls_the_kind_and_hands_times_only_to_kinds_that_take_them(merge):
     name, n, times, parameters = merge
-    takes_times = {"times": times} if name in ("ema", "decay", "qam") else {}
+    takes_times = {"times": times} if name in ("ema", "power", "decay", "qam") else {}
     assert compute(name, n, times=times, **parameters) == KINDS[name](n, **parameters, **takes_times)
 
 
@@ -562,12 +562,12 @@ def test_coefficients_load_neither_numpy_nor_torch():
 
 
 def test_qam_is_computed_once_for_snapshots_that_move_on_evenly():
-    decays._chances_of_steps.cache_clear()
+    replays._chances_of_steps.cache_clear()
     for newest in range(3000, 3050):
         compute("qam", 300, shape="cosine", times=range(10 * (newest - 299), 10 * newest + 1, 10))
-    assert decays._chances_of_steps.cache_info().misses == 1
+    assert replays._chances_of_steps.cache_info().misses == 1
     compute("qam", 300, shape="linear")
-    assert decays._chances_of_steps.cache_info().misses == 2
+    assert replays._chances_of_steps.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("name", ["ema", "qam"])

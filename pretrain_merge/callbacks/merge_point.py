@@ -62,8 +62,8 @@ def measured(
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
-    known: dict[Recipe, dict[str, float]] = {}
     stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
+    known: dict[Recipe, dict[str, float]] = {}
     isolated = evaluate.isolated(
         trainer,
         module,

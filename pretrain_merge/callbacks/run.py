@@ -6,6 +6,7 @@ things and nothing of how a merge is computed or measured; Lightning's hooks are
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import RAW, MergeRecord, Recipe
+from pretrain_merge.records.thinning import History
 from pretrain_merge.runtime import ranks
 
 
@@ -131,6 +133,7 @@ class Run:
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
         self._on_publish.finish()
+        self._publisher.finish()
         self._merged_models.drop_unused()
         self._announcements.end(self.last_record, self.best_model_path)
         if best_here := ranks.gather(self._auto.advice())[0]:
@@ -193,9 +196,18 @@ class Run:
             if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
                 fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
-            self._identity = start.open_folder(files, until=until, read=self._read)
+            history = History()
+
+            def read(record: MergeRecord) -> None:
+                forecasts.append(record)
+                self._auto.append(record)
+                history.append(record)
+
+            self._identity = start.open_folder(files, until=until, read=read)
+            if files is not None:
+                files.keep_config(asdict(fit.config))
             self._merged_models = start.merged_models()
-            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl", history)
             self._on_publish = OnPublish(fit, self._publisher.publish_late)
             borrowed.callback(self._on_publish.close)
             self._merged_models.users = self._on_publish
@@ -254,11 +266,6 @@ class Run:
             keep=self._save_if_due,
             besides=self._not_saved,
         )
-
-    def _read(self, record: MergeRecord) -> None:
-        """A record of the run before, on rank 0."""
-        self._forecasts.append(record)
-        self._auto.append(record)
 
     def _with_chosen_spans(self) -> RollingMerger:
         self.merger.span(self._auto.shares(self.merger.window.since))

@@ -13,15 +13,15 @@ coefficients, `decay_curve` back:
 >>> [round(c, 3) for c in decay(5, shape="1-sqrt")]  # a decay that falls fast at first leans on the oldest
 [0.447, 0.185, 0.142, 0.12, 0.106]
 
-A new kind of coefficients is one function under `@kind`, in `means` or `decays`; `compute` and the configuration then
+A new kind of coefficients is one function under `@kind`, in `means` or `replays`; `compute` and the configuration then
 know its name.
 """
 
-from pretrain_merge.coefficients.decays import decay, qam
 from pretrain_merge.coefficients.means import custom, ema, power, sma, wma
 from pretrain_merge.coefficients.numbers import SUM_TOLERANCE
 from pretrain_merge.coefficients.readings import decay_curve, mean_age, n_eff
 from pretrain_merge.coefficients.registry import KINDS, Coefficients, compute, kind
+from pretrain_merge.coefficients.replays import decay, qam
 
 __all__ = [
     "KINDS",

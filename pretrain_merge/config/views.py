@@ -15,6 +15,7 @@ from pretrain_merge.records import FORECAST, RAW
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")  # names of folders, to which more is added
 _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ema": ("ema", {"alpha": 0.2}),  # the better of PMA's two values, early and late
+    "power": ("power", {"relative_width": 0.05}),  # about the width of a plain mean over a sixth of the run
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
 }
 _AUTO = "auto"

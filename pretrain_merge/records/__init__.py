@@ -5,6 +5,7 @@ from pretrain_merge.records.late import PUBLISHED, Late
 from pretrain_merge.records.record import (
     EVALUATION,
     FORECAST,
+    GAP_CLOSED,
     RAW,
     SPAN,
     Choice,
@@ -12,6 +13,7 @@ from pretrain_merge.records.record import (
     MergeRecord,
     Metrics,
     Recipe,
+    gaps_closed,
     is_plain,
     metric_name,
     span_of,
@@ -20,6 +22,7 @@ from pretrain_merge.records.record import (
 __all__ = [
     "EVALUATION",
     "FORECAST",
+    "GAP_CLOSED",
     "PUBLISHED",
     "RAW",
     "SPAN",
@@ -31,6 +34,7 @@ __all__ = [
     "Recipe",
     "append_late",
     "append_record",
+    "gaps_closed",
     "is_plain",
     "keep_records_until",
     "metric_name",

@@ -1,10 +1,12 @@
 """A window that spans too much of its run is said to, once, with an interval that fits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from pretrain_merge.callbacks.advice import why_too_wide
+from pretrain_merge.callbacks.announcements import last_step
 from pretrain_merge.config import parse_settings
 
 
@@ -45,3 +47,15 @@ def test_nothing_is_said_where_views_fit_or_where_nobody_knows(keys):
 def test_a_run_of_a_few_steps_and_one_without_an_end_are_left_in_peace():
     assert said(40, window=3, every=2) is None
     assert said(math.inf, window=10, every=100) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"max_steps": 500, "max_epochs": None}, 500),
+        ({"max_steps": -1, "max_epochs": 3}, 75),
+        ({"max_steps": -1, "max_epochs": -1}, math.inf),
+    ],
+)
+def test_the_length_of_a_run_is_what_its_trainer_says(given, steps):
+    assert last_step(SimpleNamespace(num_training_batches=100, accumulate_grad_batches=4, **given)) == steps
