@@ -12,6 +12,7 @@ from pretrain_merge.cli.export import export
 from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.cli.merge import as_one_list, merge
 from pretrain_merge.cli.plan import plan
+from pretrain_merge.cli.sweep import sweep
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError, printable
 
 _ROWS = 30  # of a report: a screen
@@ -77,7 +78,7 @@ def main() -> None:
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
         auto_cli(
-            [demo, report, forecast, plan, merge, export],
+            [demo, report, forecast, plan, merge, sweep, export],
             args=as_one_list(sys.argv[1:]),
             as_positional=True,
             prog="pretrain-merge",

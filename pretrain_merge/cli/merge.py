@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _GB = 1e9
 _FLAGS = ("--plan", "--quiet")
+_OF_CHECKPOINTS = ("merge", "sweep")  # commands whose first words are checkpoints
 
 
 def merge(
@@ -75,12 +76,14 @@ def merge(
 
 
 def as_one_list(arguments: Sequence[str]) -> list[str]:
-    """The words after `merge` up to the first option, as the one list that jsonargparse takes; flags get their value.
+    """The words after `merge` or `sweep` up to the first option, as the one list that jsonargparse takes.
+
+    Flags get their value.
 
     >>> as_one_list(["merge", "a.ckpt", "b.ckpt", "--plan", "--out", "merged"])
     ['merge', '["a.ckpt", "b.ckpt"]', '--plan', 'true', '--out', 'merged']
     """
-    if not arguments or arguments[0] != "merge":
+    if not arguments or arguments[0] not in _OF_CHECKPOINTS:
         return list(arguments)
     end = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     named = arguments[1:end]

@@ -14,15 +14,20 @@ from pretrain_merge.records.record import MergeRecord
 _BLOCK = 2**20
 
 
-def append_record(path: Path, record: MergeRecord) -> None:
+def append_record(path: Path, record: MergeRecord, *, outlives_run: bool = False) -> None:
     """Add one line to a `merges.jsonl`, creating the folder where needed.
+
+    Args:
+        path: The file.
+        record: The line.
+        outlives_run: Whether it must survive a loss of power, too.
 
     Raises:
         CheckpointError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.append(path, record.to_json() + "\n")
+        atomic.append(path, record.to_json() + "\n", outlives_run=outlives_run)
     except OSError as error:
         raise CheckpointError(
             f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "

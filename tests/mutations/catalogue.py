@@ -1150,8 +1150,8 @@ FAULTS = (
     ),
     Fault(
         "a constant is summed and rounded",
-        "offline/stream.py",
-        "if _are_equal(rows):",
+        "offline/sums.py",
+        "if _are_equal(row.parts):",
         "if False:",
         "tests/offline/test_merge.py",
     ),
@@ -1213,8 +1213,8 @@ FAULTS = (
     ),
     Fault(
         "a diverged checkpoint is merged",
-        "offline/stream.py",
-        "if not row.isfinite().all():",
+        "offline/sums.py",
+        "if not part.isfinite().all():",
         "if False:",
         "tests/offline/test_merge.py",
     ),
