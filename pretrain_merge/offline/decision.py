@@ -125,29 +125,3 @@ def _optimizer_outputs(recipe: Recipe, optimizer: Optimizer) -> dict[str, Output
         # counters of steps, which some optimizers keep as floats, are of the newest
         return agreement.agree(of_states, dtype=None, newest=["*/step"], average=["*"], on_missing="error", base=None)
     return {name: Output(kind, len(sources) - 1) for name, kind in sources[-1].optimizer.items()}
-
-
-def _share(files: Sequence[Shard], num_ranks: int) -> list[list[Shard]]:
-    """Files over ranks, the largest first to whoever has least."""
-    shares: list[list[Shard]] = [[] for _ in range(num_ranks)]
-    for shard in sorted(files, key=lambda shard: -shard.num_bytes):
-        min(shares, key=lambda share: sum(item.num_bytes for item in share)).append(shard)
-    return shares
-
-
-def _optimizer_outputs(recipe: Recipe, optimizer: Optimizer) -> dict[str, Output]:
-    if optimizer == "drop":
-        return {}
-    sources = recipe.sources
-    if not all(source.optimizer for source in sources):
-        lacking = next(source.place for source in sources if not source.optimizer)
-        raise ConfigError(
-            f"optimizer={optimizer!r} needs Lightning checkpoints with optimizer states, and {lacking} has none. Leave "
-            f"it at 'drop'."
-        )
-    if optimizer == "average":
-        agreement.refuse_negative_moments(recipe.coefficients)
-        of_states = [replace(source, tensors=source.optimizer, ties={}) for source in sources]
-        # counters of steps, which some optimizers keep as floats, are of the newest
-        return agreement.agree(of_states, dtype=None, newest=["*/step"], average=["*"], on_missing="error", base=None)
-    return {name: Output(kind, len(sources) - 1) for name, kind in sources[-1].optimizer.items()}

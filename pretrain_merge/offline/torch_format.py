@@ -128,7 +128,7 @@ def optimizer_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def learning_rates(content: Mapping[str, Any]) -> tuple[float, ...]:
     """Of a Lightning checkpoint: those of its optimizers, else those that its schedulers set last."""
     groups = [group for state in _dicts(content, "optimizer_states") for group in _dicts(state, "param_groups")]
-    found = [group.get("lr") for group in groups]
+    found: list[Any] = [group.get("lr") for group in groups]
     if not found:  # sharded checkpoints keep the states of optimizers elsewhere
         found = [rate for state in _dicts(content, "lr_schedulers") for rate in _listed(state.get("_last_lr"))]
     # a rate that is a tensor has no value here
