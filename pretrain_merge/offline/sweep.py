@@ -232,7 +232,7 @@ class _Job:
                     done += 1
                 record = self._record(point, measured)
                 _chosen(metric, record)  # a metric that is not there is said now, and not after hours
-                append_record(folder / RECORDS, record, outlives_run=True)
+                append_record(folder / RECORDS, record)
         progress(done, total)
 
     def _record(self, point: Point, measured: Mapping["_Merge", Measured]) -> MergeRecord:
