@@ -23,6 +23,7 @@ def sweep(
     out: str,
     window: int = 10,
     views: list[str | dict[str, Any]] | None = None,
+    span: float | str | None = 0.06,
     intervals: list[int] | None = None,
     every: int | str | None = None,
     start: int | str = 0,
@@ -46,7 +47,8 @@ def sweep(
             validation loaders; or a command in quotes that takes a folder and prints JSON on its last line.
         out: The folder to be made, for report and forecast; after a kill the same command goes on.
         window: Checkpoints that may be merged with each other.
-        views: As in the callback: '[sma, sma4, wsm]'; default: plain means of 2, 4, 8, … and of the window, and wsm.
+        views: As in the callback: '[sma, sma4, wsm]'; default: plain means of 2, 4, 8, …, sma and wsm.
+        span: Views that name no number take the newest that span this share of the run; null: all of the window.
         intervals: Views of a fixed number are also made of every so-many-th checkpoint; default: '[1, 2]'.
         every: Steps between checkpoints that are used; default: each is.
         start: No checkpoint before this step.
@@ -57,7 +59,7 @@ def sweep(
         base: A checkpoint with tensors that these lack; for a command, a folder with config.json.
         newest: Patterns of tensors that come from the newest checkpoint of a merge.
         average: Patterns of running statistics of BatchNorm to merge.
-        metric: By which views are compared; default: val_loss if it is measured.
+        metric: By which views are compared; default: the loss.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         plan: Only say how many evaluations that takes.
         quiet: No progress bar.
@@ -65,9 +67,9 @@ def sweep(
     from pretrain_merge.offline import sweep as offline
 
     options: dict[str, Any] = {
-        "window": window, "views": views, "intervals": intervals or (1, 2), "every": every, "start": start,
-        "merge_every": merge_every, "breaks": breaks, "lr_tolerance": lr_tolerance, "steps": steps, "base": base,
-        "newest": newest or (), "average": average or (),
+        "window": window, "views": views, "span": span, "intervals": intervals or (1, 2), "every": every,
+        "start": start, "merge_every": merge_every, "breaks": breaks, "lr_tolerance": lr_tolerance, "steps": steps,
+        "base": base, "newest": newest or (), "average": average or (),
     }  # fmt: skip
     if plan:
         _print_plan(offline.plan_sweep(checkpoints, out, **options))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import View, WindowConfig, WindowSettings
-from pretrain_merge.errors import CoefficientError, ConfigError
+from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
+from pretrain_merge.merging.views import Views
 from pretrain_merge.offline.tensors import Source
 from pretrain_merge.records import Recipe
 from pretrain_merge.runtime.log import WarnOnce
@@ -83,9 +84,9 @@ def swept_views(views: Sequence[View], intervals: Sequence[int], window: int) ->
 
 
 def nested_views(window: int) -> list[str]:
-    """Plain means of 2, 4, 8, … checkpoints, and both a plain mean and the weights of a decay over the whole window."""
+    """Plain means of 2, 4, 8, … checkpoints and of the whole window; and what the callback makes of it on its own."""
     doubled = [2**power for power in range(1, window.bit_length()) if 2**power < window]
-    return [*(f"sma{number}" for number in doubled), "sma", "wsm"]
+    return [*(f"sma{number}" for number in (*doubled, window)), "sma", "wsm"]
 
 
 def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings: WindowSettings) -> list[Point]:
@@ -100,6 +101,7 @@ def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings
         ConfigError: There is none.
     """
     window, points, notices = Window(settings.config.window), [], WarnOnce()
+    callbacks = Views(settings.views, settings.cadence)
     index_of: dict[int, int] = {}
     before = Progress()
     for index, (source, reason) in enumerate(zip(sources, _breaks(sources, settings.config), strict=True)):
@@ -114,7 +116,7 @@ def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings
             index_of[now.step] = index
             is_due = last is not None and settings.merge_cadence.crossed(last.progress, now, since=window.since)
             if is_due and window.num_valid >= _SMALLEST:
-                points.append(_point(window, index_of, views))
+                points.append(_point(window, index_of, views, callbacks))
         before = now
     if not any(point.merges for point in points):
         raise ConfigError(_why_nothing(sources, window, points, len(index_of)))
@@ -144,27 +146,31 @@ def _are_close(rates: Sequence[float], others: Sequence[float], tolerance: float
     )
 
 
-def _point(window: Window, index_of: Mapping[int, int], views: Sequence[SweptView]) -> Point:
-    valid = window.valid
+def _point(window: Window, index_of: Mapping[int, int], views: Sequence[SweptView], callbacks: Views) -> Point:
     merges: dict[str, tuple[tuple[int, ...], Recipe]] = {}
     skipped: dict[str, str] = {}
+    now = window.valid[-1].progress
     for swept in views:
-        view, needed = swept.view, swept.view.last or _SMALLEST
-        chosen = valid[:: -swept.interval][: view.last][::-1]
-        if len(chosen) < needed:
-            since = f" since the break at step {window.last_break.step}" if window.last_break else ""
-            reach = (needed - 1) * swept.interval + 1
-            skipped[swept.name] = f"it reaches back over {reach} checkpoints, and there are {len(valid)}{since}."
-            continue
-        steps = tuple(item.progress.step for item in chosen)
         try:
-            weights = coefficients.compute(view.kind, len(chosen), times=steps, **view.params)
-        except CoefficientError as error:  # a kind that asks for even spacing, say
+            recipe = callbacks.resolve(swept.name, window, now).recipe if swept.interval == 1 else _wider(swept, window)
+        except (WindowNotReadyError, CoefficientError) as error:
             skipped[swept.name] = str(error)
             continue
-        merges[swept.name] = tuple(index_of[step] for step in steps), Recipe(steps, weights)
-    indices = tuple(index_of[item.progress.step] for item in valid)
+        merges[swept.name] = tuple(index_of[step] for step in recipe.steps), recipe
+    indices = tuple(index_of[item.progress.step] for item in window.valid)
     return Point(indices[-1], window.since.step, indices, merges, skipped)
+
+
+def _wider(swept: SweptView, window: Window) -> Recipe:
+    number = swept.view.last or _SMALLEST
+    steps = tuple(item.progress.step for item in window.valid[:: -swept.interval][:number][::-1])
+    if len(steps) < number:
+        since = f" since the break at step {window.last_break.step}" if window.last_break else ""
+        raise WindowNotReadyError(
+            f"view {swept.name!r} reaches back over {(number - 1) * swept.interval + 1} checkpoints, and there are "
+            f"{window.num_valid}{since}."
+        )
+    return Recipe(steps, coefficients.compute(swept.view.kind, number, times=steps, **swept.view.params))
 
 
 def _why_nothing(sources: Sequence[Source], window: Window, points: Sequence[Point], num_taken: int) -> str:

@@ -25,14 +25,14 @@ from pretrain_merge.offline.options import find, find_base, new_folder, refuse_t
 from pretrain_merge.offline.schedule import Point, SweptView, merge_points, nested_views, swept_views
 from pretrain_merge.offline.tensors import Source
 from pretrain_merge.offline.ways import EvaluateLike, bench, described
-from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, read_records
+from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, metric_names, read_records
 from pretrain_merge.records.jsonl import keep_records_until
 from pretrain_merge.records.tables import Mode, mode_of
 
 RECORDS, SUMMARY = "merges.jsonl", "sweep.json"
 _SCRATCH = ".scratch.tmp"  # goes with what else a killed process left half written
 _NAME = "merge"  # of the callback, by default
-_METRIC = "val_loss"  # compared where nothing else is said and it was measured
+_SPAN = WindowConfig.span
 _LATEST = 2**53  # steps; beyond, floats skip integers
 Progress: TypeAlias = Callable[[int, int], object]
 
@@ -74,6 +74,7 @@ def sweep_checkpoints(
     *,
     window: int = 10,
     views: Sequence[str | Mapping[str, Any]] | None = None,
+    span: float | str | None = _SPAN,
     intervals: Sequence[int] = (1, 2),
     every: int | str | None = None,
     start: int | str = 0,
@@ -103,8 +104,10 @@ def sweep_checkpoints(
             command that takes a folder as its last word, or where it says {folder}, and prints a JSON object of
             metrics on its last line.
         window: Checkpoints that may be merged with each other, newest first.
-        views: Named merges, as in the callback's `views`; None: plain means of 2, 4, 8, … and of the whole window, and
-            the weights of a decay over it ('wsm').
+        views: Named merges, as in the callback's `views`; None: plain means of 2, 4, 8, … checkpoints and of the whole
+            window, and what the callback makes by default ('sma') and with the weights of a decay ('wsm').
+        span: Views that name no number take the newest checkpoints that span at most this share of the run since its
+            last break, as in the callback; None: all that are there.
         intervals: Views of a fixed number are also made of every so-many-th checkpoint: 'sma4-every2'.
         every: Steps between checkpoints that are used; None: each is.
         start: No checkpoint before this step.
@@ -116,7 +119,7 @@ def sweep_checkpoints(
         base: A checkpoint with tensors that the sources lack.
         newest: Patterns of tensors that come from the newest checkpoint of a merge.
         average: Patterns of running statistics of BatchNorm that are merged.
-        metric: By which views are compared; None: 'val_loss' if it was measured, else the first one.
+        metric: By which views are compared; None: the loss, else the first that was measured.
         mode: Whether the smallest or the largest value is the best; None: as the metric's name tells.
         progress: Called with the number of evaluations done and in all.
 
@@ -130,7 +133,7 @@ def sweep_checkpoints(
         EvaluationError: An evaluation failed, or gave no numbers.
     """
     keys = {
-        "window": window, "views": views, "every": every, "start": start, "merge_every": merge_every,
+        "window": window, "views": views, "span": span, "every": every, "start": start, "merge_every": merge_every,
         "breaks": dict(breaks or {}), "lr_tolerance": lr_tolerance,
     }  # fmt: skip
     job = _Job.of(sources, out, keys, intervals=intervals, steps=steps, base=base, newest=newest, average=average)
@@ -323,7 +326,7 @@ def _in_order(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[S
 
 def _settings(sources: Sequence[Source], keys: Mapping[str, Any]) -> WindowSettings:
     """Keys of the callback; every checkpoint is used where no interval was given."""
-    given = {key: value for key, value in keys.items() if value is not None}
+    given = {key: value for key, value in keys.items() if value is not None or key == "span"}
     given.setdefault("every", math.gcd(*(source.step or 0 for source in sources)) or 1)
     given.setdefault("views", nested_views(given.get("window", WindowConfig.window)))
     settings = parse_window_settings(given)
@@ -337,6 +340,7 @@ def _settings(sources: Sequence[Source], keys: Mapping[str, Any]) -> WindowSetti
 
 
 def _chosen(metric: str | None, record: MergeRecord) -> str:
-    if metric is not None and metric not in record.raw:
-        raise ConfigError(f"metric: {metric!r} was not measured. Measured: {', '.join(record.raw)}. Name one of these.")
-    return metric or (_METRIC if _METRIC in record.raw else next(iter(record.raw)))
+    """The metric by which views are compared, as it is called in the records."""
+    if metric is not None:
+        return metric_names.measured_name("metric", metric, record.raw)
+    return metric_names.the_loss(record.raw) or next(iter(record.raw))

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.errors import ConfigError, MergeInputError
-from pretrain_merge.evaluation import isolation
 from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.candidates import Bench, Candidate, Measured, numbers
 from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.mapped import MappedTensors
 from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.runtime.random_state import random_state_kept
 
 _LISTED = 5
 _CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ class ModuleBench(Bench):
 
     def __enter__(self) -> "ModuleBench":
         self._stack.enter_context(self._files)
-        self._random_state = self._stack.enter_context(isolation.random_state_kept())
+        self._random_state = self._stack.enter_context(random_state_kept())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -35,7 +35,20 @@ print(json.dumps({"val_loss": struct.unpack("<f", open(sys.argv[1] + "/model.saf
 """
     (tmp_path / "evaluate.py").write_text(script)
     command = f"{sys.executable} -S evaluate.py"
-    call("sweep", ".", "--evaluate", command, "--out", "swept", "--views", "[sma, sma2]", "--intervals", "[1]")
+    call(
+        "sweep",
+        ".",
+        "--evaluate",
+        command,
+        "--out",
+        "swept",
+        "--views",
+        "[sma, sma2]",
+        "--span",
+        "null",
+        "--intervals",
+        "[1]",
+    )
     printed = capsys.readouterr().out
     assert "Best: sma2, whose val_loss is 0.0125 ±" in printed
     assert "worse than raw" in printed

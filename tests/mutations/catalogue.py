@@ -1433,6 +1433,48 @@ FAULTS = (
         "path.name",
         "tests/offline/test_export.py",
     ),
+    Fault(
+        "a sweep's merges take buffers of all checkpoints",
+        "offline/validating.py",
+        " and name in parameters:",
+        ":",
+        "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "candidates of a sweep draw other random numbers",
+        "offline/validating.py",
+        "        self._random_state()\n        self._trainer",
+        "        self._trainer",
+        "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "a killed sweep begins anew",
+        "offline/sweep.py",
+        "if self._step(point) > last]",
+        "if self._step(point) > 0]",
+        "tests/offline/test_killed.py",
+    ),
+    Fault(
+        "a checkpoint at the edge of a falling rate is merged with what follows",
+        "offline/schedule.py",
+        "(differs or fell)",
+        "differs",
+        "tests/offline/test_schedule.py",
+    ),
+    Fault(
+        "views of a sweep are compared at unequal points",
+        "offline/comparison.py",
+        "points = [record for record in measured if set(views) <= set(_holding(record, metric))]",
+        "points = [record for record in measured if _holding(record, metric)]",
+        "tests/offline/test_comparison.py",
+    ),
+    Fault(
+        "neighbouring points count as independent",
+        "offline/comparison.py",
+        "(1.0 - correlation) / (1.0 + correlation)",
+        "1.0",
+        "tests/offline/test_comparison.py",
+    ),
     # files that others wrote, and names that lie where ours go
     Fault(
         "a temporary file is opened through a link",

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pretrain_merge import ModelMerging
 
-VIEWS = ["sma", "sma3", "wsm"]
+VIEWS = ["sma", "sma3", {"name": "all", "kind": "decay", "shape": "1-sqrt", "span": None}, "sma5"]
 WINDOW = 5
 
 
@@ -68,7 +68,7 @@ def number():
 def train(root, *, model=None, steps=100, merging=True, **options):
     """A run with checkpoints every 10 steps, and with merging on, so that it has records to compare with."""
     lightning.seed_everything(0, verbose=False)
-    callback = ModelMerging(window=WINDOW, every="10 steps", views=VIEWS, tokens_per_batch=1, **options)
+    callback = ModelMerging(window=WINDOW, every="10 steps", views=VIEWS, tokens_per_batch=1, forecast=None, **options)
     checkpoints = ModelCheckpoint(
         dirpath=root / "checkpoints", filename="{step}", every_n_train_steps=10, save_top_k=-1, save_last=True
     )

@@ -115,17 +115,19 @@ def test_a_function_of_a_folder_gets_each_merge_once(tmp_path):
         assert json.loads((folder / "provenance.json").read_text())["step"]
         return first_weight(folder)
 
-    found = sweep_checkpoints([tmp_path], tmp_path / "out", evaluate, window=8, merge_every=200)
+    found = sweep_checkpoints([tmp_path], tmp_path / "out", evaluate, window=8, merge_every=200, span=None)
     last = found.records[-1]
     assert last.raw == {"val_loss": 800.0}
     assert {view: metrics["val_loss"] for view, metrics in last.views.items()} == pytest.approx(
-        {"sma2": 750.0, "sma4": 650.0, "sma": 450.0, "wsm": 800 - 100 * mean_age(last), "sma2-every2": 700.0,
-         "sma4-every2": 500.0}
+        {
+            "sma2": 750.0, "sma4": 650.0, "sma8": 450.0, "sma": 450.0, "wsm": 800 - 100 * mean_age(last),
+            "sma2-every2": 700.0, "sma4-every2": 500.0,
+        }
     )  # fmt: skip
     assert last.recipes["sma4-every2"].steps == (200, 400, 600, 800)
     # at step 200 the mean of all is that of two, at step 400 that of four: evaluated once
     assert len(seen) == 3 + 5 + 6 + 7
-    assert len(seen) == plan_sweep([tmp_path], tmp_path / "other", window=8, merge_every=200).evaluations
+    assert len(seen) == plan_sweep([tmp_path], tmp_path / "other", window=8, merge_every=200, span=None).evaluations
     assert not any(folder.exists() for folder in seen)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merges.jsonl", "plan.json", "sweep.json"]
 
