@@ -15,6 +15,7 @@ from pretrain_merge.records import MergeRecord, Recipe
 
 FOLDER = Path(__file__).with_name("records")
 FRESH_FOLDER = FOLDER / "fresh"
+RANDOM_FOLDER = FOLDER / "random"
 METRIC = "val_loss"
 _DIGITS = 7  # of a loss; float32 has no more
 
@@ -42,10 +43,17 @@ class Run:
 
 def write_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write a run's file in one step, so that an interrupted suite leaves no half of one."""
+    watched = {name: _shortened(records) for name, records in result["records"].items()}
+    _write(path, setup, result, watched, about)
+
+
+def _write(
+    path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], watched: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
     content = {
         "setup": setup,
         "parameters": result["parameters"],
-        "watched": {name: _shortened(records) for name, records in result["records"].items()},
+        "watched": watched,
         "anneals": [{**anneal, "loss": round(anneal["loss"], _DIGITS)} for anneal in result["anneals"]],
         "seconds": {part: round(value, 1) for part, value in result["seconds"].items()},
         "about": about,
@@ -54,6 +62,15 @@ def write_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], a
     temporary = path.with_suffix(".tmp")
     temporary.write_text(_compact(content), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_random_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write a run of the random design, whose means are of every iterate and named by their span."""
+    points = [
+        [step, lr, round(raw, _DIGITS), {str(span): round(loss, _DIGITS) for span, loss in merged.items()}]
+        for step, lr, raw, merged in result["points"]
+    ]
+    _write(path, setup, result, {"every": {"every": 1, "points": points}}, about)
 
 
 def read_run(path: Path) -> Run:
