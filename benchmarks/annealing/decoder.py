@@ -41,7 +41,9 @@ class Decoder(nn.Module):
         Args:
             blocks: Bytes as int64, `(batch, length)`.
         """
-        state = functional.dropout(self.embed_tokens(blocks) + self.embed_positions.weight, self._dropout, self.training)
+        state = functional.dropout(
+            self.embed_tokens(blocks) + self.embed_positions.weight, self._dropout, self.training
+        )
         balance = state.new_zeros(())
         for layer in self.layers:
             state, uneven = layer(state)

@@ -1,4 +1,4 @@
-"""The suite by random design: every factor of a run is drawn on its own, so that no two go together as in a chosen list.
+"""The suite by random design: each factor of a run is drawn on its own, so that no two go together as in a chosen list.
 
 Draws come from a Sobol sequence (Sobol 1967; scrambled after Owen 1998): any first 8, 16 or 32 runs already cover every
 factor evenly, so a suite that was interrupted is a smaller random design. Numbers and names only.

@@ -1,7 +1,7 @@
 """One run of the random design: a plain loop, whose means are of every iterate, and its branches.
 
-Means are differences of a running sum in float64, so that any span can be read without keeping its snapshots. This module
-knows the loop; what is drawn is `design`'s business.
+Means are differences of a running sum in float64, so that any span can be read without keeping its snapshots. This
+module knows the loop; what is drawn is `design`'s business.
 """
 
 import time
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.annealing.decoder import Decoder
-from benchmarks.annealing.design import BLOCK_LENGTH, LEAST_ANNEAL, LONGEST_SHARE, MERGES, VALIDATION_BLOCKS, Branch, Draw
+from benchmarks.annealing.design import (
+    BLOCK_LENGTH,
+    LEAST_ANNEAL,
+    LONGEST_SHARE,
+    MERGES,
+    VALIDATION_BLOCKS,
+    Branch,
+    Draw,
+)
 from benchmarks.annealing.optimizers import make_optimizer
 from pretrain_merge.demo.corpus import Corpus, TrainingBlocks, ValidationBlocks
 from pretrain_merge.demo.models import constant_after_warmup
