@@ -1,10 +1,10 @@
 """The law on figures of other people's logs, where one mean and no history is known: nothing is fitted to them.
 
 A row of `external-anneals.json` has the loss of the live model (`raw`), of the best mean of a sweep of lengths
-(`merged`) and of a real linear anneal (`annealed`), all at step `end`; the anneal started at `start`. Where a mean is the
-best of its kind, a longer one loses by lying farther back what it gains in noise, and that gives the slope of the curve
-that nobody logged: with the noise left as 1 / span, slope * span / (2 end) = J. The best span is a tenth of the steps (see the page on
-merging), 5,000 steps at most, as those logs' sweep had it.
+(`merged`) and of a real linear anneal (`annealed`), all at step `end`; the anneal started at `start`. Where a mean is
+the best of its kind, a longer one loses by lying farther back what it gains in noise, and that gives the slope of the
+curve that nobody logged: with the noise left as 1 / span, slope * span / (2 end) = J. The best span is a tenth of the
+steps (the page on merging early has it), 5,000 steps at most, as the sweep of those logs had it.
 """
 
 import json

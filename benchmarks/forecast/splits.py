@@ -110,7 +110,7 @@ def recalibrated(cases: Sequence[Case]) -> list[Answer]:
     found = []
     for name in sorted({case.run.name for case in cases}):
         prior = calibrated((case for case in cases if case.run.name != name), f"all but {name}")
-        for watching in sorted({case.watching for case in cases}):
+        for watching in sorted({case.watching for case in cases if case.run.name == name}):
             mine = [case for case in cases if (case.run.name, case.watching) == (name, watching)]
             own = {case.anneal: case for case in mine if case.progress <= _OWN and case.is_calibrated_on}
             middle = _OWN * mine[0].run.setup["num_steps"]
