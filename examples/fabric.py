@@ -1,6 +1,10 @@
-"""A Lightning Fabric loop with `RollingMerger`, which here counts tokens instead of steps."""
+"""A Lightning Fabric loop with `RollingMerger`, which here counts tokens instead of steps.
+
+Run it a second time, and it goes on from its last checkpoint with the window that it had.
+"""
 
 import itertools
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -17,7 +21,12 @@ fabric.seed_everything(0)
 text, lm = Text(), TinyLM()
 model, optimizer = fabric.setup(lm, torch.optim.AdamW(lm.parameters(), lr=lm.lr))
 train, validation = fabric.setup_dataloaders(text.train_dataloader(), text.val_dataloader())
-merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens")
+run = Path("runs/fabric")
+merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=run / "window", keep_states=2)
+merger.watch(model, [optimizer])
+state = {"model": model, "optimizer": optimizer, "merger": merger, "step": 0, "tokens": 0}
+if (run / "last.ckpt").exists():
+    fabric.load(run / "last.ckpt", state)
 
 
 def loss_of(batch: dict[str, Tensor]) -> Tensor:
@@ -32,17 +41,19 @@ def validation_loss() -> float:
     return float(torch.stack([loss_of(batch) for batch in validation]).mean())
 
 
-tokens = 0
 batches = itertools.chain.from_iterable(itertools.repeat(train))
-for step, batch in enumerate(itertools.islice(batches, 200), start=1):
+for batch in itertools.islice(batches, 200):
     optimizer.zero_grad()
     fabric.backward(loss_of(batch))
     optimizer.step()
 
-    tokens += batch["input_ids"].numel() * fabric.world_size
-    merger.observe(model, Progress(step, tokens=tokens), lr=optimizer.param_groups[0]["lr"])
+    state["step"] += 1
+    state["tokens"] += batch["input_ids"].numel() * fabric.world_size
+    merger.observe(model, Progress(state["step"], tokens=state["tokens"]), lr=optimizer.param_groups[0]["lr"])
     if merger.merge_is_due():
-        raw = validation_loss()
-        with merger.merged(model, "sma"):  # the raw weights are back when the block ends
+        with merger.swap(model) as merge_view:  # raw weights and random numbers are back when the block ends
+            raw = validation_loss()
+            merge_view("sma")
             merged = validation_loss()
-        fabric.print(f"{tokens:7d} tokens  raw {raw:.4f}  merged {merged:.4f}")
+        fabric.print(f"{state['tokens']:7d} tokens  raw {raw:.4f}  merged {merged:.4f}")
+fabric.save(run / "last.ckpt", state)

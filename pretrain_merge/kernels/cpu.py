@@ -67,7 +67,9 @@ def merge_(
     )
     num_reads = len(snapshots) * sum(tensor.numel() for tensor in out)
     num_threads = min(torch.get_num_threads(), len(items), 1 + num_reads // _MIN_READS_PER_THREAD)
-    _run(_kernel(double, spread), arguments, num_threads)
+    # the one mix that is slower than memory when its elements are converted one by one
+    paired = not double and all(tensor.dtype is torch.bfloat16 for tensors in (out, *snapshots) for tensor in tensors)
+    _run(_kernel(double, spread, paired), arguments, num_threads)
     if not spread:
         return None
     total = Sums(*(math.fsum(column) for column in sums.T))
@@ -91,5 +93,5 @@ def _run(kernel: Kernel, arguments: tuple[int, ...], num_threads: int) -> None:
 
 
 @cache
-def _kernel(double: bool, spread: bool) -> Kernel:
-    return compile_kernel(double=double, spread=spread)
+def _kernel(double: bool, spread: bool, paired: bool) -> Kernel:
+    return compile_kernel(double=double, spread=spread, paired=paired)

@@ -60,24 +60,26 @@ _BUFFER = 16 * 1024  # bytes: half of an L1 cache, of which the streams need the
 Kernel = Callable[..., None]
 
 
-def compile_kernel(*, double: bool, spread: bool, cpu: str | None = None) -> Kernel:
+def compile_kernel(*, double: bool, spread: bool, paired: bool = False, cpu: str | None = None) -> Kernel:
     """Compile the kernel for one accumulator dtype.
 
     Args:
         double: Accumulate in float64, else in float32 (then nothing in the tables may be float64).
         spread: Also fill the table of sums.
+        paired: Nothing but bfloat16 is in the tables, and the accumulators are float32.
         cpu: LLVM's name of the CPU to compile for; the one it runs on by default.
 
     Returns:
         `kernel(rows, items, num_items, counter, coefficients, num_snapshots, sums)`: addresses of the tables of
         `tables.py`, of an int64 counter that starts at 0, and of N coefficients of the accumulator dtype.
     """
-    return compile_function(_build(double=double, spread=spread), "merge", cpu=cpu)
+    return compile_function(_build(double=double, spread=spread, paired=paired), "merge", cpu=cpu)
 
 
-def _build(*, double: bool, spread: bool) -> Value:
+def _build(*, double: bool, spread: bool, paired: bool) -> Value:
     module = ir.Module(name="weighted_sum")
-    vectors, singles = (_emit_range(module, lanes, double=double, spread=spread) for lanes in (_LANES, 1))
+    scalar = DOUBLE if double else FLOAT
+    vectors, singles = (_emit_range(module, lanes, scalar, spread=spread, paired=paired) for lanes in (_LANES, 1))
     merge, b = new_function(module, "merge", [POINTER, POINTER, I64, POINTER, POINTER, I64, POINTER])
     rows, items, num_items, counter, coefficients, num_snapshots, sums = merge.args
     take, work, done = (merge.append_basic_block(name) for name in ("take", "work", "done"))
@@ -118,11 +120,11 @@ def _emit_alignment(b: Builder, row: Row, begin: Value, end: Value) -> tuple[Val
     return body, b.add(body, b.mul(num_vectors, integer(_LANES)))
 
 
-def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Value:
+def _emit_range(module: Value, lanes: int, scalar: Value, *, spread: bool, paired: bool) -> Value:
     """A function that merges elements [begin, end) of a row, a multiple of `lanes`, and adds to its three sums."""
     function, b = new_function(module, f"merge_{lanes}", [POINTER, POINTER, I64, I64, I64, POINTER], internal=True)
     row, (begin, end, item_sums) = Row(*function.args[:3]), function.args[3:]
-    v = Vectors(b, DOUBLE if double else FLOAT, lanes, spread)
+    v = Vectors(b, scalar, lanes, spread, paired)
     length = _BUFFER // v.size // (2 if spread else 1)
     buffers = [stack(b, ir.ArrayType(v.scalar, length)) for _ in range(2 if spread else 1)]
     sums = [variable(b, v.narrowed().constant(DOUBLE, 0.0)) for _ in range(SUMS_WIDTH)] if spread else []
@@ -131,6 +133,7 @@ def _emit_range(module: Value, lanes: int, *, double: bool, spread: bool) -> Val
         with loop(b, integer(0), row.num_snapshots, _GROUP) as group:
             group_end = minimum(b, b.add(group, integer(_GROUP)), row.num_snapshots)
             with loop(b, block, block_end, lanes) as position:
+                # one buffer, cut anew for each block: it stays in L1 from group to group
                 waiting = [element(b, buffer, b.sub(position, block), v.size) for buffer in buffers]
                 _emit_vector(v, row, position, (group, group_end), waiting, sums)
     if spread:

@@ -34,12 +34,23 @@ FUSED = ("contract",)  # a product and a sum may become one instruction, with on
 
 
 class Vectors(NamedTuple):
-    """How a function computes: its builder, the type and number of a vector's accumulators, and whether it measures."""
+    """How a function computes.
+
+    Attributes:
+        b: Where its instructions go.
+        scalar: Type of an accumulator.
+        lanes: Accumulators in a vector.
+        spread: Whether it measures the spread as well.
+        paired: Whether everything in the tables is bfloat16. Two of them in 32 bits are widened by one shift (the even
+            one) and one mask (the odd one), half of what it takes to spread them out first; so the lower half of the
+            lanes has the even elements, the upper half the odd ones.
+    """
 
     b: Builder
     scalar: Value
     lanes: int
     spread: bool
+    paired: bool
 
     def of(self, scalar: Value) -> Value:
         """The type of a vector of such scalars."""
@@ -60,6 +71,8 @@ class Vectors(NamedTuple):
     @property
     def codes(self) -> Sequence[int]:
         """The dtypes that the tables may name."""
+        if self.paired:
+            return [_BFLOAT16]
         return [code for code in _STORED if code != _FLOAT64 or self.scalar == DOUBLE]
 
     @property
@@ -86,6 +99,8 @@ def emit_load(v: Vectors, row: Row, snapshot: Value, position: Value) -> Value:
     b = v.b
     column = b.add(integer(2), b.mul(integer(2), snapshot))
     address = load_integer(b, row.addresses, column)
+    if v.paired and v.lanes > 1:
+        return _load_pairs(v, b.inttoptr(b.add(address, b.mul(position, integer(SIZES[_BFLOAT16]))), POINTER))
     result = variable(b, v.constant(v.scalar, 0.0))
     for code in cases(b, load_integer(b, row.addresses, b.add(column, integer(1))), v.codes):
         pointer = b.inttoptr(b.add(address, b.mul(position, integer(SIZES[code]))), POINTER)
@@ -96,18 +111,31 @@ def emit_load(v: Vectors, row: Row, snapshot: Value, position: Value) -> Value:
     return b.load(result, typ=v.of(v.scalar))
 
 
+def _load_pairs(v: Vectors, pointer: Value) -> Value:
+    b, pairs = v.b, v.halved()
+    words = b.load(pointer, typ=pairs.of(I32), align=1)
+    even = b.shl(words, pairs.constant(I32, 16))
+    odd = b.and_(words, pairs.constant(I32, -(1 << 16)))
+    lanes = ir.Constant(v.of(I32), list(range(v.lanes)))
+    return b.bitcast(b.shuffle_vector(even, odd, lanes), v.of(FLOAT))
+
+
 def emit_store(v: Vectors, row: Row, position: Value, value: Value) -> None:
     """Round to nearest even and write, whole vectors past the cache."""
     b = v.b
     address = load_integer(b, row.addresses, integer(0))
     for code in cases(b, load_integer(b, row.addresses, integer(1)), v.codes):
         rounded = value
+        # as torch rounds: float64 to a 16-bit dtype goes through float32 there too
         if v.scalar == DOUBLE and code != _FLOAT64:
             rounded = b.fptrunc(rounded, v.of(FLOAT))
         if code == _FLOAT16:
             rounded = b.fptrunc(rounded, v.of(HALF))
         if code == _BFLOAT16:
             rounded = _round_to_bfloat16(v, rounded)
+            if v.paired and v.lanes > 1:
+                in_order = [half + k for k in range(v.lanes // 2) for half in (0, v.lanes // 2)]
+                rounded = b.shuffle_vector(rounded, rounded, ir.Constant(v.of(I32), in_order))
         pointer = b.inttoptr(b.add(address, b.mul(position, integer(SIZES[code]))), POINTER)
         store = b.store(rounded, pointer, align=v.alignment)
         if v.lanes > 1:
@@ -153,6 +181,7 @@ def add_up(v: Vectors, total: Value, value: Value) -> None:
     does, and hold a merge of 16-bit snapshots up by half.
     """
     b = v.b
+    # pairwise, so the error grows with the logarithm of the lanes
     while v.lanes > _SUM_LANES:
         value = b.fadd(*_halves(v, value))
         v = v.halved()

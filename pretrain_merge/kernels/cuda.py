@@ -44,12 +44,14 @@ def merge_(
     for (out_dtype, in_dtype, aligned), rows in _group_by_instructions(out, snapshots).items():
         targets = [out[i] for i in rows]
         sources = [[snapshot[i] for i in rows] for snapshot in snapshots]
+        # on the host, where it is counted; the device gets it with the launch
         items = torch.from_numpy(item_table(targets, cuda_kernel.ITEM))
-        if len(items) == 0:
+        if len(items) == 0:  # tensors without elements: a launch of no blocks is an error
             continue
         device = targets[0].device
         sums = torch.empty(len(items) if spread else 0, SUMS_WIDTH, dtype=torch.float64, device=device)
         multipliers = torch.tensor(coefficients, dtype=torch.float64 if double else torch.float32)
+        # Triton launches on the current device, whatever its arguments are on
         with _current(device):
             cuda_kernel.merge_items[(len(items),)](
                 torch.from_numpy(address_table(targets, sources)).to(device),
@@ -61,6 +63,7 @@ def merge_(
                 **cuda_kernel.launch_options(double=double, spread=spread),
             )
         if spread:
+            # the host waits for the device here, and for the spread only
             added = Sums(*sums.sum(dim=0).tolist())
             elements = sum(target.numel() for target in targets)
             trusted = double or added.are_trustworthy(num_snapshots=len(snapshots), num_elements=elements)
@@ -76,6 +79,7 @@ def _group_by_instructions(
     for i, target in enumerate(out):
         sources = [snapshot[i] for snapshot in snapshots]
         dtypes = {source.dtype for source in sources}
+        # one odd address and the compiler may not use wide accesses for any tensor of the launch
         aligned = all(tensor.data_ptr() % cuda_kernel.WIDE_ACCESS == 0 for tensor in (target, *sources))
         groups.setdefault((target.dtype, dtypes.pop() if len(dtypes) == 1 else None, aligned), []).append(i)
     return groups

@@ -145,6 +145,7 @@ def _check_overlap(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]])
     spans = sorted((*_span(target), i) for i, target in enumerate(out) if target.numel() > 0)
     if not spans:
         return
+    # sorted by address: only neighbours can overlap
     for (_, end, i), (start, _, k) in pairwise(spans):
         if start < end:
             raise MergeInputError(
@@ -154,6 +155,7 @@ def _check_overlap(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]])
     starts, ends, owners = np.array(spans, dtype=np.int64).T
     sizes = np.array([target.numel() for target in out])
     for j, snapshot in enumerate(snapshots):
+        # the usual case in whole arrays: a window is thousands of tensors, and each Python call counts
         if all(map(Tensor.is_contiguous, snapshot)):
             first = np.array(list(map(Tensor.data_ptr, snapshot)), dtype=np.int64)
             end = first + sizes * [source.itemsize for source in snapshot]
@@ -164,6 +166,7 @@ def _check_overlap(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]])
         shared = (nearest >= 0) & (ends[nearest] > first) & (end > first)
         for i in np.flatnonzero(shared).tolist():
             k = int(owners[nearest[i]])
+            # an input that is read where it is written, and at another element, would be read too late
             if k != i or not _is_same_view(snapshot[i], out[i]):
                 raise MergeInputError(
                     f"snapshots[{j}][{i}] and out[{k}] share memory without being the same tensor. An output may be "
@@ -197,6 +200,7 @@ def _strides_and_sizes(tensor: Tensor) -> list[tuple[int, int]]:
 def _has_separate_elements(tensor: Tensor) -> bool:
     reach = 0
     for stride, size in _strides_and_sizes(tensor):
+        # this step does not leave what smaller strides reach, so two indices meet
         if stride <= reach and tensor.numel() > 0:
             return False
         reach += stride * (size - 1)

@@ -42,6 +42,7 @@ def compile_function(module: Value, name: str, *, cpu: str | None = None) -> Cal
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+    # a cross-compiled kernel may only use what its CPU's name promises
     features = binding.get_host_cpu_features().flatten() if cpu is None else ""
     target = binding.Target.from_default_triple()
     machine = target.create_target_machine(cpu=cpu or binding.get_host_cpu_name(), features=features, opt=3)
@@ -64,6 +65,7 @@ def new_function(
     function = ir.Function(module, ir.FunctionType(VOID, arguments), name=name)
     if internal:
         function.linkage = "internal"
+        # a call is nothing beside the range of elements that it works on, and compiling the body thrice is not
         function.attributes.add("noinline")
     return function, ir.IRBuilder(function.append_basic_block("entry"))
 

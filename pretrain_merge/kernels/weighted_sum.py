@@ -69,6 +69,7 @@ def weighted_sum_(
     >>> weights
     [tensor([2., 4.])]
     """
+    # all of it before the first write: a refused merge has changed nothing
     check_merge(out, snapshots, coefficients)
     multipliers = [float(coefficient) for coefficient in coefficients]
     total = Spread(0.0, 0.0)
@@ -137,6 +138,7 @@ def _group_rows(
     for i, target in enumerate(out):
         sources = [snapshot[i] for snapshot in snapshots]
         merge = _backend_for(target.device.type, backend)
+        # kernels walk addresses one after another, and would pair wrong elements
         if not is_one_block(target, sources):
             merge = reference.merge_
         double = accumulator_dtype(target, sources) is torch.float64
@@ -168,6 +170,7 @@ def _backend_for(device: str, backend: Backend) -> _Merge:
             stacklevel=5,  # the caller of `weighted_sum_`, behind no_grad's own frame
         )
         return reference.merge_
+    # raised for a backend that was named only: `auto` asks for one of this device
     if device not in module.DEVICES:
         raise MergeInputError(
             f"backend={backend!r} was asked to merge tensors on {device}; it takes {', '.join(module.DEVICES)}. "

@@ -4,22 +4,25 @@
 where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluation and no logger.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from pretrain_merge import config
 from pretrain_merge.cadence import Progress
-from pretrain_merge.errors import WindowNotReadyError
+from pretrain_merge.errors import CheckpointError, ConfigError, WindowNotReadyError
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.swap import WindowSpread, swapped
 from pretrain_merge.merging.views import Merge, Views
+from pretrain_merge.parameters import Given, Masters, Modules, is_sharded
 from pretrain_merge.records import Recipe
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.saved_window import SavedWindow
+from pretrain_merge.resume.states import States
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
@@ -32,8 +35,17 @@ from pretrain_merge.window.window import Window
 class RollingMerger:
     """A rolling window of snapshots of one model, and their merges.
 
+    Wherever a model is asked for, several will do, as they were passed to `observe`: a sequence (pipeline stages, whose
+    names stay as they are unless two stages share one) or a mapping, whose keys come in front of names.
+
     Args:
         settings: Parsed settings; None: they are parsed from the options.
+        masters: Gives the float32 original that an optimizer keeps of a parameter in 16 bits, and None for one that
+            has none. Snapshots then hold originals, and a merge is rounded once. None: they hold the parameters.
+        window_folder: Where `state_dict` keeps the snapshots that a checkpoint needs; of this run alone.
+        keep_states: Of how many of the newest states the snapshots stay in that folder; None: of all, so that a run
+            can go on from any of its checkpoints, at the cost of up to `window` snapshots for each.
+        on_missing: When `load_state_dict` finds no such window: "error", or "refill", which starts an empty one.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
             `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`, `batch_norm`,
             `store`, `store_folder`, `slot_dtype`.
@@ -55,22 +67,36 @@ class RollingMerger:
     [[40.0, 40.0]]
     """
 
-    def __init__(self, settings: config.WindowSettings | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        settings: config.WindowSettings | None = None,
+        *,
+        masters: Masters | None = None,
+        window_folder: str | PathLike[str] | None = None,
+        keep_states: int | None = None,
+        on_missing: str = "error",
+        **options: Any,
+    ) -> None:
         parsed = settings or config.parse_window_settings(options)
+        if on_missing not in ("error", "refill"):
+            raise ConfigError(f"on_missing: {on_missing!r} is not error or refill.")
         values, notices = parsed.config, WarnOnce()
         self._merge_cadence = parsed.merge_cadence  # when merges are due
         self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
-        self._stored = StoredWindow(values)  # which snapshots are held, and their bytes
+        self._stored = StoredWindow(values, of_masters=masters is not None)  # which snapshots are held, and their bytes
         self._breaks = Breaks(self._stored.window, self._block, values, notices)  # rate, phase, refusals
         # fills the window from the live model, on all ranks or on none; knows which tensors are merged
-        self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices)
+        self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices, masters)
         self._saved = SavedWindow(parsed, self._block, self._breaks, self._capture)  # which files hold the snapshots
         self._progress = Progress()  # counters of the last observed step
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot
         self._spread = WindowSpread()  # of the whole window, as it was measured last
+        self._states = States(Path(window_folder) if window_folder is not None else None, keep_states)
+        self._on_missing, self._notices = on_missing, notices
+        self._modules = Given()  # the model that was passed last
 
     @property
     def window(self) -> Window:
@@ -118,28 +144,37 @@ class RollingMerger:
         """Names of the configured views."""
         return self._views.names
 
-    def watch(self, module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
+    def watch(self, module: Modules, optimizers: Iterable[Any] = (), *, also: Sequence[str] = ()) -> None:
         """Look at the model before its first step: what trains now, or has state in an optimizer, is merged.
 
         A merger that is not told sees what requires a gradient at the steps where it takes a snapshot. Call it where
         layers are frozen and unfrozen by turns (GANs), so that the set is whole from the first snapshot on.
-        """
-        self._capture.trained.watch(module, optimizers)
 
-    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        Args:
+            module: The live model.
+            optimizers: Whose state tells what is stepped.
+            also: Patterns (as in fnmatch) of parameters that are merged although they require no gradient and are in
+                no optimizer: those of an average of the model that the loop itself moves.
+
+        Raises:
+            UnsupportedModelError: A pattern of `also` matches nothing.
+        """
+        self._capture.trained.watch(self._modules.as_one(module), optimizers, also=also)
+
+    def tensors(self, module: Modules) -> dict[str, Tensor]:
         """The live tensors that merges are written into, by name; of sharded parameters the shards."""
-        return self._capture.trained.tensors(module)
+        return self._capture.trained.tensors(self._modules.as_one(module))
 
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
         self._progress = progress
         self._capture.resume_from(progress)
 
-    def observe(self, module: nn.Module, progress: Progress | int, *, lr: float | Sequence[float] = ()) -> bool:
+    def observe(self, module: Modules, progress: Progress | int, *, lr: float | Sequence[float] = ()) -> bool:
         """Look at the model after an optimizer step; takes a snapshot where one is due.
 
         Args:
-            module: The live model. It is read, never written.
+            module: The live model, or several. It is read, never written.
             progress: Totals since the start of the run; an integer is a number of steps.
             lr: The learning rate that this step used, one per parameter group; a change is a break.
 
@@ -149,6 +184,7 @@ class RollingMerger:
         Raises:
             ProgressError: A counter went backwards, or merged weights are in a model.
         """
+        one = self._modules.as_one(module)
         before, after = self._progress, self._progress.followed_by(progress)
         self._capture.refuse_merged_weights(after)
         self._progress = after
@@ -156,7 +192,7 @@ class RollingMerger:
         self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
         self._breaks.at_new_lr(after, self._lr)
         self._snapshot_is_new = False  # also where the capture fails
-        self._snapshot_is_new = self._capture.observe(module, before, after, lr=self._lr)
+        self._snapshot_is_new = self._capture.observe(one, before, after, lr=self._lr)
         return self._snapshot_is_new
 
     def merge_is_due(self) -> bool:
@@ -178,8 +214,10 @@ class RollingMerger:
         return None
 
     @contextmanager
-    def merged(self, module: nn.Module, view: str) -> Iterator[Recipe]:
+    def merged(self, module: Modules, view: str) -> Iterator[Recipe]:
         """The merged weights in the live model; the raw weights are back when the block ends, however it ends.
+
+        Random numbers that the block draws are not drawn from the run's: training goes on as it would have without.
 
         Args:
             module: The model that was observed.
@@ -198,22 +236,68 @@ class RollingMerger:
             with signals.keyboard_interrupt_allowed():
                 yield recipe
 
-    def swap(self, module: nn.Module) -> AbstractContextManager[Callable[[str], Recipe]]:
+    def swap(self, module: Modules) -> AbstractContextManager[Callable[[str], Recipe]]:
         """Several views one after another, with one restore at the end, also of what the block itself wrote in place.
 
-        Where no view read the whole window, the spread takes one more pass when the block has ended.
+        Until the first view is written the weights are raw: the place to measure raw beside the merges, with the same
+        random numbers, and without a trace in the run's. Where no view read the whole window, the spread takes one more
+        pass when the block has ended.
 
         Yields:
             A function that writes one view's merge into the live model; it raises what `merged` raises.
         """
-        return swapped(module, self._capture, self._spread, self._resolve)
+        return swapped(self._modules.as_one(module), self._capture, self._spread, self._resolve)
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
         self._breaks.at_phase(self._progress, name)
 
-    def manifest(self, module: nn.Module, folder: Path) -> Manifest:
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here exactly, as any checkpoint takes it: one text.
+
+        The snapshots themselves become durable files in `window_folder`, each once; those that no state needs any more
+        (`keep_states`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
+        the merger is a part of what they save. Where the model is sharded every rank must call it at the same point.
+
+        Raises:
+            ConfigError: There is no `window_folder`.
+            CheckpointError: The disk refuses, or another run uses the folder.
+        """
+        module = self._modules.one or nn.Module()  # nothing was observed yet, and there is nothing to save
+        return self._states.give(lambda folder: self.manifest(module, folder), is_sharded=is_sharded(module))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the merger was that gave the state. Every rank must call it at the same point.
+
+        Args:
+            state: What `state_dict` returned. The files that it needs may have been moved to `window_folder`.
+
+        Raises:
+            CheckpointError: The state is damaged, one of its files missing or damaged, or it is of another model.
+                Nothing was restored. Where `on_missing` is "refill", the window starts empty instead.
+            ConfigError: The model is not known yet, or this configuration makes other snapshots.
+        """
+        if self._modules.one is None:
+            raise ConfigError(
+                "load_state_dict() was called before the model is known. Allowed: after watch(model), which says whose "
+                "parameters the snapshots are of. Call it once the model is on its device, sharded and compiled."
+            )
+        manifest = None
+        try:
+            manifest, recorded = self._states.read(state)
+            self.restore(manifest, self._modules.one, self._states.find(manifest, recorded))
+            self._states.go_on_from(manifest)
+        except (CheckpointError, ConfigError) as error:
+            if self._on_missing == "error":
+                raise type(error)(f"the window cannot be restored: {error} Or set on_missing='refill'.") from error
+            self._notices.warn("refill", f"the window starts empty (on_missing: refill). {error}")
+            if manifest is not None:
+                self.resume_from(manifest.progress)
+
+    def manifest(self, module: Modules, folder: str | PathLike[str]) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
+
+        `state_dict` does the same for a checkpoint, and deletes old files. Here both are the caller's business.
 
         Args:
             module: The model that was observed. Where it is sharded, every rank must call this at the same point.
@@ -222,13 +306,14 @@ class RollingMerger:
         Raises:
             CheckpointError: The disk refuses.
         """
-        return self._saved.save(module, folder, self._progress, lr=self._lr, snapshot_is_new=self._snapshot_is_new)
+        one = self._modules.as_one(module)
+        return self._saved.save(one, Path(folder), self._progress, lr=self._lr, snapshot_is_new=self._snapshot_is_new)
 
-    def restore(self, manifest: Manifest, module: nn.Module, folder: Path) -> None:
+    def restore(self, manifest: Manifest, module: Modules, folder: str | PathLike[str]) -> None:
         """Go on where another merger was: its window, open block, breaks and counters.
 
         Args:
-            manifest: What `manifest` gave.
+            manifest: What `manifest` gave; `Manifest.to_plain` and `from_plain` take it through JSON.
             module: The live model, with the shapes and dtypes that it had; what is frozen in it does not matter.
             folder: Where the files lie.
 
@@ -236,12 +321,19 @@ class RollingMerger:
             ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
             CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
         """
-        self._saved.restore(manifest, module, folder)
+        self._saved.restore(manifest, self._modules.as_one(module), Path(folder))
         self._progress, self._lr, self._snapshot_is_new = manifest.progress, manifest.lr, manifest.snapshot_is_new
 
     def close(self) -> None:
-        """Give the memory of the window back."""
+        """Give the memory of the window back, and its folder to other runs."""
         self._capture.clear()
+        self._states.close()
+
+    def __getstate__(self) -> NoReturn:
+        raise CheckpointError(
+            "a RollingMerger cannot be pickled: its window is memory and files. Put merger.state_dict() into the "
+            "checkpoint, as Fabric does by itself except where it saves shards."
+        )
 
     def _resolve(self, view: str) -> Merge:
         num_lost = int(self._block is not None and self._block.is_invalid)

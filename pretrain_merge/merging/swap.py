@@ -15,6 +15,7 @@ from pretrain_merge.merging.views import Merge
 from pretrain_merge.parameters import Places, Trained, copy_
 from pretrain_merge.records import Recipe
 from pretrain_merge.runtime import signals
+from pretrain_merge.runtime.random_state import random_state_kept
 from pretrain_merge.window.capture import Capture
 from pretrain_merge.window.stored import StoredWindow
 from pretrain_merge.window.window import Snapshot
@@ -103,6 +104,9 @@ def swapped(
 ) -> Iterator[Callable[[str], Recipe]]:
     """Merges of views in the live model one after another, with one restore at the end.
 
+    Whatever draws random numbers before the first view (an evaluation of raw), or while one is in the model, draws the
+    same ones, and the run goes on with those that it would have drawn without (P6).
+
     Args:
         module: The live model, with raw weights.
         capture: Filled the window.
@@ -119,9 +123,10 @@ def swapped(
         merge = resolve(view)
         written.append(view)
         spread.write(swap, merge, stored.window.valid, capture.counts)
+        set_back()
         return merge.recipe
 
-    with Swap(module, capture.trained, stored).entered() as swap:
+    with Swap(module, capture.trained, stored).entered() as swap, random_state_kept() as set_back:
         yield merge_view
         if written:
             spread.complete(swap, stored.window.valid, capture.counts)

@@ -2,14 +2,20 @@
 
 from pretrain_merge.parameters.elements import all_finite, all_same_bits, copy_
 from pretrain_merge.parameters.live import Trained, mergeable_tensors
+from pretrain_merge.parameters.masters import Masters
 from pretrain_merge.parameters.places import Places
+from pretrain_merge.parameters.several import Given, Modules, as_one
 from pretrain_merge.parameters.shards import as_shards, is_sharded, plain_name, reshard, whole_sizes
 
 __all__ = [
+    "Given",
+    "Masters",
+    "Modules",
     "Places",
     "Trained",
     "all_finite",
     "all_same_bits",
+    "as_one",
     "as_shards",
     "copy_",
     "is_sharded",

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from pretrain_merge.errors import UnsupportedModelError, nearest
+from pretrain_merge.parameters.masters import Masters, with_masters
 from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard, unwrapped
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +34,7 @@ class Trained:
         batch_norm: "refuse", "live" or "merge", for running statistics of BatchNorm layers.
         include: Patterns of parameters that may be merged.
         exclude: Patterns of parameters that are not; one name of a tied parameter is enough.
+        masters: Gives what an optimizer keeps of a parameter in float32; None: snapshots hold the parameters.
     """
 
     def __init__(
@@ -42,16 +44,24 @@ class Trained:
         batch_norm: str = "refuse",
         include: Sequence[str] = _ALL,
         exclude: Sequence[str] = (),
+        masters: Masters | None = None,
     ) -> None:
         self._merge_buffers, self._batch_norm = merge_buffers, batch_norm
         self._include, self._exclude = include, exclude
+        self._masters = masters
         self._names: set[str] = set()
         self._optimizers: tuple[Any, ...] = ()
 
-    def watch(self, module: nn.Module, optimizers: Iterable[Any]) -> None:
-        """Look when training starts, and remember whose state says what is stepped."""
+    def watch(self, module: nn.Module, optimizers: Iterable[Any], *, also: Sequence[str] = ()) -> None:
+        """Look when training starts, and remember whose state says what is stepped; and what moves without one.
+
+        Raises:
+            UnsupportedModelError: A pattern of `also` matches nothing.
+        """
         self._optimizers = tuple(optimizers)
-        self._look(_parameters(_parts(module)))
+        parameters = _parameters(_parts(module))
+        self._look(parameters)
+        self.remember(_matching([name for name, _ in parameters], also, (), at="also"))
 
     def remember(self, names: Iterable[str]) -> None:
         """Parameters that a run before merged."""
@@ -92,6 +102,16 @@ class Trained:
         _refuse_overlaps(tensors)
         return tensors
 
+    def sources(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a snapshot holds of each of `tensors`: the tensors themselves, or the masters kept of them.
+
+        Raises:
+            UnsupportedModelError: A master is not all of its parameter.
+        """
+        if self._masters is None:
+            return tensors
+        return with_masters(self._masters, dict(_parameters(_parts(module))), tensors)
+
     def _look(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Remember what requires a gradient now, or has been stepped."""
         states = [getattr(item, "state", None) for item in self._optimizers]
@@ -118,13 +138,15 @@ def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tenso
     ]
 
 
-def _matching(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    for key, patterns in (("include", include), ("exclude", exclude)):
+def _matching(
+    names: Sequence[str], include: Sequence[str], exclude: Sequence[str], *, at: str = "parameters.include"
+) -> set[str]:
+    for key, patterns in ((at, include), ("parameters.exclude", exclude)):
         for pattern in patterns:
             if pattern != "*" and not fnmatch.filter(names, pattern):
                 meant = f"; did you mean {near!r}?" if (near := nearest(pattern, names)) else "."
                 raise UnsupportedModelError(
-                    f"parameters.{key}: {pattern!r} matches no parameter{meant} "
+                    f"{key}: {pattern!r} matches no parameter{meant} "
                     f"Allowed: patterns (as in fnmatch) of names such as {', '.join(map(repr, names[:_NUM_NAMED]))}."
                 )
     if tuple(include) == _ALL and not exclude:
@@ -137,7 +159,7 @@ def _why_nothing(module: nn.Module, trained: Sequence[str]) -> str:
     if not trained:
         return (
             f"{type(module).__name__} has no trainable float parameters, so there is nothing to merge. Set "
-            f"requires_grad=True on the parameters that train before fit, or remove the callback."
+            f"requires_grad=True on the parameters that train, or train without merging."
         )
     return (
         f"parameters: all {len(trained)} trainable parameters of {type(module).__name__} are left out. Allowed: "

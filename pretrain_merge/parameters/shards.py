@@ -32,9 +32,9 @@ def plain_name(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of DDP, so that names are the same whichever of the two a loop passes on."""
-    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        module = module.module
+    """The module inside of DDP, `torch.compile` and Fabric, so that names are those of whichever a loop passes on."""
+    while (inner := _inside(module)) is not None:
+        module = inner
     return module
 
 
@@ -87,6 +87,13 @@ def refuse_fsdp1(module: nn.Module) -> None:
                     f"flat one and move, also with use_orig_params=True. Use FSDP2: fully_shard, and "
                     f"ModelParallelStrategy in a Trainer."
                 )
+
+
+def _inside(wrapper: nn.Module) -> nn.Module | None:
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return wrapper._modules["module"]
+    children = wrapper._modules  # not getattr, which Fabric's wrapper passes on to the module inside
+    return next((children[name[:-1]] for name in _ADDED if name[:-1] in children), None)
 
 
 def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:

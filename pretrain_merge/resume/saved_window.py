@@ -146,13 +146,12 @@ class SavedWindow:
             if here.get(key) != manifest.settings.get(key):
                 raise ConfigError(
                     f"{key}: {here.get(key)!r}, and the snapshots of the resumed run were taken with "
-                    f"{manifest.settings.get(key)!r}. Set it back, or start with an empty window by "
-                    f"on_missing='refill'."
+                    f"{manifest.settings.get(key)!r}. Set it back, or start with an empty window."
                 )
         if len(manifest.snapshots) > self._settings.config.window:
             raise ConfigError(
                 f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} "
-                f"snapshots. Keep at least as many, or start with an empty window by on_missing='refill'."
+                f"snapshots. Keep at least as many, or start with an empty window."
             )
 
 

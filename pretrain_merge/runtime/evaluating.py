@@ -6,6 +6,7 @@ This module knows one fact. It imports nothing, so a user's module may ask witho
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# a depth, since a view's evaluation lies inside that of the merge point
 _depth = 0
 
 

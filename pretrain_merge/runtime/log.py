@@ -12,6 +12,7 @@ logger = logging.getLogger("pretrain_merge")
 
 def _as_text(record: logging.LogRecord) -> bool:
     """Names and reasons in a message may come from files that others wrote; a terminal must not obey them."""
+    # formatted here, so that no handler formats the raw text again
     record.msg, record.args = printable(record.getMessage(), keep="\n"), None
     return True
 

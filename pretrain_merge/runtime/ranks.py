@@ -16,6 +16,7 @@ from pretrain_merge.errors import RankError
 
 _T = TypeVar("_T")
 _ErrorT = TypeVar("_ErrorT", bound=BaseException)
+# flags of one reduction: a rank that failed does not know which exchange it joins, so all have one size
 _NUM_FLAGS = 3
 _KNOWN = "_known_to_all_ranks"
 _doing: list[str] = []  # what the open blocks do, outermost first: a rank that hears of a failure says what it was at
@@ -94,6 +95,7 @@ def _is_known(error: BaseException | None, handled: BaseException | None) -> boo
     """Whether all ranks know of it, or of what it came from: each failure is told once."""
     if error is None or error is handled:
         return False
+    # an error that was raised from a known one, or while that was handled, is the same failure
     return hasattr(error, _KNOWN) or _is_known(error.__cause__, handled) or _is_known(error.__context__, handled)
 
 
@@ -134,7 +136,9 @@ def _gathered(value: _T) -> list[_T]:
 def _summed(numbers: Sequence[int], *, patience: timedelta | None = None) -> list[int]:
     if num_ranks() == 1:
         return list(numbers)
+    # NCCL reduces what is on a device only
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    # int64: tokens of a run pass 2^31, and float32 stops counting at 2^24
     total = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(total, async_op=True).wait(*[patience] if patience else [])
     sums: list[int] = total.tolist()

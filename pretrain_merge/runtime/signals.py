@@ -61,6 +61,7 @@ def deferred() -> Iterator[None]:
             for signum, handler in replaced.items():
                 signal.signal(signum, handler)
             ended, _state = _state, _State()
+            # a signal that came several times has one thing to say
             newest_first = list(dict.fromkeys(ended.pending))[::-1]
             for signum in sorted(newest_first, key=lambda signum: signum != signal.SIGINT):
                 delivery.callback(signal.raise_signal, signum)  # last in, first out
@@ -83,6 +84,7 @@ def keyboard_interrupt_allowed() -> Iterator[None]:
 
 
 def _hold(signum: int, _: FrameType | None) -> None:
+    # the clean-up after the first must end, however often the key is pressed
     if signum == signal.SIGINT and _state.ctrl_c_broke_in:
         return
     if signum == signal.SIGINT and _state.ctrl_c_may_break_in:

@@ -36,6 +36,7 @@ def choose_store(
     Raises:
         ConfigError: "disk" without a folder, or without room in it.
     """
+    # ranks on one host fill the same memory and disk
     device, sharing = live[0].device, _num_ranks_on_this_host()
     free = {"device": _free_device_bytes(device, sharing), "host": _free_host_bytes() // sharing}
     needed = f"the window takes {_gib(num_bytes)} per rank"
@@ -46,6 +47,18 @@ def choose_store(
     else:
         why = "set by `store`"
     return _made(kind, folder, num_bytes, slot_bytes, sharing), f"window store: {kind} ({needed}; {why})."
+
+
+def likely_store(kind: str, live: Sequence[Tensor], num_bytes: int) -> str:
+    """Where a window would go by what is free now, with a folder to fall back to. Every rank must call it together.
+
+    At the first snapshot, when the choice is made, gradients and optimizer state have taken their part of that.
+    """
+    if kind != "auto":
+        return kind
+    sharing = _num_ranks_on_this_host()
+    free_device = _free_device_bytes(live[0].device, sharing)
+    return fastest_with_room(num_bytes, free_device=free_device, free_host=_free_host_bytes() // sharing)
 
 
 def _chosen(num_bytes: int, free_device: int, free_host: int, *, has_disk: bool) -> tuple[str, str]:
@@ -64,6 +77,7 @@ def _made(kind: str, folder: Path | None, num_bytes: int, slot_bytes: int, num_s
         return HostStore()
     if folder is None:
         raise ConfigError("store: 'disk' needs a folder. Set store_folder to one on local storage.")
+    # the folder itself may not exist yet
     there = next(path for path in (folder, *folder.parents) if path.exists())
     old_slots = sum(path.stat().st_size for path in folder.glob("slot-*.safetensors"))  # will be overwritten
     room = shutil.disk_usage(there).free // num_sharing + old_slots

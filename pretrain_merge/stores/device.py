@@ -21,14 +21,15 @@ class DeviceStore:
     """
 
     def __init__(self) -> None:
-        self._slots: dict[int, list[Tensor]] = {}
-        self._names: tuple[str, ...] = ()
+        self._slots: dict[int, list[Tensor]] = {}  # by number; tensors in the order of `_names`
+        self._names: tuple[str, ...] = ()  # of the live tensors that were written last; a file lists them
 
     def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
         """Copy tensors into a slot, in one multi-tensor call."""
         self._names = tuple(tensors)
         if slot not in self._slots:
             self._slots[slot] = [
+                # strides kept: a transposed weight and its slot are one block of memory, which kernels can take
                 torch.empty_like(tensor, dtype=dtype, requires_grad=False)
                 for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
             ]

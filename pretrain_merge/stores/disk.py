@@ -65,11 +65,12 @@ class DiskStore:
 
     def __init__(self, folder: Path, *, staging_bytes: int = HOST_STAGING) -> None:
         self._folder = folder.absolute()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, _Slot] = {}  # by number; a slot that is written again is a new entry
+        # a buffer that cannot hold one element would never be full enough to be written
         self._staging_bytes = max(staging_bytes // _NUM_BUFFERS, torch.float64.itemsize)
-        self._staging: list[Tensor] = []
+        self._staging: list[Tensor] = []  # allocated at the first capture, when it is known whether they are pinned
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pretrain-merge-writer")
-        self._writing: Future[None] | None = None
+        self._writing: Future[None] | None = None  # the one write under way: the next capture waits for it
         self._lock: weakref.finalize[..., DiskStore] | None = None
         self._claim_folder()
 
@@ -79,6 +80,7 @@ class DiskStore:
         Raises:
             CheckpointError: This write or the one before it failed; the message names the file.
         """
+        # two writes at a time would need twice the buffers and share one disk
         self._finish()
         self._claim_folder()
         layout = Layout.of(tensors, dtypes)
@@ -145,6 +147,7 @@ class DiskStore:
         Raises:
             CheckpointError: The slot could not be written, or the disk refuses.
         """
+        # its checksum is known only when the last byte is on the disk
         self._finish()
         tensors, entry = self._mapped(slot), self._slots[slot]
         linked = snapshot_file.link(folder, stem, entry.path, entry.checksum, identity=entry.identity, batch=batch)
@@ -185,6 +188,7 @@ class DiskStore:
         entry = self._slots[slot]
         entry.readable.wait()
         if entry.failure is not None:
+            # met by the thread, told to whoever asks for the slot first
             raise self._write_error(entry.failure) from entry.failure
         return entry.tensors
 

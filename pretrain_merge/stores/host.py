@@ -27,9 +27,9 @@ class HostStore:
     """
 
     def __init__(self) -> None:
-        self._slots: dict[int, list[Tensor]] = {}
-        self._shapes: dict[str, Tensor] = {}
-        self._captures: dict[torch.device, _AsyncCapture] = {}
+        self._slots: dict[int, list[Tensor]] = {}  # by number; the parts of all tensors, one after another
+        self._shapes: dict[str, Tensor] = {}  # what the parts were cut from, without memory; a file has the whole
+        self._captures: dict[torch.device, _AsyncCapture] = {}  # a stream belongs to one device
 
     def write(self, slot: int, tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
         """Copy tensors into a slot; with CUDA, on a side stream."""
@@ -44,6 +44,7 @@ class HostStore:
                 torch.empty_like(part, dtype=dtype, device="cpu", pin_memory=part.is_cuda, requires_grad=False)
                 for part, dtype in zip(sources, (dtype for group in cut for dtype in group), strict=True)
             ]
+        # a model may lie on several devices, and a multi-tensor copy wants one
         for device in dict.fromkeys(part.device for part in sources):
             rows = [row for row, part in enumerate(sources) if part.device == device]
             self._copy([self._slots[slot][row] for row in rows], [sources[row] for row in rows], device)
@@ -62,9 +63,11 @@ class HostStore:
         spread: bool | Sequence[float] = False,
     ) -> Spread | None:
         """`weighted_sum_` of slots, oldest first, into `out`."""
+        # the copy may still be on its way, and the host reads at once
         self._wait()
         held = [self._slots[slot] for slot in slots]
         if not isinstance(spread, bool):
+            # each part counts as the tensor that it was cut from
             spread = [count for tensor, count in zip(out, spread, strict=True) for _ in _parts([tensor])]
         return merge_from_host_(list(_parts(out)), held, coefficients, spread=spread)
 

@@ -52,4 +52,5 @@ class Store(Protocol):
 
 def slot_dtype(parameter: torch.dtype, chosen: torch.dtype | None) -> torch.dtype:
     """The dtype that a parameter has in a slot: the chosen one where that is smaller, else the parameter's own."""
+    # a wider slot would hold the same bits in more bytes
     return chosen if chosen is not None and chosen.itemsize < parameter.itemsize else parameter

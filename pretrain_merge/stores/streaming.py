@@ -38,6 +38,7 @@ def merge_from_host_(
         The spread if it was asked for.
     """
     total = _NO_SPREAD
+    # one call per device: a kernel sees only what its own device can address
     for device in dict.fromkeys(tensor.device for tensor in out):
         rows = [row for row, tensor in enumerate(out) if tensor.device == device]
         merge = weighted_sum_ if device.type == "cpu" else merge_streamed_
@@ -80,6 +81,7 @@ def merge_streamed_(
     if out:
         buffers = [_Staging(staging_bytes // 2, out[0].device) for _ in range(2)]
         for number, piece in enumerate(_pieces(out, snapshots, staging_bytes // 2)):
+            # turn by turn, so that copies into one run beside the merge out of the other
             buffer = buffers[number % 2]
             staged = buffer.fill([part.sources for part in piece], len(snapshots))
             counted = spread if isinstance(spread, bool) else [spread[part.row] for part in piece]
@@ -89,7 +91,7 @@ def merge_streamed_(
     return total if spread is not False else None
 
 
-class _Part(NamedTuple):
+class _Chunk(NamedTuple):
     """Part of an output, and the same part of every snapshot."""
 
     row: int
@@ -134,22 +136,24 @@ class _Staging:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
 
-def _pieces(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], num_bytes: int) -> Iterator[list[_Part]]:
-    """Lists of parts whose snapshots fit into `num_bytes`."""
-    piece: list[_Part] = []
+def _pieces(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]], num_bytes: int) -> Iterator[list[_Chunk]]:
+    """Lists of chunks whose snapshots fit into `num_bytes`."""
+    piece: list[_Chunk] = []
     room = num_bytes
     for index, target in enumerate(out):
         flat, sources = target.view(-1), [snapshot[index].view(-1) for snapshot in snapshots]
+        # snapshots may differ in dtype; the widest decides how many elements fit
         widest = max(source.element_size() for source in sources)
         start = 0
         while start < flat.numel():
+            # whole vectors of every snapshot, so that each staged piece starts aligned
             fitting = (room // len(sources) // _ALIGNMENT * _ALIGNMENT) // widest
             if fitting == 0:
                 yield piece
                 piece, room = [], num_bytes
                 continue
             stop = min(flat.numel(), start + fitting)
-            piece.append(_Part(index, flat[start:stop], [source[start:stop] for source in sources]))
+            piece.append(_Chunk(index, flat[start:stop], [source[start:stop] for source in sources]))
             room -= sum(_aligned((stop - start) * source.element_size()) for source in sources)
             start = stop
     if piece:

@@ -13,7 +13,7 @@ from pretrain_merge import parameters
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import ProgressError
-from pretrain_merge.parameters import Trained
+from pretrain_merge.parameters import Masters, Trained
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
@@ -30,6 +30,7 @@ class Capture:
         block: The open interval of `average: block`; None: a snapshot is the model after a step.
         breaks: Told of what ends a stretch.
         notices: What the user was told already.
+        masters: Gives what an optimizer keeps of a parameter in float32; None: snapshots hold the parameters.
 
     Attributes:
         trained: Which tensors are merged: what trains, or once did.
@@ -44,10 +45,14 @@ class Capture:
         block: BlockMean | None,
         breaks: Breaks,
         notices: WarnOnce,
+        masters: Masters | None = None,
     ) -> None:
         self._cadence, values = settings.cadence, settings.config
         self.trained = Trained(
-            merge_buffers=values.merge_buffers, batch_norm=values.batch_norm, **asdict(values.parameters)
+            merge_buffers=values.merge_buffers,
+            batch_norm=values.batch_norm,
+            masters=masters,
+            **asdict(values.parameters),
         )
         self.stored = stored
         self._block = block
@@ -101,14 +106,14 @@ class Capture:
         if unseen:
             block.miss()
         if not overshoots:
-            block.sample(now.step, lambda: self.trained.tensors(module))
+            block.sample(now.step, lambda: self._sources(module))
         taken = due and self._take(module, now, lr)
         if ends:
             block.restart()
         if overshoots:
             if unseen:  # some of what was not seen may belong to the new block
                 block.miss()
-            block.sample(now.step, lambda: self.trained.tensors(module))
+            block.sample(now.step, lambda: self._sources(module))
         return taken
 
     def _take(self, module: nn.Module, now: Progress, lr: tuple[float, ...]) -> bool:
@@ -117,13 +122,17 @@ class Capture:
             if others := self.stored.why_others(live):
                 self._breaks.at(now, f"the set of merged parameters changed: {others}")
                 self.stored.clear()
-            if not self._all_ranks_take(live, now):
+            sources = self.trained.sources(module, live)
+            if not self._all_ranks_take(sources, now):
                 return False
             if self.counts.keys() != live.keys():
                 self.counts = _counts_over_ranks(module, live)
-            source = self._block.mean() if self._block is not None else list(live.values())
+            source = self._block.mean() if self._block is not None else [sources[name] for name in live]
             self.stored.capture(live, source, now, lr=lr, phase=self._breaks.phase)
         return True
+
+    def _sources(self, module: nn.Module) -> Mapping[str, Tensor]:
+        return self.trained.sources(module, self.trained.tensors(module))
 
     def _all_ranks_take(self, live: Mapping[str, Tensor], now: Progress) -> bool:
         """One decision for all ranks: a break on one is a break on all, and what one cannot take nobody takes."""

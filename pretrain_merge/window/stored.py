@@ -40,12 +40,14 @@ class StoredWindow:
 
     Args:
         settings: `window`, `store`, `store_folder` and `slot_dtype` of the configuration.
+        of_masters: Slots hold what an optimizer keeps of parameters in float32, whatever these are.
 
     Attributes:
         num_swaps: Blocks that are open in which the live model may hold a merge, and raw may be a slot.
     """
 
-    def __init__(self, settings: WindowConfig) -> None:
+    def __init__(self, settings: WindowConfig, *, of_masters: bool = False) -> None:
+        self._least = torch.float32 if of_masters else None
         self.window = Window(settings.window)
         self.num_swaps = 0
         self._settings = settings
@@ -61,9 +63,7 @@ class StoredWindow:
     @property
     def slot_kinds(self) -> dict[str, Kind]:
         """Of the tensors in a slot, by name."""
-        return {
-            name: replace(kind, dtype=slot_dtype(kind.dtype, self._slot_dtype)) for name, kind in self._kinds.items()
-        }
+        return {name: replace(kind, dtype=self._in_slot(kind.dtype)) for name, kind in self._kinds.items()}
 
     def why_others(self, live: Mapping[str, Tensor]) -> str | None:
         """How the live tensors differ from those that the snapshots hold; None where nothing is held, or no way."""
@@ -147,7 +147,7 @@ class StoredWindow:
 
     def slot_dtypes(self, live: Mapping[str, Tensor]) -> list[torch.dtype]:
         """What each live tensor is in a slot."""
-        return [slot_dtype(tensor.dtype, self._slot_dtype) for tensor in live.values()]
+        return [self._in_slot(tensor.dtype) for tensor in live.values()]
 
     def clear(self) -> None:
         """Forget all snapshots and give their memory back; breaks are remembered."""
@@ -173,6 +173,11 @@ class StoredWindow:
             )
             logger.info(said)
         return self._store
+
+    def _in_slot(self, parameter: torch.dtype) -> torch.dtype:
+        # a parameter without a master is widened too, which loses nothing: files have one dtype before and after
+        wide = parameter if self._least is None else torch.promote_types(parameter, self._least)
+        return slot_dtype(wide, self._slot_dtype)
 
     def _in_order(self, live: Mapping[str, Tensor]) -> list[Tensor]:
         return [live[name] for name in self._kinds]

@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_as_many_threads_work_as_torch_uses(monkeypatch, num_threads):
     used, before = set(), threading.active_count()
-    compiled = cpu._kernel(False, False)
+    compiled = cpu._kernel(False, False, False)
 
     def kernel(*arguments):
         used.add(threading.get_ident())
@@ -92,7 +92,7 @@ def test_as_many_threads_work_as_torch_uses(monkeypatch, num_threads):
         compiled(*arguments)
 
     started = threading.Barrier(num_threads)
-    monkeypatch.setattr(cpu, "_kernel", lambda double, spread: kernel)
+    monkeypatch.setattr(cpu, "_kernel", lambda double, spread, paired: kernel)
     torch.set_num_threads(num_threads)
     try:
         out, source = torch.zeros(1 << 22), normal(1 << 22)
@@ -246,8 +246,9 @@ def test_the_kernel_is_right_on_narrower_cpus(monkeypatch, target):
         pytest.skip(f"this CPU has no {needed}")
     compiled = {}
 
-    def kernel(double, spread):
-        return compiled.setdefault((double, spread), compile_kernel(double=double, spread=spread, cpu=target))
+    def kernel(double, spread, paired):
+        key = (double, spread, paired)
+        return compiled.setdefault(key, compile_kernel(double=double, spread=spread, paired=paired, cpu=target))
 
     monkeypatch.setattr(cpu, "_kernel", kernel)
     for dtype in DTYPES:
