@@ -67,7 +67,7 @@ def floor(runs: Sequence[Run]) -> list[dict[str, Any]]:
             all_but = [(sum(losses) - loss) / max(1, len(losses) - 1) for loss in losses]
             orders += [a / b - 1 for a, b in zip(all_but, losses, strict=True)] if len(losses) > 1 else []
         for (start, steps, shape), (loss, *_) in branches.items():
-            if shape == "cosine":
+            if shape == "cosine" and (start, steps, "linear") in branches:
                 shapes.append(loss / branches[start, steps, "linear"][0] - 1)
     pairs = (np.array(shapes) - np.median(shapes)) / np.sqrt(2)
     rows = [

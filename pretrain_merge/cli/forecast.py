@@ -51,7 +51,7 @@ def forecast(
         run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
         steps: Lengths of the anneal; default: several, from 2% to 30% of the steps so far.
         shape: How the learning rate falls.
-        metric: The loss to forecast; default: `val_loss`, else the only one with "loss" in its name.
+        metric: The loss to forecast; default: the only one with "loss" in its name, or the usual one among several.
         coverage: Share of truths that the intervals are to hold.
         target: A loss to reach: also say how many steps of annealing from here that takes.
         calibration: A file that `Calibration.save` wrote; default: the calibration that ships.
@@ -63,7 +63,7 @@ def forecast(
     """
     console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
-    metric = metric or find_metric(records)
+    metric = find_metric(records, metric)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
     options["calibration"] = Calibration.load(calibration) if calibration else None
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
@@ -131,7 +131,7 @@ def _decisions(records: Sequence[MergeRecord], rows: Sequence[Row], options: Map
 
 def _reference(record: MergeRecord, metric: str) -> dict[str, float]:
     """What there is without an anneal: raw, and the best mean."""
-    merged = {f"merged ({view})": values[metric] for view, values in record.views.items() if metric in values}
+    merged = {f"merged ({view})": values[metric] for view, values in record.shown.items() if metric in values}
     best = min(merged, key=lambda view: merged[view], default=None)
     return {"raw": record.raw[metric]} | ({best: merged[best]} if best else {})
 

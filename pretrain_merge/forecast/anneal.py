@@ -73,7 +73,7 @@ def forecast_anneal(
         steps: Length D of the anneal.
         shape: "linear", "cosine", "1-sqrt", or "1-square", which widens the interval: no real one was measured.
         kind: "forecast": the anneal starts now. "nowcast": it started D steps ago, saw the run's own batches, ends now.
-        metric: A loss that the records hold; None: "val_loss", else the only one with "loss" in its name.
+        metric: A loss that the records hold; None: the only one named a loss, or the usual one among several.
         coverage: Share of true losses that the interval is to hold, 0.5 to 0.95.
         calibration: What the law's terms count; None: the one that ships.
         after: Steps at constant rate until the anneal of a forecast starts.
@@ -83,7 +83,7 @@ def forecast_anneal(
 
     Source: the law is described in `forecast.law`, and the page on forecasts has its errors.
     """
-    metric = metric or find_metric(records)
+    metric = find_metric(records, metric)
     return forecast_of(
         read_history(records, metric),
         steps=steps,

@@ -9,12 +9,11 @@ import numpy as np
 
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast.points import Mean
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import MergeRecord, metric_names
 
 if TYPE_CHECKING:
     from pretrain_merge.forecast.history import History
 
-_DEFAULT = "val_loss"
 _RISE = 0.002  # of a loss over the whole stretch: more is not noise of a merged model
 _NO_LOSS = re.compile(
     r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|ppl|perplexity|score|em)([^a-z]|$)", re.IGNORECASE
@@ -22,23 +21,27 @@ _NO_LOSS = re.compile(
 _LOSS = Mean._fields.index("loss")
 
 
-def find_metric(records: Sequence[MergeRecord]) -> str:
-    """The loss that a forecast is of where none is named: `val_loss`, else the only one with "loss" in its name.
+def find_metric(records: Sequence[MergeRecord], wanted: str | None = None) -> str:
+    """The loss that a forecast is of, as the records call it.
 
     Args:
         records: Merge points of one run, oldest first.
+        wanted: Its name, as people write it; None: the loss by its name, as the callback chooses it.
 
     Raises:
-        ForecastError: There is none, or there are several.
+        ForecastError: None is wanted, and there is none, or several.
     """
     measured = list(records[-1].raw) if records else []
-    named = [name for name in measured if name == _DEFAULT] or [name for name in measured if "loss" in name.lower()]
-    if len(named) == 1 or not records:  # without records the refusal is about them
-        return named[0] if named else _DEFAULT
-    raise ForecastError(
-        f"the records hold {', '.join(measured) or 'no metric'}, of which {len(named)} have 'loss' in their name. A "
-        f"forecast is of one loss: name it as `metric`."
-    )
+    if wanted is not None:
+        return metric_names.found(wanted, measured) or wanted
+    name = metric_names.the_loss(measured)
+    if name is None and measured:
+        losses = [metric for metric in measured if "loss" in metric.lower()]
+        raise ForecastError(
+            f"the records hold {', '.join(measured)}, of which {len(losses)} have 'loss' in their name. A forecast is "
+            f"of one loss: name it as `metric`."
+        )
+    return name or "a loss"  # without records the refusal is about them
 
 
 def refuse_what_is_not_a_loss(history: "History", metric: str) -> None:

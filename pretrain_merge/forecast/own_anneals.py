@@ -51,7 +51,7 @@ def calibrate(
         ForecastError: No anneal is given, none says anything, or the records do not allow a forecast of one.
     """
     prior = prior or shipped()
-    metric = metric or find_metric(records)
+    metric = find_metric(records, metric)
     if not anneals:
         raise ForecastError("no anneals: calibrating takes at least one real anneal of the run.")
     examples = []

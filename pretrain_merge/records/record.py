@@ -118,6 +118,7 @@ class MergeRecord:
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
                 named |= {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
+                named[f"{key}/step"] = value.step  # where the anneal ends: held there against what came
         return named
 
     def to_json(self) -> str:
