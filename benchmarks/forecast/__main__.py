@@ -68,6 +68,7 @@ def _backtest(cases: Sequence[Case], left_out: list[splits.Answer]) -> list[spli
     return [
         *kept,
         *splits.losers(cases, _LEFT_OUT, kept),
+        *splits.one_mean(cases, _LEFT_OUT),
         *splits.last_third(cases),
         *splits.baselines(late, "last third"),
         *(

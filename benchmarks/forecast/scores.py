@@ -89,7 +89,7 @@ def _score(answers: Sequence[Answer]) -> dict[str, Any]:
         return row
     halves = np.array([answer.half for answer in answers]) / losses
     means = np.array([answer.mean for answer in answers]) / losses
-    held = (np.abs(np.log(means)) <= halves / means).astype(np.float64)  # the interval is even as a ratio
+    held = ((means * np.exp(-halves / means) <= 1) & (means + halves >= 1)).astype(np.float64)
     low, high = _bootstrap(held, [answer.case.run.name for answer in answers])
     return row | {
         "coverage": float(held.mean()),

@@ -13,8 +13,11 @@ from benchmarks.forecast import tissue
 from benchmarks.forecast.cases import Case
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Annealed, Calibration, calibrate
+from pretrain_merge.forecast.anneal import reading_of
 from pretrain_merge.forecast.fitting import Example, fit
+from pretrain_merge.forecast.history import read_history, span_of
 from pretrain_merge.forecast.law import TERMS
+from pretrain_merge.records import MergeRecord
 
 FORECASTER = "forecaster"
 COVERAGE = 0.9
@@ -77,6 +80,31 @@ def leave_out(cases: Sequence[Case], split: str, group: Callable[[Case], str]) -
         calibration = calibrated((case for case in cases if group(case) != name), f"all but {name}")
         found += answers(calibration, (case for case in cases if group(case) == name), split)
     return found
+
+
+def one_mean(cases: Sequence[Case], split: str) -> list[Answer]:
+    """Each run by a calibration of the others, as if only the mean over about the anneal's length had been logged."""
+    found = []
+    for name in sorted({case.run.name for case in cases}):
+        calibration = calibrated((case for case in cases if case.run.name != name), f"all but {name}")
+        mine = [case for case in cases if case.run.name == name and case.watching == "dense" and case.kind == "nowcast"]
+        for case in mine:
+            view = min(case.known[-1].views, key=lambda view: abs(_span(case.known[-1], view) - case.anneal.steps))
+            known = [_with_one(record, view) for record in case.known]
+            try:
+                reading = reading_of(read_history(known, METRIC), case.anneal.steps, case.anneal.shape, case.kind)
+            except ForecastError:
+                continue
+            found += answers(calibration, [replace(case, reading=reading)], split, "one mean alone")
+    return found
+
+
+def _span(record: MergeRecord, view: str) -> float:
+    return span_of(record.recipes[view], record.average)
+
+
+def _with_one(record: MergeRecord, view: str) -> MergeRecord:
+    return replace(record, views={name: values for name, values in record.views.items() if name == view})
 
 
 def _binned(value: float, *limits: float) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge.cli.results import console_beside, write_result
 from pretrain_merge.errors import ForecastError, printable
-from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
+from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history, span_of
 from pretrain_merge.records import MergeRecord, plots, read_run
 from pretrain_merge.records.tables import as_text, expected_cell
 
@@ -69,7 +69,7 @@ def forecast(
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
     back = _asking(partial(forecast_anneal, records, kind="nowcast", **options))
     step = records[-1].step
-    rows = [(length, back(length), ahead(length)) for length in steps or _lengths(step, _SHARES)]
+    rows = [(length, back(length), ahead(length)) for length in steps or _usual_lengths(records[-1])]
     answers = [answer for _, *both in rows for answer in both]
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     if not found:
@@ -90,11 +90,15 @@ def forecast(
 
 
 def _remarks(answers: Sequence[Answer]) -> list[str]:
-    """What the answers rest on, which intervals were widened, and why there is a dash (the first reason for all)."""
+    """What the answers rest on, which intervals were widened and why, and why there is a dash (the first reason)."""
     found = [answer for answer in answers if isinstance(answer, Forecast)]
-    widened = [f"{item.kind} over {item.steps} steps: {item.basis}" for item in found if "widened" in item.basis]
+    widened: dict[str, list[str]] = {}
+    for item in found:
+        for reason in item.widened:
+            widened.setdefault(reason, []).append(f"{item.kind} {item.steps}")
+    said = [f"{reason} ({', '.join(where)})" for reason, where in widened.items()]
     refused = [f"–: {answer}" for answer in answers if isinstance(answer, ForecastError)]
-    return [found[-1].basis, *widened, *refused[:1]]
+    return [found[-1].basis.partition("; interval widened")[0], *said, *refused[:1]]
 
 
 def _asking(ask: Callable[..., Forecast]) -> Ask:
@@ -105,6 +109,14 @@ def _asking(ask: Callable[..., Forecast]) -> Ask:
             return error
 
     return answer
+
+
+def _usual_lengths(newest: MergeRecord) -> list[int]:
+    """Shares of the steps so far that the means reach over, and the longest mean itself: it answers both questions."""
+    spans = [span_of(recipe, newest.average) for recipe in newest.recipes.values() if len(recipe.steps) > 1]
+    longest = [round(max(spans))] if spans and max(spans) <= _SHARES[-1] * newest.step else []
+    usual = [length for length in _lengths(newest.step, _SHARES) if not spans or length >= min(spans)]
+    return sorted({*usual, *longest}) or _lengths(newest.step, _SHARES[-1:])
 
 
 def _lengths(step: int, shares: Sequence[float]) -> list[int]:

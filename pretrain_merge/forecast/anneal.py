@@ -15,7 +15,7 @@ from pretrain_merge.records import Expected, MergeRecord
 
 _LEAST_MERGES = 3
 _ALARMS = ("below", "bend")
-_BENT = 1.3  # times wider
+_BENT = 1.5  # times wider
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Forecast:
         mean: The annealed loss.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        basis: What it rests on, and where the interval was widened, in words.
+        basis: What it rests on, in words, and why the interval is wider than usual.
         step: Step of the newest merge that was read.
         steps: Length of the anneal.
         shape: How its learning rate falls.
@@ -47,6 +47,11 @@ class Forecast:
     metric: str
     coverage: float
     after: int = 0
+
+    @property
+    def widened(self) -> list[str]:
+        """Why the interval is wider than that of another run."""
+        return [part for part in self.basis.split("; ") if part.startswith("interval widened")]
 
     @property
     def expected(self) -> Expected:

@@ -97,18 +97,18 @@ class Calibration:
         return normal * _GAIN * beyond * reading.gap * reading.steps / reading.end
 
     def interval(self, reading: Reading, coverage: float) -> tuple[float, float]:
-        """Both ends of the interval: equally far from what is expected, as a ratio, so that both are above 0.
+        """Both ends of the interval; the lower one is as far away as a ratio, so that it stays above 0.
 
         Raises:
             ForecastError: As `half_width` does.
         """
         mean = self.expected(reading)
-        ratio = math.exp(self.half_width(reading, coverage) / mean)
-        return mean / ratio, mean * ratio
+        half = self.half_width(reading, coverage)
+        return mean * math.exp(-half / mean), mean + half
 
     def widened_by(self, reading: Reading, doubt: str) -> float:
         """How many times wider the interval is for one of `law.DOUBTS`."""
-        part = reading.doubts[DOUBTS.index(doubt)] * self.errors[DOUBTS.index(doubt)]
+        part = float(reading.doubts[DOUBTS.index(doubt)]) * self.errors[DOUBTS.index(doubt)]
         return self.expected_error(reading) / max(LEAST_ERROR, self.expected_error(reading) - part)
 
     def widening(self, reading: Reading) -> float:

@@ -1310,8 +1310,8 @@ FAULTS = (
     Fault(
         "an interval reaches below 0",
         "forecast/calibration.py",
-        "return mean / ratio, mean * ratio",
-        "return 2 * mean - mean * ratio, mean * ratio",
+        "return mean * math.exp(-half / mean), mean + half",
+        "return mean - half, mean + half",
         "tests/forecast",
     ),
     Fault(
