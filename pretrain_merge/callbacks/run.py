@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge.callbacks import merge_point
-from pretrain_merge.callbacks.announcements import Announcements, why_no_merge
+from pretrain_merge.callbacks import advice, merge_point
+from pretrain_merge.callbacks.announcements import Announcements, last_step, why_no_merge
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
@@ -187,6 +187,8 @@ class Run:
             if monitors.checkpoints:
                 self._announcements.monitored()
             self._announcements.begin(self.merger, state.progress)
+            if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
+                fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)
             self._merged_models = start.merged_models()
@@ -246,6 +248,7 @@ class Run:
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
+            besides=self._not_saved,
         )
 
     def _views_to_measure(self) -> list[str]:
