@@ -15,9 +15,9 @@ from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Annealed, Calibration, calibrate
 from pretrain_merge.forecast.anneal import reading_of
 from pretrain_merge.forecast.fitting import Example, fit
-from pretrain_merge.forecast.history import read_history, span_of
+from pretrain_merge.forecast.history import read_history
 from pretrain_merge.forecast.law import TERMS
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import MergeRecord, span_of
 
 FORECASTER = "forecaster"
 COVERAGE = 0.9
@@ -100,7 +100,7 @@ def one_mean(cases: Sequence[Case], split: str) -> list[Answer]:
 
 
 def _span(record: MergeRecord, view: str) -> float:
-    return span_of(record.recipes[view], record.average)
+    return span_of(record.recipes[view].steps, record.average)
 
 
 def _with_one(record: MergeRecord, view: str) -> MergeRecord:

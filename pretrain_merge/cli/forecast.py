@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge.cli.results import console_beside, write_result
 from pretrain_merge.errors import ForecastError, printable
-from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history, span_of
-from pretrain_merge.records import MergeRecord, plots, read_run
+from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
+from pretrain_merge.records import MergeRecord, plots, read_run, span_of
 from pretrain_merge.records.tables import as_text, expected_cell
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _asking(ask: Callable[..., Forecast]) -> Ask:
 
 def _usual_lengths(newest: MergeRecord) -> list[int]:
     """Shares of the steps so far that the means reach over, and the longest mean itself: it answers both questions."""
-    spans = [span_of(recipe, newest.average) for recipe in newest.recipes.values() if len(recipe.steps) > 1]
+    spans = [span_of(recipe.steps, newest.average) for recipe in newest.recipes.values() if len(recipe.steps) > 1]
     longest = [round(max(spans))] if spans and max(spans) <= _SHARES[-1] * newest.step else []
     usual = [length for length in _lengths(newest.step, _SHARES) if not spans or length >= min(spans)]
     return sorted({*usual, *longest}) or _lengths(newest.step, _SHARES[-1:])

@@ -10,7 +10,7 @@ no tensors, no trainer and no logger.
 from pretrain_merge.forecast.anneal import Forecast, forecast_anneal, forecast_of, spans
 from pretrain_merge.forecast.calibration import Calibration
 from pretrain_merge.forecast.decision import Decision, decide
-from pretrain_merge.forecast.history import RunHistory, read_history, span_of
+from pretrain_merge.forecast.history import RunHistory, read_history
 from pretrain_merge.forecast.metrics import find_metric
 from pretrain_merge.forecast.own_anneals import Annealed, calibrate
 
@@ -26,6 +26,5 @@ __all__ = [
     "forecast_anneal",
     "forecast_of",
     "read_history",
-    "span_of",
     "spans",
 ]
