@@ -5,12 +5,14 @@ from pretrain_merge.records.late import PUBLISHED, Late
 from pretrain_merge.records.record import (
     EVALUATION,
     FORECAST,
+    GAP_CLOSED,
     RAW,
     SPAN,
     Expected,
     MergeRecord,
     Metrics,
     Recipe,
+    gaps_closed,
     metric_name,
     span_of,
 )
@@ -18,6 +20,7 @@ from pretrain_merge.records.record import (
 __all__ = [
     "EVALUATION",
     "FORECAST",
+    "GAP_CLOSED",
     "PUBLISHED",
     "RAW",
     "SPAN",
@@ -28,6 +31,7 @@ __all__ = [
     "Recipe",
     "append_late",
     "append_record",
+    "gaps_closed",
     "keep_records_until",
     "metric_name",
     "read_records",
