@@ -1295,7 +1295,7 @@ FAULTS = (
     ),
     Fault(
         "block means are taken to span as little as snapshots",
-        "forecast/history.py",
+        "records/record.py",
         'if average == "block" else float(between)',
         "if False else float(between)",
         "tests/forecast",
