@@ -1296,8 +1296,8 @@ FAULTS = (
     Fault(
         "block means are taken to span as little as snapshots",
         "records/record.py",
-        'if average == "block" else float(between)',
-        "if False else float(between)",
+        'if average == "block" and len(steps) > 1 else between',
+        "if False else between",
         "tests/forecast",
     ),
     Fault(
