@@ -8,16 +8,17 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.annealing import records, texts, training
+from benchmarks.annealing import design, random_runs, records, texts, training
 from benchmarks.annealing.setups import FRESH, SUITE, Setup
 from benchmarks.measure import machine
+from pretrain_merge.demo.corpus import Corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("pretrain_merge").setLevel(logging.ERROR)  # views that wait for their first snapshots
     corpus = cache(lambda name: texts.TEXTS[name]())
+    if options.random:
+        _train_random(options, corpus)
+        return
     out = options.out or (records.FRESH_FOLDER if options.fresh else records.FOLDER)
     for setup in _chosen(FRESH if options.fresh else SUITE, options.only):
         path = out / f"{setup.name}.json"
@@ -37,6 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records.write_run(path, setup.describe(), result, _about(texts.digest(corpus(setup.text))))
         seconds = sum(result["seconds"].values())
         print(_now(), f"{setup.name}: {len(result['anneals'])} anneals, {seconds:.0f} s of CPU", flush=True)
+
+
+def _train_random(options: argparse.Namespace, corpus: Callable[[str], Corpus]) -> None:
+    """What is missing of the random design, in its order: an interrupted suite is a smaller one."""
+    for run in design.draws():
+        path = (options.out or records.RANDOM_FOLDER) / f"{run.name}.json"
+        if options.only and run.name not in options.only:
+            continue
+        if options.list or path.exists():
+            print(f"{run.name}: {'done' if path.exists() else 'missing'}, about {run.seconds:.0f} s", flush=True)
+            continue
+        if options.quick:
+            run = dataclasses.replace(run, num_steps=240, warmup_steps=20)
+        other = corpus(run.shifted_to) if run.shifted_to else None
+        result = random_runs.train(run, corpus(run.text), other, lambda text: print(_now(), text, flush=True))
+        records.write_random_run(path, run.describe(), result, _about(texts.digest(corpus(run.text))))
+        print(_now(), f"{run.name}: {sum(result['seconds'].values()):.0f} s of CPU", flush=True)
 
 
 def _chosen(setups: Sequence[Setup], names: Sequence[str]) -> list[Setup]:
@@ -65,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.annealing", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the results; what it holds is kept")
     parser.add_argument("--fresh", action="store_true", help="the runs that nothing was fitted to, in their own folder")
+    parser.add_argument("--random", action="store_true", help="the runs of the random design, in theirs")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these runs alone")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     parser.add_argument("--quick", action="store_true", help="runs of 240 steps, to see that all of it works")

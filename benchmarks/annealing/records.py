@@ -15,7 +15,9 @@ from pretrain_merge.records import MergeRecord, Recipe
 
 FOLDER = Path(__file__).with_name("records")
 FRESH_FOLDER = FOLDER / "fresh"
+RANDOM_FOLDER = FOLDER / "random"
 METRIC = "val_loss"
+EVERY = "every"  # watched so: the means are of every iterate, and named by their span
 _DIGITS = 7  # of a loss; float32 has no more
 
 
@@ -26,7 +28,7 @@ class Run:
     Attributes:
         name: Its name.
         setup: What was trained.
-        records: Merge points by way of watching: "dense", "sparse", "block".
+        records: Merge points by way of watching: "dense", "sparse", "block", or "every" in the random design.
         anneals: Real branches: `start`, `steps`, `shape`, `order` (0: the run's own batches), `loss`.
         parameters: Size of the model.
         seconds: CPU time of the run and of its branches.
@@ -42,10 +44,21 @@ class Run:
 
 def write_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write a run's file in one step, so that an interrupted suite leaves no half of one."""
+    watched = {name: _shortened(records) for name, records in result["records"].items()}
+    _write(path, setup, result, watched, about)
+
+
+def _write(
+    path: Path,
+    setup: Mapping[str, Any],
+    result: Mapping[str, Any],
+    watched: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> None:
     content = {
         "setup": setup,
         "parameters": result["parameters"],
-        "watched": {name: _shortened(records) for name, records in result["records"].items()},
+        "watched": watched,
         "anneals": [{**anneal, "loss": round(anneal["loss"], _DIGITS)} for anneal in result["anneals"]],
         "seconds": {part: round(value, 1) for part, value in result["seconds"].items()},
         "about": about,
@@ -54,6 +67,15 @@ def write_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], a
     temporary = path.with_suffix(".tmp")
     temporary.write_text(_compact(content), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_random_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write a run of the random design, whose means are of every iterate and named by their span."""
+    points = [
+        [step, lr, round(raw, _DIGITS), {str(span): round(loss, _DIGITS) for span, loss in merged.items()}]
+        for step, lr, raw, merged in result["points"]
+    ]
+    _write(path, setup, result, {EVERY: {"every": 1, "points": points}}, about)
 
 
 def read_run(path: Path) -> Run:
@@ -66,6 +88,11 @@ def read_run(path: Path) -> Run:
         parameters=content["parameters"],
         seconds=content["seconds"],
     )
+
+
+def read_calibrated() -> list[Run]:
+    """The runs that the shipped calibration is fitted to: the chosen ones, and what is done of the random design."""
+    return [*read_suite(FOLDER), *read_suite(RANDOM_FOLDER)]
 
 
 def read_suite(folder: Path = FOLDER) -> list[Run]:
@@ -94,11 +121,13 @@ def _restored(name: str, watched: Mapping[str, Any]) -> list[MergeRecord]:
 
 
 def _record(name: str, every: int, step: int, lr: float, raw: float, means: Mapping[str, float]) -> MergeRecord:
+    if name == EVERY:  # a mean of all iterates of a span is that of a few blocks of them
+        sizes = {number: _blocks(int(number)) for number in means}
+    else:
+        sizes = {number: (int(number), every) for number in means}
     recipes = {
-        f"sma{number}": Recipe(
-            tuple(step - every * back for back in reversed(range(int(number)))), (1 / int(number),) * int(number)
-        )
-        for number in means
+        f"sma{key}": Recipe(tuple(step - apart * back for back in reversed(range(number))), (1 / number,) * number)
+        for key, (number, apart) in sizes.items()
     }
     return MergeRecord(
         name=name,
@@ -111,8 +140,14 @@ def _record(name: str, every: int, step: int, lr: float, raw: float, means: Mapp
         views={f"sma{number}": {METRIC: loss} for number, loss in means.items()},
         recipes=recipes,
         lr=(lr,),
-        average="block" if name == "block" else "last",
+        average="block" if name in ("block", EVERY) else "last",
     )
+
+
+def _blocks(span: int) -> tuple[int, int]:
+    """The least number of equal blocks, and their length."""
+    number = next(number for number in range(2, span + 1) if span % number == 0)
+    return number, span // number
 
 
 def _compact(content: Mapping[str, Any]) -> str:

@@ -38,6 +38,19 @@ def perl() -> Corpus:
     return _joined(_files(Path("/usr/share/perl"), "*.p[lm]"))
 
 
+def scripts() -> Corpus:
+    """JavaScript that installed packages ship."""
+    return _joined(_files(Path(sysconfig.get_path("purelib")), "*.js"))
+
+
+def sums() -> Corpus:
+    """Synthetic: lines such as `417+86=503`, made from a fixed seed; what carries is learned late and at once."""
+    generator = np.random.default_rng(1907)
+    pages = generator.integers(1000, size=(512, 1000, 2))
+    lines = (("\n".join(f"{a}+{b}={a + b}" for a, b in page) + "\n").encode() for page in pages.tolist())
+    return split_by_name((f"page {index}", page) for index, page in enumerate(lines))
+
+
 def markov() -> Corpus:
     """Synthetic: the next of 32 letters depends on the two before; 2048 chains side by side, made from a fixed seed."""
     letters, chains, length = 32, 2048, 2000
@@ -60,6 +73,8 @@ TEXTS: Mapping[str, Callable[[], Corpus]] = {
     "manuals": manuals,
     "markov": markov,
     "perl": perl,
+    "scripts": scripts,
+    "sums": sums,
 }
 
 

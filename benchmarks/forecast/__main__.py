@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.annealing.records import FOLDER, FRESH_FOLDER, Run, read_suite
-from benchmarks.forecast import picture, scores, splits
+from benchmarks.annealing.records import FRESH_FOLDER, Run, read_calibrated, read_suite
+from benchmarks.forecast import external, picture, scores, splits
 from benchmarks.forecast.cases import Case, read_cases
 from benchmarks.measure import show, write_json
 from pretrain_merge.forecast.calibration import SHIPPED, shipped
@@ -33,7 +33,7 @@ _PERCENT = ("median", "p90", "worst", "bias", "coverage", "width")
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Predict, print tables in percent, write rows in fractions; returns the rows."""
     options = _parser().parse_args(arguments)
-    runs = _chosen(read_suite(FRESH_FOLDER if options.fresh else FOLDER), options.only)
+    runs = _chosen(read_suite(FRESH_FOLDER) if options.fresh else read_calibrated(), options.only)
     cases = read_cases(runs)
     if options.calibrate:
         splits.calibrated(cases, source_of(runs)).save(SHIPPED)
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         rows = scores.rows_of(found) + _by_run(found)
     else:
         left_out = splits.leave_out(cases, _LEFT_OUT, lambda case: case.run.name)
-        rows = scores.rows_of(_backtest(cases, left_out)) + scores.floor(runs)
+        rows = scores.rows_of(_backtest(cases, left_out)) + scores.worse_than_merged(left_out) + scores.floor(runs)
+        rows += external.rows(shipped())
         if options.figure:
             picture.predictions(left_out + splits.baselines(cases, _LEFT_OUT)).savefig(options.figure)
             print(f"picture: {options.figure}")
@@ -67,10 +68,14 @@ def _backtest(cases: Sequence[Case], left_out: list[splits.Answer]) -> list[spli
     return [
         *kept,
         *splits.losers(cases, _LEFT_OUT, kept),
+        *splits.one_mean(cases, _LEFT_OUT),
         *splits.last_third(cases),
         *splits.baselines(late, "last third"),
-        *splits.leave_out(cases, "leave one optimizer out", lambda case: case.run.setup["optimizer"]),
-        *splits.leave_out(cases, "leave one text out", lambda case: case.run.setup["text"]),
+        *(
+            answer
+            for name, group in splits.GROUPS.items()
+            for answer in splits.leave_out(cases, f"leave one {name} out", group)
+        ),
         *splits.recalibrated(cases),
     ]
 
@@ -114,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw every anneal, predicted without its run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fresh", action="store_true", help="the shipped calibration on runs that nothing was fitted to")
+    what.add_argument(
+        "--external", type=Path, metavar="FILE", help="the shipped calibration on figures of others' logs"
+    )
     what.add_argument("--calibrate", action="store_true", help="refit the calibration that ships, and write it")
     parser.add_argument("--only", nargs="*", default=[], metavar="RUN", help="these runs alone")
     return parser

@@ -31,6 +31,27 @@ def rows_of(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return rows
 
 
+def worse_than_merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Nowcasts by run beside the plain mean alone: by how much the median error is larger, and in what share of runs.
+
+    That share stands under `bias`.
+    """
+    rows = []
+    for watching in sorted({answer.case.watching for answer in answers}):
+        mine = [a for a in answers if a.case.watching == watching and a.case.kind == "nowcast"]
+        more = []
+        for name in sorted({answer.case.run.name for answer in mine}):
+            of_run = [answer for answer in mine if answer.case.run.name == name]
+            ours, merged = (
+                float(np.median([abs(mean / a.case.loss - 1) for a, mean in pairs]))
+                for pairs in ([(a, a.mean) for a in of_run], [(a, a.case.merged) for a in of_run])
+            )
+            more.append(ours - merged)
+        row = _errors(np.maximum(more, 0.0)) | {"bias": float(np.mean(np.array(more) > 0))}
+        rows.append({"method": "worse than merged", "split": "by run", "watching": watching, "kind": "nowcast", **row})
+    return rows
+
+
 def floor(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What no forecast from the run can know: how an anneal's end differs between data orders, and between shapes.
 
@@ -46,7 +67,7 @@ def floor(runs: Sequence[Run]) -> list[dict[str, Any]]:
             all_but = [(sum(losses) - loss) / max(1, len(losses) - 1) for loss in losses]
             orders += [a / b - 1 for a, b in zip(all_but, losses, strict=True)] if len(losses) > 1 else []
         for (start, steps, shape), (loss, *_) in branches.items():
-            if shape == "cosine":
+            if shape == "cosine" and (start, steps, "linear") in branches:
                 shapes.append(loss / branches[start, steps, "linear"][0] - 1)
     pairs = (np.array(shapes) - np.median(shapes)) / np.sqrt(2)
     rows = [
@@ -67,7 +88,8 @@ def _score(answers: Sequence[Answer]) -> dict[str, Any]:
     if any(answer.half is None for answer in answers):
         return row
     halves = np.array([answer.half for answer in answers]) / losses
-    held = (np.abs(errors) <= halves).astype(np.float64)
+    means = np.array([answer.mean for answer in answers]) / losses
+    held = ((means * np.exp(-halves / means) <= 1) & (means + halves >= 1)).astype(np.float64)
     low, high = _bootstrap(held, [answer.case.run.name for answer in answers])
     return row | {
         "coverage": float(held.mean()),

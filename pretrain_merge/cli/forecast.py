@@ -5,7 +5,7 @@ This module knows the command's options and which lengths of anneal are worth a 
 """
 
 import json as json_format
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge.cli.results import console_beside, write_result
 from pretrain_merge.errors import ForecastError, printable
-from pretrain_merge.forecast import Calibration, Forecast, forecast_anneal
-from pretrain_merge.records import plots, read_run
+from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
+from pretrain_merge.records import MergeRecord, plots, read_run, span_of
 from pretrain_merge.records.tables import as_text, expected_cell
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Answer = Forecast | ForecastError
 Ask = Callable[[int], Answer]
+Row = tuple[int, Answer, Answer]  # length, ended now, starts now
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # of the steps so far: the lengths that the calibration covers
+_USUAL_SHARE = 0.1  # of the steps so far
 _FAN = 24  # lengths in the picture
 
 
@@ -30,8 +32,8 @@ def forecast(
     run: Path,
     *,
     steps: int | Sequence[int] = (),
-    shape: Literal["linear", "cosine", "1-sqrt"] = "linear",
-    metric: str = "val_loss",
+    shape: Literal["linear", "cosine", "1-sqrt", "1-square"] = "linear",
+    metric: str | None = None,
     coverage: float = 0.9,
     target: float | None = None,
     calibration: Path | None = None,
@@ -41,13 +43,15 @@ def forecast(
     picture: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Forecast what an anneal would reach, from the merges of a run; prints a table and draws the fan chart.
+    """Forecast what an anneal would reach, from the merges of a run, and whether to anneal now or to go on.
+
+    Prints a table with the answer in a sentence below, and draws the fan chart.
 
     Args:
         run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
         steps: Length of the anneal, or several: '[200, 400]'; default: several, from 2% to 30% of the steps so far.
         shape: How the learning rate falls.
-        metric: The loss to forecast.
+        metric: The loss to forecast; default: the only one with "loss" in its name, or the usual one among several.
         coverage: Share of truths that the intervals are to hold.
         target: A loss to reach: also say how many steps of annealing from here that takes.
         calibration: A file that `Calibration.save` wrote; default: the calibration that ships.
@@ -59,26 +63,26 @@ def forecast(
     """
     console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
+    metric = find_metric(records, metric)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
     options["calibration"] = Calibration.load(calibration) if calibration else None
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
     back = _asking(partial(forecast_anneal, records, kind="nowcast", **options))
     step = records[-1].step
-    lengths = [steps] if isinstance(steps, int) else steps or _lengths(step, _SHARES)
+    lengths = [steps] if isinstance(steps, int) else steps or _usual_lengths(records[-1])
     rows = [(length, back(length), ahead(length)) for length in lengths]
     answers = [answer for _, *both in rows for answer in both]
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     if not found:
         raise ForecastError("; ".join(dict.fromkeys(str(answer) for answer in answers)))
     say = partial(console.print, soft_wrap=True, markup=False)
-    console.print(
-        _table(rows, title=f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals")
-    )
-    for line in _remarks(answers):
+    title = f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals"
+    console.print(_table(rows, reference=_reference(records[-1], metric), title=title))
+    for line in [*_decisions(records, rows, options), *_remarks(answers)]:
         say(printable(line))
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
-        say(_budget(fan, target))
+        say(_reached(records[-1], metric, target) or _budget(fan, target))
     out = picture or (run if run.is_dir() else run.parent) / "forecast.png"
     plots.save(plots.curves(records, metric=metric, ahead=[item.expected for item in fan]), out)
     say(f"Picture: {printable(out)}")
@@ -87,11 +91,15 @@ def forecast(
 
 
 def _remarks(answers: Sequence[Answer]) -> list[str]:
-    """What the answers rest on, which intervals were widened, and why there is a dash (the first reason for all)."""
+    """What the answers rest on, which intervals were widened and why, and why there is a dash (the first reason)."""
     found = [answer for answer in answers if isinstance(answer, Forecast)]
-    widened = [f"{item.kind} over {item.steps} steps: {item.basis}" for item in found if "widened" in item.basis]
+    widened: dict[str, list[str]] = {}
+    for item in found:
+        for reason in item.widened:
+            widened.setdefault(reason, []).append(f"{item.kind} {item.steps}")
+    said = [f"{reason} ({', '.join(where)})" for reason, where in widened.items()]
     refused = [f"–: {answer}" for answer in answers if isinstance(answer, ForecastError)]
-    return [found[-1].basis, *widened, *refused[:1]]
+    return [found[-1].basis.partition("; interval widened")[0], *said, *refused[:1]]
 
 
 def _asking(ask: Callable[..., Forecast]) -> Ask:
@@ -104,6 +112,14 @@ def _asking(ask: Callable[..., Forecast]) -> Ask:
     return answer
 
 
+def _usual_lengths(newest: MergeRecord) -> list[int]:
+    """Shares of the steps so far that the means reach over, and the longest mean itself: it answers both questions."""
+    spans = [span_of(recipe.steps, newest.average) for recipe in newest.recipes.values() if len(recipe.steps) > 1]
+    longest = [round(max(spans))] if spans and max(spans) <= _SHARES[-1] * newest.step else []
+    usual = [length for length in _lengths(newest.step, _SHARES) if not spans or length >= min(spans)]
+    return sorted({*usual, *longest}) or _lengths(newest.step, _SHARES[-1:])
+
+
 def _lengths(step: int, shares: Sequence[float]) -> list[int]:
     return list(dict.fromkeys(max(1, round(share * step)) for share in shares))
 
@@ -113,7 +129,33 @@ def _fan_shares() -> list[float]:
     return [first * (last / first) ** (index / (_FAN - 1)) for index in range(_FAN)]
 
 
-def _table(rows: Sequence[tuple[int, Answer, Answer]], *, title: str) -> "Table":
+def _decisions(records: Sequence[MergeRecord], rows: Sequence[Row], options: Mapping[str, Any]) -> list[str]:
+    """Anneal now, or go on first: for the length of about a tenth of the steps so far, among those that have a row."""
+    known = [length for length, _, ahead in rows if isinstance(ahead, Forecast)]
+    if not known:
+        return []
+    length = min(known, key=lambda length: abs(length / records[-1].step - _USUAL_SHARE))
+    history = read_history(records, options["metric"])
+    try:
+        return [decide(history, steps=length, **options).sentence()]
+    except ForecastError as error:
+        return [f"whether to anneal now or later: {error}"]
+
+
+def _reference(record: MergeRecord, metric: str) -> dict[str, float]:
+    """What there is without an anneal: raw, and the best mean."""
+    merged = {f"merged ({view})": values[metric] for view, values in record.shown.items() if metric in values}
+    best = min(merged, key=lambda view: merged[view], default=None)
+    return {"raw": record.raw[metric]} | ({best: merged[best]} if best else {})
+
+
+def _reached(record: MergeRecord, metric: str, target: float) -> str:
+    """Where no anneal is needed; empty: one is."""
+    reached = [f"{name} is at {value:.4f}" for name, value in _reference(record, metric).items() if value <= target]
+    return f"{target:g} is reached already, without an anneal: {' and '.join(reached)}." if reached else ""
+
+
+def _table(rows: Sequence[Row], *, reference: Mapping[str, float], title: str) -> "Table":
     from rich.table import Table
 
     table = Table(title=as_text(title), title_justify="left")
@@ -122,6 +164,9 @@ def _table(rows: Sequence[tuple[int, Answer, Answer]], *, title: str) -> "Table"
     for length, *answers in rows:
         back, ahead = (answer.expected if isinstance(answer, Forecast) else None for answer in answers)
         table.add_row(str(length), expected_cell(back), expected_cell(ahead), str(ahead.step) if ahead else "–")
+    table.add_section()
+    for name, value in reference.items():
+        table.add_row(as_text(name), f"{value:.4f}", "", "")
     return table
 
 

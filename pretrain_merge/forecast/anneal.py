@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pretrain_merge.errors import ForecastError, nearest
 from pretrain_merge.forecast.calibration import Calibration, shipped
 from pretrain_merge.forecast.curves import SPANS_UP_TO, Curves
-from pretrain_merge.forecast.fitting import Example, updated
 from pretrain_merge.forecast.history import History, read_history
-from pretrain_merge.forecast.law import KINDS, PROGRESS, Reading, read
+from pretrain_merge.forecast.law import CALIBRATED_SHAPES, KINDS, Reading, read
+from pretrain_merge.forecast.metrics import find_metric
+from pretrain_merge.lr_schedules import SHAPES
 from pretrain_merge.records import Expected, MergeRecord
 
 _LEAST_MERGES = 3
+_ALARMS = ("below", "bend")
+_BENT = 1.5  # times wider
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class Forecast:
         mean: The annealed loss.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        basis: What it rests on, and where the interval was widened, in words.
+        basis: What it rests on, in words, and why the interval is wider than usual.
         step: Step of the newest merge that was read.
         steps: Length of the anneal.
         shape: How its learning rate falls.
         kind: "forecast": it starts at `step`. "nowcast": it ends there.
         metric: The loss.
         coverage: Share of true losses that the interval is to hold.
+        after: Steps at constant rate between `step` and the anneal.
     """
 
     mean: float
@@ -42,29 +46,18 @@ class Forecast:
     kind: str
     metric: str
     coverage: float
+    after: int = 0
+
+    @property
+    def widened(self) -> list[str]:
+        """Why the interval is wider than that of another run."""
+        return [part for part in self.basis.split("; ") if part.startswith("interval widened")]
 
     @property
     def expected(self) -> Expected:
         """The numbers alone, with the step at which the anneal ends."""
-        end = self.step + self.steps if self.kind == "forecast" else self.step
+        end = self.step + self.after + self.steps if self.kind == "forecast" else self.step
         return Expected(self.mean, self.low, self.high, end)
-
-
-@dataclass(frozen=True)
-class Annealed:
-    """A real anneal of a run.
-
-    Attributes:
-        start: Step at which it left the run.
-        steps: Its length.
-        loss: What it ended at, measured as the merges were.
-        shape: How its learning rate fell.
-    """
-
-    start: int
-    steps: int
-    loss: float
-    shape: str = "linear"
 
 
 def forecast_anneal(
@@ -73,26 +66,29 @@ def forecast_anneal(
     steps: int,
     shape: str = "linear",
     kind: str = "forecast",
-    metric: str = "val_loss",
+    metric: str | None = None,
     coverage: float = 0.9,
     calibration: Calibration | None = None,
+    after: int = 0,
 ) -> Forecast:
     """The loss after annealing the learning rate to zero, without annealing it.
 
     Args:
         records: Merge points of one run, oldest first; the newest one is now.
         steps: Length D of the anneal.
-        shape: "linear", "cosine" or "1-sqrt".
+        shape: "linear", "cosine", "1-sqrt", or "1-square", which widens the interval: no real one was measured.
         kind: "forecast": the anneal starts now. "nowcast": it started D steps ago, saw the run's own batches, ends now.
-        metric: A loss that the records hold.
+        metric: A loss that the records hold; None: the only one named a loss, or the usual one among several.
         coverage: Share of true losses that the interval is to hold, 0.5 to 0.95.
         calibration: What the law's terms count; None: the one that ships.
+        after: Steps at constant rate until the anneal of a forecast starts.
 
     Raises:
         ForecastError: The records do not allow it; says why, and what to do.
 
     Source: the law is described in `forecast.law`, and the page on forecasts has its errors.
     """
+    metric = find_metric(records, metric)
     return forecast_of(
         read_history(records, metric),
         steps=steps,
@@ -101,6 +97,7 @@ def forecast_anneal(
         metric=metric,
         coverage=coverage,
         calibration=calibration,
+        after=after,
     )
 
 
@@ -113,6 +110,7 @@ def forecast_of(
     metric: str,
     coverage: float,
     calibration: Calibration | None,
+    after: int = 0,
 ) -> Forecast:
     """`forecast_anneal` of a history that was read before, or that grows with its run.
 
@@ -124,63 +122,27 @@ def forecast_of(
         metric: The loss that the history is of.
         coverage: Share of true losses in the interval.
         calibration: What the law's terms count.
+        after: Steps at constant rate until the anneal starts.
 
     Raises:
         ForecastError: The history does not allow it.
     """
     calibration = calibration or shipped()
-    reading = reading_of(history, steps, shape, kind)
-    half = calibration.half_width(reading, coverage)
-    mean = calibration.expected(reading)
+    reading = reading_of(history, steps, shape, kind, after=after)
+    low, high = calibration.interval(reading, coverage)
     return Forecast(
-        mean=mean,
-        low=mean - half,
-        high=mean + half,
-        basis=_basis(history, reading, calibration),
+        mean=calibration.expected(reading),
+        low=low,
+        high=high,
+        basis=_basis(history, reading, calibration, shape),
         step=int(history.steps[-1]),
         steps=steps,
         shape=shape,
         kind=kind,
         metric=metric,
         coverage=coverage,
+        after=after,
     )
-
-
-def calibrate(
-    records: Sequence[MergeRecord],
-    anneals: Sequence[Annealed],
-    *,
-    metric: str = "val_loss",
-    prior: Calibration | None = None,
-) -> Calibration:
-    """A calibration for runs like this one, from anneals of its own; the shipped one is the prior.
-
-    Args:
-        records: Merge points of the run, oldest first.
-        anneals: Real anneals that left it; each must start or end at a merge point.
-        metric: The loss.
-        prior: The calibration to begin with; None: the one that ships.
-
-    Raises:
-        ForecastError: No anneal is given, or the records do not allow a forecast of one.
-    """
-    prior = prior or shipped()
-    if not anneals:
-        raise ForecastError("no anneals: calibrating takes at least one real anneal of the run.")
-    examples = []
-    for item in anneals:
-        for kind, step in (("nowcast", item.start + item.steps), ("forecast", item.start)):
-            known = [record for record in records if record.step <= step]
-            if known and known[-1].step == step:
-                reading = reading_of(read_history(known, metric), item.steps, item.shape, kind)
-                examples.append(Example(reading, item.loss, run=""))
-                break
-        else:
-            raise ForecastError(
-                f"the anneal of {item.steps} steps from step {item.start} neither starts nor ends at a merge point. "
-                f"Give anneals between steps that the run merged at."
-            )
-    return updated(prior, examples, source=f"{len(examples)} anneals of one run, on top of: {prior.source}")
 
 
 def spans(intervals: float, *, window: int, average: str) -> list[int]:
@@ -197,7 +159,7 @@ def spans(intervals: float, *, window: int, average: str) -> list[int]:
     return sorted(number for number in numbers if 2 <= number <= window)
 
 
-def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
+def reading_of(history: History, steps: int, shape: str, kind: str, *, after: int = 0) -> Reading:
     """What the law reads of one anneal, or why it does not.
 
     Args:
@@ -205,14 +167,15 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
         steps: Length of the anneal.
         shape: As in `forecast_anneal`.
         kind: As in `forecast_anneal`.
+        after: As in `forecast_anneal`.
 
     Raises:
         ForecastError: The history does not allow it.
     """
-    if shape not in PROGRESS:
-        meant = nearest(shape, PROGRESS)
+    if shape not in SHAPES:
+        meant = nearest(shape, SHAPES)
         raise ForecastError(
-            f"shape {shape!r} was not calibrated on. Allowed: {', '.join(PROGRESS)}"
+            f"shape {shape!r} is not a decay that the law knows. Allowed: {', '.join(SHAPES)}"
             f"{f'; did you mean {meant!r}?' if meant else '.'}"
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -220,6 +183,12 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
     if kind not in KINDS:
         raise ForecastError(f"kind {kind!r} is unknown. Allowed: {' or '.join(map(repr, KINDS))}.")
     newest = int(history.steps[-1])
+    if history.num_merges < _LEAST_MERGES and history.is_drifting:
+        raise ForecastError(
+            f"{history.why_short}, and changed before that, too: the law is measured at constant rates, where a mean "
+            f"of snapshots reads an anneal. Under a slow decay (1/sqrt t, a power) a part of the anneal has happened, "
+            f"and how much of it a mean repeats was not measured. Ask during a stretch at one rate."
+        )
     if history.num_merges < _LEAST_MERGES or not history.num_means[-1]:
         since = f", since {history.why_short}" if history.why_short else ""
         raise ForecastError(
@@ -234,25 +203,27 @@ def reading_of(history: History, steps: int, shape: str, kind: str) -> Reading:
             f"{shortest:g} to {longest:g} steps. Ask for a length within, measure a mean over it (a view such as "
             f"'sma4'), or change `window` or `every`."
         )
-    if len(curves.spans) < 2:
-        # tried on the suite: errors double, and the intervals hold 76% instead of 90%
-        raise ForecastError(
-            f"only means over {longest:g} steps were measured at step {curves.step}. How much noise they keep shows in "
-            f"means over half of it: name the forecast in the run's configuration, which measures them, or add a view "
-            f"over about half the snapshots (such as 'sma4')."
-        )
-    return read(curves, steps, shape, kind)
+    return read(curves, steps, shape, kind, after=after)
 
 
-def _basis(history: History, reading: Reading, calibration: Calibration) -> str:
-    widened = calibration.widening(reading)
-    wider = f"; interval widened {widened:.1f} times, being outside of the lengths calibrated on" if widened > 1 else ""
-    longer = (
-        f"; interval widened, since no anneal of more than {calibration.longest:g} steps was calibrated on"
-        if reading.steps > calibration.longest
-        else ""
-    )
-    return (
-        f"from {history.num_merges} merges up to step {history.steps[-1]:.0f}, merged loss {reading.base:.6g}; "
-        f"calibrated on {calibration.source}{wider}{longer}"
-    )
+def _basis(history: History, reading: Reading, calibration: Calibration, shape: str) -> str:
+    read_from = f"from {history.num_merges} merges up to step {history.steps[-1]:.0f}, merged loss {reading.base:.6g}"
+    return "; ".join([read_from, f"calibrated on {calibration.source}", *_widened(reading, calibration, shape)])
+
+
+def _widened(reading: Reading, calibration: Calibration, shape: str) -> list[str]:
+    """Why the interval is wider than that of another run, and how many times where that is one number."""
+    outside, below, bend = (calibration.widening(reading), *(calibration.widened_by(reading, x) for x in _ALARMS))
+    reasons = {
+        f"widened {outside:.1f} times, being outside of the lengths calibrated on": outside > 1,
+        f"widened {below:.1f} times: halves of the mean lie below the whole, as no noise would have them": below > 1,
+        f"widened {bend:.1f} times: the merged loss fell otherwise of late than before, as after a sudden drop": bend
+        > _BENT,
+        "widened, since no means over half the length were measured (a view such as 'sma4'), which say how much noise "
+        "the whole keeps": reading.is_reduced,
+        f"widened, since no anneal calibrated on ended after step {calibration.latest:g}": (
+            reading.end > calibration.latest
+        ),
+        f"widened, since no {shape} anneal was calibrated on": shape not in CALIBRATED_SHAPES,
+    }
+    return [f"interval {reason}" for reason, holds in reasons.items() if holds]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ SHIPPED = Path(__file__).with_name("calibration.json")
 LEAST_ERROR = 1e-4  # of the loss: no forecast is surer
 _MOST_BYTES = 2**20  # a calibration has 3,000
 _LARGEST = 1e12  # of a number in it
+_GAIN = 0.2  # standard deviation of c1 between the suite's runs
 _WIDEST = 4.0  # times the interval: farther outside of what was calibrated nothing is said
 
 
@@ -37,7 +39,7 @@ class Calibration:
         levels: Coverages, ascending.
         quantiles: For each level, how many expected errors hold that share of the true errors.
         shares: Smallest and largest length of the anneals, as shares of the steps before.
-        longest: Most steps of an anneal.
+        latest: Last step at which one of them ended.
         num_runs: How many runs they belong to.
         source: Where they come from.
     """
@@ -48,13 +50,16 @@ class Calibration:
     levels: tuple[float, ...]
     quantiles: tuple[float, ...]
     shares: tuple[float, float]
-    longest: float
+    latest: float
     num_runs: int
     source: str
 
     def expected(self, reading: Reading) -> float:
-        """The annealed loss."""
-        return reading.base * (1.0 + float(reading.terms @ np.array(self.coefficients)))
+        """The annealed loss; above 0, as every loss is."""
+        change = float(reading.terms @ np.array(self.coefficients))
+        if change > -0.5:
+            return reading.base * (1.0 + change)
+        return reading.base * math.exp(2.0 * change + 1.0) / 2.0  # the line's tangent there, which never crosses 0
 
     def expected_error(self, reading: Reading) -> float:
         """The typical error of `expected`, relative to the loss."""
@@ -66,15 +71,45 @@ class Calibration:
         Raises:
             ForecastError: So many runs cannot tell the coverage, or the anneal is too far from those calibrated on.
         """
+        width = self.quantile(coverage) * self.expected_error(reading) * self.widening(reading)
+        return reading.base * (math.hypot(width, self.drift(reading, coverage)) + reading.unlike)
+
+    def quantile(self, coverage: float) -> float:
+        """How many expected errors hold a share of the true errors.
+
+        Raises:
+            ForecastError: So many runs cannot tell.
+        """
         if not self.levels[0] <= coverage <= self.levels[-1]:
             raise ForecastError(
                 f"coverage {coverage:g}: {self.num_runs} runs tell intervals of {self.levels[0]:g} to "
                 f"{self.levels[-1]:g}. Ask for one of these."
             )
-        width = float(np.interp(coverage, self.levels, self.quantiles)) * self.expected_error(reading)
-        # theory has c0 vanish for anneals much longer than the noise's memory, which the calibration did not see
-        beyond = max(0.0, 1.0 - self.longest / reading.steps)
-        return reading.base * (width * self.widening(reading) + abs(self.coefficients[0]) * reading.gap * beyond)
+        return float(np.interp(coverage, self.levels, self.quantiles))
+
+    def drift(self, reading: Reading, coverage: float) -> float:
+        """How far the gain may have moved where an anneal ends later than any that was calibrated on, relative.
+
+        Between runs it differs by `_GAIN`; it is let differ by as much again for each e-fold of length.
+        """
+        beyond = math.log(max(1.0, reading.end / self.latest))
+        normal = NormalDist().inv_cdf((1.0 + coverage) / 2.0)
+        return normal * _GAIN * beyond * reading.gap * reading.steps / reading.end
+
+    def interval(self, reading: Reading, coverage: float) -> tuple[float, float]:
+        """Both ends of the interval; the lower one is as far away as a ratio, so that it stays above 0.
+
+        Raises:
+            ForecastError: As `half_width` does.
+        """
+        mean = self.expected(reading)
+        half = self.half_width(reading, coverage)
+        return mean * math.exp(-half / mean), mean + half
+
+    def widened_by(self, reading: Reading, doubt: str) -> float:
+        """How many times wider the interval is for one of `law.DOUBTS`."""
+        part = float(reading.doubts[DOUBTS.index(doubt)]) * self.errors[DOUBTS.index(doubt)]
+        return self.expected_error(reading) / max(LEAST_ERROR, self.expected_error(reading) - part)
 
     def widening(self, reading: Reading) -> float:
         """By what the interval is multiplied where the anneal's share of training is outside of what was calibrated.
@@ -130,7 +165,7 @@ def shipped() -> Calibration:
 
 def _refuse_impossible(item: Calibration) -> None:
     """Raise a ValueError for what no fit gives: every number in it goes into every forecast."""
-    vectors = (item.coefficients, *item.prior, item.errors, item.levels, item.quantiles, item.shares, (item.longest,))
+    vectors = (item.coefficients, *item.prior, item.errors, item.levels, item.quantiles, item.shares, (item.latest,))
     if not isinstance(item.source, str) or type(item.num_runs) is not int:
         raise ValueError("num_runs is to be a whole number, and source a text")
     if not all(type(number) in (int, float) and abs(number) < _LARGEST for vector in vectors for number in vector):
@@ -142,8 +177,8 @@ def _refuse_impossible(item: Calibration) -> None:
         raise ValueError("it has to have a quantile for each level")
     if not all(lower < upper for lower, upper in pairwise(item.levels)) or item.shares[0] > item.shares[1]:
         raise ValueError("levels and shares are to ascend")
-    if min(*item.levels, *item.shares, item.longest) <= 0 or min(*item.errors, *item.quantiles) < 0:
-        raise ValueError("levels, shares and longest are to be positive, errors and quantiles not negative")
+    if min(*item.levels, *item.shares, item.latest) <= 0 or min(*item.errors, *item.quantiles) < 0:
+        raise ValueError("levels, shares and latest are to be positive, errors and quantiles not negative")
 
 
 def _tuples(value: Any) -> Any:

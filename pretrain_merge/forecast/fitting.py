@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pretrain_merge.forecast.calibration import LEAST_ERROR, Calibration
-from pretrain_merge.forecast.law import Reading
+from pretrain_merge.forecast.law import DOUBTS, Reading
 from pretrain_merge.forecast.noise import Floats
 
 _LEVELS = tuple(round(0.5 + 0.05 * index, 2) for index in range(10))  # 0.5 to 0.95: some twenty runs tell no more
 _FOLDS = 8
+_ALARM = len(DOUBTS) - 1  # "below"; all other doubts are there at every anneal
 _COMMON = 1 / 3  # of the variance of a run's errors is the same for all its anneals (measured on the suite)
 _LEAST_RESIDUAL = 5e-4  # of the loss: below, an error is as good as none
 
@@ -51,7 +52,7 @@ def fit(examples: Sequence[Example], *, source: str) -> Calibration:
     for _ in range(2):  # the second time with the expected errors of the first
         coefficients = _least_absolute(terms, target, weights)
         held_out = _held_out_errors(terms, target, weights, runs, names)
-        errors = _expected_errors(doubts, np.abs(held_out))
+        errors = _equal_parts(doubts, np.abs(held_out))
         expected = np.maximum(doubts @ errors, LEAST_ERROR)
         weights = expected.mean() / expected
     without = np.stack(
@@ -65,9 +66,9 @@ def fit(examples: Sequence[Example], *, source: str) -> Calibration:
         prior=tuple(map(_plain, (len(names) - 1) * around.T @ around)),  # jackknife, times the runs: of one of them
         errors=_plain(errors),
         levels=_LEVELS,
-        quantiles=tuple(_quantile_by_run(scores, runs, level) for level in _LEVELS),
+        quantiles=_plain(np.array([_quantile_by_run(scores, runs, level) for level in _LEVELS])),
         shares=(min(shares), max(shares)),
-        longest=max(item.reading.steps for item in examples),
+        latest=max(item.reading.end for item in examples),
         num_runs=len(names),
         source=source,
     )
@@ -104,7 +105,7 @@ def updated(prior: Calibration, examples: Sequence[Example], *, source: str) -> 
         prior=tuple(map(_plain, known)),
         quantiles=tuple(wider * value for value in prior.quantiles),
         shares=(min(prior.shares[0], *shares), max(prior.shares[1], *shares)),
-        longest=max(prior.longest, *(item.reading.steps for item in examples)),
+        latest=max(prior.latest, *(item.reading.end for item in examples)),
         num_runs=prior.num_runs + 1,
         source=source,
     )
@@ -136,23 +137,34 @@ def _held_out_errors(
     return left
 
 
-def _expected_errors(doubts: Floats, errors: Floats) -> Floats:
-    """Maximum likelihood of errors that are Laplace with scale `doubts @ result`, none of it negative."""
-    result: Floats = 0.5 * errors.mean() / np.maximum(doubts.mean(axis=0), 1e-12) / doubts.shape[1]
-    for _ in range(200):  # multiplicative updates keep each at least 0
-        scale = np.maximum(doubts @ result, LEAST_ERROR)
-        result *= (doubts.T @ (errors / scale**2)) / np.maximum(doubts.T @ (1 / scale), 1e-12)
-    return result
+def _equal_parts(doubts: Floats, errors: Floats) -> Floats:
+    """What an error grows by with each doubt, if each brings the same part of the mean error.
+
+    Fitting them (the likelihood of Laplace errors, none of them negative) was tried: it learns which doubt its own runs
+    had, and with an optimizer, a text or a length left out its 90% intervals held 83 to 98%, these 91 to 97%.
+
+    The alarm alone is told by the error that is left where it sounds.
+    """
+    always = doubts[:, :_ALARM]
+    parts = errors.mean() / np.maximum(always.mean(axis=0), 1e-12) / _ALARM
+    sounds = doubts[:, _ALARM] > 0
+    left = np.sum(errors[sounds] - always[sounds] @ parts) / max(1e-12, doubts[sounds, _ALARM].sum())
+    return np.append(parts, max(0.0, left))
 
 
 def _quantile_by_run(scores: Floats, runs: np.ndarray[tuple[int], np.dtype[np.str_]], level: float) -> float:
-    """The score that a share of the anneals stays below, each run counting the same."""
+    """The score that a share of the anneals stays below, each run counting the same, and so does the run to come.
+
+    Of that nothing is known: it counts as worse than all (conformal prediction, Vovk et al. 2005, with runs for
+    examples). Where so few runs cannot tell the level, the largest score stands for it.
+    """
     _, run_of, counts = np.unique(runs, return_inverse=True, return_counts=True)
     weights = 1 / counts[run_of]
     order = np.argsort(scores)
-    reached = np.cumsum(weights[order]) / weights.sum()
+    reached = np.cumsum(weights[order]) / (len(counts) + 1)
     return float(scores[order][min(int(np.searchsorted(reached, level)), len(scores) - 1)])
 
 
 def _plain(values: Floats) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    """Six digits: no fit knows more, and a library of linear algebra that rounds otherwise gives the same file."""
+    return tuple(float(f"{value:.6g}") for value in values)

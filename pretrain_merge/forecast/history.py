@@ -4,8 +4,6 @@ This module knows which records may be read together, and refuses those that wou
 law.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain_merge.errors import ForecastError
+from pretrain_merge.forecast.metrics import refuse_what_is_not_a_loss
 from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 from pretrain_merge.forecast.points import Mean, Points
 from pretrain_merge.records import MergeRecord, is_plain, span_of
 
 _LR_TOLERANCE = 1e-3
-_RISE = 0.002  # of a loss over the whole stretch: more is not noise of a merged model
-_NO_LOSS = re.compile(
-    r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|ppl|perplexity|score|em)([^a-z]|$)", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class History:
         num_merges: How many merge points these stand for, since long stretches are thinned.
         average: What a snapshot is: "last" or "block".
         why_short: Why no older point belongs to them; empty: there is none.
+        is_drifting: Whether the rate had changed at the merge point before, too: a slow decay, not a step of it.
     """
 
     steps: Floats
@@ -46,6 +42,7 @@ class History:
     num_merges: int
     average: str
     why_short: str = ""
+    is_drifting: bool = False
 
     def means_at(self, index: int) -> list[Mean]:
         """The means of one point, shortest first."""
@@ -68,12 +65,15 @@ class RunHistory:
         self._num_merges = 0
         self._constant_from = 0  # a step from which on phase and rate were surely those of now
         self._why_short = ""
+        self._num_changes = 0  # merge points one after another at which the rate was another than before
 
     def append(self, record: MergeRecord) -> None:
         """The next merge point."""
         before, self._newest = self._newest, record
         self._names.add(record.name)
         self._is_ordered &= before is None or before.step < record.step
+        is_changed = before is not None and before.phase == record.phase and not _has_same_rate(before, record)
+        self._num_changes = self._num_changes + 1 if is_changed else 0
         if before is None or not _belongs(before, record):
             self._points, self._num_merges = Points(len(record.lr)), 0
             # where the change was told not to be a break, it lies somewhere between the two
@@ -101,7 +101,7 @@ class RunHistory:
             known = ", ".join(sorted(newest.raw)) or "nothing"
             raise ForecastError(f"metric {self._metric!r} was not measured at step {newest.step}. Measured: {known}.")
         history = self._at_one_rate(newest)
-        _refuse_what_is_not_a_loss(history, self._metric)
+        refuse_what_is_not_a_loss(history, self._metric)
         return history
 
     def _at_one_rate(self, newest: MergeRecord) -> History:
@@ -117,11 +117,18 @@ class RunHistory:
         # a longer mean begins earlier: those that begin in time are the first few
         num_means = np.count_nonzero(means[_START, :, first:] >= constant_from, axis=0)
         return History(
-            steps[first:], raw[first:], means[:, :, first:], num_means, num_merges, newest.average, why_short
+            steps[first:],
+            raw[first:],
+            means[:, :, first:],
+            num_means,
+            num_merges,
+            newest.average,
+            why_short,
+            is_drifting=self._num_changes > 1,
         )
 
 
-_START, _LOSS = Mean._fields.index("start"), Mean._fields.index("loss")
+_START = Mean._fields.index("start")
 
 
 def read_history(records: Sequence[MergeRecord], metric: str) -> History:
@@ -144,7 +151,13 @@ def _belongs(record: MergeRecord, newest: MergeRecord) -> bool:
     same_kind = (record.phase, record.average, len(record.lr)) == (newest.phase, newest.average, len(newest.lr))
     if not same_kind or record.step <= newest.since:
         return False
-    return record.lr == newest.lr or bool(_is_same_rate(np.array(record.lr), np.array(newest.lr)).all())
+    return _has_same_rate(record, newest)
+
+
+def _has_same_rate(record: MergeRecord, other: MergeRecord) -> bool:
+    if record.lr == other.lr:  # at nearly all merge points
+        return True
+    return len(record.lr) == len(other.lr) and bool(_is_same_rate(np.array(record.lr), np.array(other.lr)).all())
 
 
 def _is_same_rate(rates: Floats, others: Floats) -> NDArray[np.bool_]:
@@ -174,33 +187,3 @@ def _means(record: MergeRecord, metric: str) -> list[Mean]:
             kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
             found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)
     return sorted(found.values())
-
-
-def _refuse_what_is_not_a_loss(history: History, metric: str) -> None:
-    if _NO_LOSS.search(metric):
-        raise ForecastError(
-            f"metric {metric!r} is not a loss by its name. The law holds for a loss such as cross entropy: smaller is "
-            f"better, and above 0. Measure and name one (of a perplexity, its logarithm)."
-        )
-    _refuse_bad_values(history, metric)
-    merged = np.flatnonzero(history.num_means)
-    if len(merged) < 3:
-        return
-    first, last = (min(mean.loss for mean in history.means_at(index)) for index in merged[[0, -1]])
-    if not last <= first * (1.0 + _RISE):
-        raise ForecastError(
-            f"metric {metric!r} of the merged model rose from {first:.6g} to {last:.6g} between steps "
-            f"{history.steps[0]:.0f} and {history.steps[-1]:.0f}: not a loss, or a run that diverges. Name a metric "
-            f"that falls."
-        )
-
-
-def _refuse_bad_values(history: History, metric: str) -> None:
-    bad = ~(np.isfinite(history.raw) & (history.raw > 0.0))
-    losses = history.means[_LOSS]
-    is_read = np.arange(len(losses))[:, None] < history.num_means
-    bad |= (is_read & ~(np.isfinite(losses) & (losses > 0.0))).any(axis=0)
-    for index in np.flatnonzero(bad)[:1].tolist():
-        values = (history.raw[index].item(), *(mean.loss for mean in history.means_at(index)))
-        value = next(value for value in values if not (math.isfinite(value) and value > 0.0))
-        raise ForecastError(f"metric {metric!r} was {value!r}, and a loss is above 0 and finite. Name another metric.")

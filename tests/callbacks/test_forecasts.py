@@ -82,6 +82,8 @@ def test_a_forecast_is_logged_with_its_interval_beside_raw_and_merged(run):
         for name in record.forecasts:
             low, mean, high = (line[f"merge/forecast/{name}/val_loss{end}"] for end in ("/low", "", "/high"))
             assert low < mean < high
+            ends = record.step + 8 * (name == "ahead")
+            assert line[f"merge/forecast/{name}/step"] == record.forecasts[name]["val_loss"].step == ends
     assert set(record.forecasts) == set(FORECASTS)  # once the window is full
     assert float(metrics["merge/forecast/ahead/val_loss/low"]) == record.forecasts["ahead"]["val_loss"].low
 

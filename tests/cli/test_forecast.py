@@ -12,6 +12,7 @@ from pretrain_merge.cli import main as cli
 from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.errors import ConfigError, ForecastError
 from pretrain_merge.forecast import Annealed, calibrate
+from pretrain_merge.forecast.calibration import shipped
 from pretrain_merge.records import append_record
 from pretrain_merge.records.loggers import Tracker
 
@@ -28,18 +29,45 @@ def folder(tmp_path, monkeypatch):
 
 def cell(**options):
     answer = forecast_anneal(RUN, **options)
-    return f"{answer.mean:.4f} ±{answer.high - answer.mean:.4f}"
+    return f"{answer.mean:.4f} ±{(answer.high - answer.low) / 2:.4f}"
 
 
 def test_the_table_answers_both_questions_for_each_length(folder, capsys):
     forecast(folder)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert [row.split()[1] for row in rows] == ["40", "100", "200", "300", "400", "600"]
-    assert cell(steps=200, kind="nowcast") in rows[2]
-    assert cell(steps=200, kind="forecast") in rows[2]
-    assert "2200" in rows[2]
+    assert [row.split()[1] for row in rows[:-2]] == ["100", "200", "300", "350", "400", "600"]
+    assert cell(steps=200, kind="nowcast") in rows[1]
+    assert cell(steps=200, kind="forecast") in rows[1]
+    assert "2200" in rows[1]
     assert cell(steps=600, kind="forecast") in rows[5]
     assert "–" in rows[5].split()[3]  # the window does not reach so far back
+
+
+def test_raw_and_the_best_merged_stand_below_as_reference(folder, capsys):
+    forecast(folder)
+    *_, raw, merged = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    newest = RUN[-1]
+    best = min(newest.views, key=lambda view: newest.views[view]["val_loss"])
+    assert raw[1:4] == ["raw", "│", f"{newest.raw['val_loss']:.4f}"]
+    assert merged[1:5] == ["merged", f"({best})", "│", f"{newest.views[best]['val_loss']:.4f}"]
+
+
+def test_a_sentence_says_whether_to_anneal_now_or_to_go_on_and_what_that_costs(folder, capsys):
+    forecast(folder)
+    said = " ".join(capsys.readouterr().out.split())
+    now, later = (forecast_anneal(RUN, steps=200, after=after) for after in (0, 200))
+    assert f"annealed from now over 200 steps, val_loss ends at {now.mean:.4f}" in said
+    assert f"after 200 steps more at constant rate and the same anneal, at {later.mean:.4f}" in said
+    assert f"at step 2400: {now.mean - later.mean:.4f}" in said
+    assert "for 200 steps more" in said
+
+
+def test_a_target_that_is_reached_already_is_said_to_be(folder, capsys):
+    best = min(values["val_loss"] for values in RUN[-1].views.values())
+    forecast(folder, target=best + 1e-3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is reached already, without an anneal: merged (" in said
+    assert "is expected after" not in said
 
 
 def test_the_command_runs_as_a_user_types_it(folder, capsys, monkeypatch):
@@ -49,7 +77,7 @@ def test_the_command_runs_as_a_user_types_it(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert cell(steps=150, kind="forecast", shape="cosine", coverage=0.8) in out
     assert "with 80% intervals" in out
-    assert "24 runs" in out
+    assert f"{shipped().num_runs} runs" in out
     assert (folder / "forecast.png").read_bytes()[:4] == b"\x89PNG"
 
 

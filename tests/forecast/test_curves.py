@@ -63,11 +63,11 @@ def test_between_merge_points_a_mean_is_interpolated_and_before_the_first_unknow
     assert np.isnan(known.merged(1000, 4000))
 
 
-def test_the_slope_is_that_of_the_river():
-    known = curves(last=4000)
-    middle = 4000 - 75
-    from_quarter = (river(3000 - 75) - river(middle)) / np.log(middle / (3000 - 75))
-    assert known.slope(150) == pytest.approx(from_quarter, rel=1e-6)
+@pytest.mark.parametrize("to", [3600, 3925, 4400])
+def test_the_merged_loss_falls_on_as_the_river_does(to):
+    fall, bend = curves(last=4000).fall(150, to=to)
+    assert fall == pytest.approx(river(4000 - 75) - river(to), rel=1e-6, abs=1e-12)
+    assert bend == pytest.approx(0.0, abs=1e-8)
 
 
 def test_halves_of_a_short_span_keep_more_noise_than_the_whole():

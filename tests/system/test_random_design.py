@@ -1,0 +1,89 @@
+"""The suite by random design: its factors, its order, and its means against their definition."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.annealing import random_runs, records
+from benchmarks.annealing.decoder import Decoder
+from benchmarks.annealing.design import draws
+from benchmarks.annealing.random_runs import spans_by_step, train
+from pretrain_merge.demo.corpus import Corpus
+
+DRAWS = draws()
+FACTORS = ("optimizer", "text", "family", "weight_decay")
+
+
+def test_a_run_is_the_same_run_however_many_are_drawn():
+    assert draws(8) == DRAWS[:8]
+    assert len({run.name for run in DRAWS}) == len(DRAWS) == 48
+
+
+@pytest.mark.parametrize("first", [8, 16, 32, 48])
+def test_what_is_done_after_any_block_is_a_random_design(first):
+    done = DRAWS[:first]
+    places = np.sort(np.log([run.num_steps for run in done]))
+    even = np.log(400) + (np.arange(first) + 0.5) / first * np.log(25)
+    assert np.abs(places - even).max() < 2 * np.log(25) / first
+    for factor in FACTORS:
+        counts = Counter(getattr(run, factor) for run in done)
+        assert len(counts) > 1
+        assert max(counts.values()) <= 0.8 * first
+
+
+def test_the_factors_do_not_go_together():
+    """But for the size, which is what is affordable at the length."""
+    columns = {
+        "length": [np.log(run.num_steps) for run in DRAWS],
+        "lr": [np.log(run.peak_lr) for run in DRAWS],
+        "moe": [run.family == "moe" for run in DRAWS],
+        "decay": [run.weight_decay > 0 for run in DRAWS],
+        "dropout": [run.dropout > 0 for run in DRAWS],
+        "epochs": [run.epochs > 0 for run in DRAWS],
+    }
+    correlations = np.corrcoef([np.array(column, dtype=np.float64) for column in columns.values()])
+    assert np.abs(correlations - np.eye(len(columns))).max() < 0.45
+
+
+def test_anneals_are_log_uniform_in_steps_and_lie_within_the_run():
+    for run in DRAWS:
+        for branch in run.branches:
+            assert run.warmup_steps < branch.start
+            assert 20 <= branch.steps <= 0.3 * (branch.start + branch.steps) + 1
+        assert {branch.start + branch.steps for branch in run.branches} == {
+            run.num_steps // share for share in (4, 2, 1)
+        }
+        assert sum(branch.order for branch in run.branches) == 1
+
+
+def test_a_run_is_trained_evaluated_written_and_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_runs, "VALIDATION_BLOCKS", 4)
+    text = torch.randint(0, 64, (20_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run = replace(DRAWS[0], num_steps=200, warmup_steps=10, width=16, depth=1, batch_size=1, dropout=0.1)
+    result = train(run, Corpus(text, text, 1), None, lambda said: None)
+    records.write_random_run(tmp_path / "run.json", run.describe(), result, {})
+    again = records.read_run(tmp_path / "run.json")
+    points = again.records[records.EVERY]
+    assert [record.step for record in points] == list(spans_by_step(run))
+    for record, spans in zip(points, spans_by_step(run).values(), strict=True):
+        assert [records_span(recipe) for recipe in record.recipes.values()] == spans
+    assert len(again.anneals) == len(run.branches)
+    assert all(np.isfinite(anneal["loss"]) for anneal in again.anneals)
+
+
+def records_span(recipe):
+    first, *_, last = recipe.steps
+    return (last - first) * len(recipe.steps) // (len(recipe.steps) - 1)
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_a_byte_is_predicted_from_those_before_it_alone(family):
+    torch.manual_seed(0)
+    model = Decoder(width=16, depth=1, block_length=8, family=family, dropout=0.5).eval()
+    block = torch.randint(0, 256, (1, 8))
+    gradient = torch.autograd.grad(model(block), model.embed_positions.weight)[0]
+    assert torch.all(gradient[-1] == 0)  # the last byte predicts nothing
+    assert torch.all(gradient[:-1].abs().sum(dim=1) > 0)
