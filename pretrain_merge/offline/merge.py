@@ -5,7 +5,6 @@ its name. Nothing is written before everything was compared, and memory does not
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from pretrain_merge._version import __version__
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import atomic
 from pretrain_merge.kernels.weighted_sum import Spread
-from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE
+from pretrain_merge.merged_models.provenance import FORMAT, write_provenance
 from pretrain_merge.offline import agreement, rates, recognise, shards
 from pretrain_merge.offline.agreement import OnMissing, Output
 from pretrain_merge.offline.files import Files, is_remote, size_of
@@ -277,7 +276,7 @@ class _Job:
             for companion in newest.companions:
                 content = files.read(companion, 0, size_of(companion) or 0)
                 atomic.write(partial / companion.rpartition("/")[2], content)
-        atomic.write(partial / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
+        write_provenance(partial, about)
 
     def _provenance(self, written: Mapping[str, Written]) -> dict[str, Any]:
         newest = self.recipe.sources[-1]
