@@ -5,11 +5,12 @@ where its record goes, is the callback's business.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pretrain_merge import parameters
+from pretrain_merge.callbacks.failures import Failures
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.evaluation import evaluate, reduction
 from pretrain_merge.evaluation.evaluate import Evaluator
@@ -17,11 +18,11 @@ from pretrain_merge.evaluation.loaders import EvaluationInterrupted
 from pretrain_merge.evaluation.reduction import How, Part
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records import FORECAST, RAW, MergeRecord, Recipe
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import WarnOnce
 
-Keep = Callable[[str, Recipe, Mapping[str, float]], None]
+Keep = Callable[[str, Recipe, Mapping[str, float], bool], None]
 
 
 def measured(
@@ -30,6 +31,7 @@ def measured(
     module: Any,
     merger: RollingMerger,
     *,
+    views: Sequence[str],
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
@@ -41,24 +43,28 @@ def measured(
         trainer: A Trainer between two batches of training.
         module: Its module, with raw weights; it has them again when this returns, however it ends.
         merger: Holds the window.
+        views: Which of its views.
         evaluators: Further evaluations by name.
         notices: What the user was told already.
-        keep: Called with each view's name, recipe and metrics while its weights are in the module.
+        keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
+            may be missing, since an evaluation failed.
 
     Returns:
         The record; None where a signal ended the evaluation early.
     """
-    ready = [view for view in merger.views if merger.why_not(view) is None]
-    skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
+    ready = [view for view in views if merger.why_not(view) is None]
+    skipped = {view: reason for view in views if (reason := merger.why_not(view))}
     for view, reason in skipped.items():
+        if view.startswith(f"{FORECAST}/"):
+            continue  # nobody asked for it, and the forecast says what it misses
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
-    stopwatch = _Stopwatch()
+    stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
     isolated = evaluate.isolated(
         trainer,
         module,
-        evaluators=evaluators,
+        evaluators=failures.guarded(evaluators, module),
         validate=config.validate,
         stateful_data=config.stateful_data,
         merged=merger.tensors(module).values(),
@@ -68,20 +74,23 @@ def measured(
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
         with signals.deferred(), isolated as measure:
             with merger.swap(module) as merge_view:
-                raw = measure("raw")
+                raw = failures.measured(measure, RAW)
                 stopwatch.lap("evaluate_raw")
+                if config.save.raw:
+                    keep(RAW, Recipe((merger.progress.step,), (1.0,)), raw, bool(failures.reasons))
+                    stopwatch.lap("save_raw")
                 for view in ready:
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
-                    metrics[view] = measure(view)
+                    metrics[view] = failures.measured(measure, view)
                     stopwatch.lap(f"evaluate_{view}")
-                    keep(view, recipes[view], metrics[view])
+                    keep(view, recipes[view], metrics[view], bool(failures.reasons))
                     stopwatch.lap(f"save_{view}")
             spread = _spread(module, merger) if recipes else float("nan")
             stopwatch.lap("restore")
     except EvaluationInterrupted:
         return None
-    if not raw and not any(metrics.values()):
+    if not raw and not any(metrics.values()) and not failures.reasons:
         notices.warn(
             "nothing",
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
@@ -102,7 +111,7 @@ def measured(
         raw=raw,
         views=metrics,
         recipes=recipes,
-        skipped=skipped,
+        skipped=skipped | failures.reasons,
         lr=merger.lr,
         phase=merger.phase,
         refused=merger.num_refused,

@@ -7,7 +7,7 @@ import torch
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.records import MergeRecord, append_record
+from pretrain_merge.records import Late, MergeRecord, append_late, append_record
 from pretrain_merge.records.loggers import Tracker
 
 
@@ -40,5 +40,15 @@ class Publisher:
             append_record(self._file, record)
         metrics = {key: torch.tensor(value, dtype=torch.float64) for key, value in record.metrics().items()}
         self._trainer.callback_metrics.update(metrics)
-        self._monitors.new_values()
+        self._monitors.new_values(record)
         return record
+
+    def publish_late(self, late: Late) -> None:
+        """Show numbers that came after their merge point; on rank 0.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        self._tracker.publish_late(self._trainer.loggers, late)
+        if self._file is not None:
+            append_late(self._file, late)

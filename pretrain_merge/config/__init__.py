@@ -15,6 +15,7 @@ from pretrain_merge.config.build import (
 from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import did_you_mean, read, refuse_misfits
 from pretrain_merge.config.schema import (
+    AUTO,
     FORECAST_KINDS,
     FORECAST_SHAPES,
     BreakConfig,
@@ -28,6 +29,7 @@ from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
 from pretrain_merge.config.views import View, parse_views
 
 __all__ = [
+    "AUTO",
     "FORECAST_KINDS",
     "FORECAST_SHAPES",
     "BreakConfig",

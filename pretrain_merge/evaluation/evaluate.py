@@ -29,6 +29,7 @@ from pretrain_merge.evaluation.lockstep import Lockstep
 from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.evaluation.reduction import How, Part
 from pretrain_merge.evaluation.settings import settings_kept
+from pretrain_merge.evaluation.users_code import users_code
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.evaluating import evaluating_merge
 from pretrain_merge.runtime.log import WarnOnce
@@ -103,6 +104,7 @@ def isolated(
                 kept.enter_context(isolation.buffers_of_rank_0(trainer.strategy.model))
                 bar.reset()
                 bar.set_description(f"evaluating {label}")
+                kept.enter_context(users_code())
                 if data is not None:
                     random_state()
                     parts |= _validate(trainer, data, bar, lockstep)

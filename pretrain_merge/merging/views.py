@@ -10,7 +10,7 @@ from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.config import View, did_you_mean
 from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import FORECAST, Recipe
 from pretrain_merge.window.window import Snapshot, Window
 
 _SMALLEST = 2  # snapshots of a view that takes all there are
@@ -97,7 +97,8 @@ class Views:
         )
         due = self._cadence.due_after(now, times=needed - len(valid) + num_lost, since=window.since)
         ready = f"step {due.amount}" if due.unit == "steps" else str(due)
-        others = [repr(other) for other in self._views if len(valid) >= self._num_needed(other)]
+        asked_for = [other for other in self._views if not other.startswith(f"{FORECAST}/")]
+        others = [repr(other) for other in asked_for if len(valid) >= self._num_needed(other)]
         ready_now = f"; {', '.join(others)} {'is' if len(others) == 1 else 'are'} ready now" if others else ""
         return (
             f"view {name!r} needs {needed} snapshots and the window holds {len(valid)}{steps}{since}. "

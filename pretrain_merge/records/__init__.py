@@ -1,15 +1,20 @@
 """What was measured: records, their lines of JSON, and where they are shown."""
 
-from pretrain_merge.records.jsonl import append_record, keep_records_until, read_records
-from pretrain_merge.records.record import FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
+from pretrain_merge.records.jsonl import append_late, append_record, keep_records_until, read_records
+from pretrain_merge.records.late import PUBLISHED, Late
+from pretrain_merge.records.record import EVALUATION, FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
 
 __all__ = [
+    "EVALUATION",
     "FORECAST",
+    "PUBLISHED",
     "RAW",
     "Expected",
+    "Late",
     "MergeRecord",
     "Metrics",
     "Recipe",
+    "append_late",
     "append_record",
     "keep_records_until",
     "metric_name",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import Late, MergeRecord
 
 
 class Tracker:
@@ -26,6 +26,14 @@ class Tracker:
         for index, logger in enumerate(loggers):
             self._define_axes(index, logger, record.name, metrics)
             logger.log_metrics(metrics, step=record.step)
+            logger.save()
+
+    def publish_late(self, loggers: Iterable[Any], late: Late) -> None:
+        """Log numbers that came after their merge point, at its step."""
+        metrics = late.metrics()
+        for index, logger in enumerate(loggers):
+            self._define_axes(index, logger, late.name, metrics)
+            logger.log_metrics(metrics, step=late.step)
             logger.save()
 
     def _define_axes(self, index: int, logger: Any, name: str, metrics: Iterable[str]) -> None:

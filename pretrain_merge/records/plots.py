@@ -133,9 +133,9 @@ def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
 
 def _views(records: Sequence[MergeRecord], metric: str, chosen: Sequence[str] | None) -> dict[str, dict[int, float]]:
     """Values of each view, in the order in which the views first appear; a skipped view has a gap in its steps."""
-    names = dict.fromkeys(view for record in records for view in record.views)
+    names = dict.fromkeys(view for record in records for view in record.shown)
     if chosen is not None:
-        if unknown := [view for view in chosen if view not in names]:
+        if unknown := [view for view in chosen if not any(view in record.views for record in records)]:
             raise ConfigError(f"views: {unknown} are in no record. Measured: {', '.join(names)}.")
         names = dict.fromkeys(chosen)
     return {

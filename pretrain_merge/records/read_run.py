@@ -6,6 +6,7 @@ export has no learning rates, so a break in it goes unseen, and the distance bet
 
 import csv
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import RAW, MergeRecord, Recipe, read_records
+from pretrain_merge.records import FORECAST, RAW, MergeRecord, Recipe, read_records
 
+_NESTED = re.compile(r"sma[0-9]+")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
@@ -169,7 +171,11 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
     for key, value in row.items():
         prefix, _, rest = key.partition("/")
         model, _, metric = rest.partition("/")
-        if prefix == name and metric and model != "forecast":
+        if model == FORECAST:  # the means that forecasts read are under it, beside the forecasts
+            nested, _, metric = metric.partition("/")
+            model = f"{FORECAST}/{nested}"
+            metric = metric if _NESTED.fullmatch(nested) else ""
+        if prefix == name and metric:
             measured.setdefault(model, {})[metric] = value
     step = _counter(row, f"{name}/step", _LARGEST_STEP)
     window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
@@ -199,8 +205,9 @@ def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterat
     """Of the plain means; coefficients of other kinds are not in an export."""
     num_snapshots = 0
     for view in views:
-        digits = view.removeprefix("sma")
-        if not view.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
+        kind = view.removeprefix(f"{FORECAST}/")
+        digits = kind.removeprefix("sma")
+        if not kind.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
             continue
         number = int(digits or window)
         if number > _LARGEST_WINDOW:

@@ -15,6 +15,7 @@ from pretrain_merge.files import untrusted
 
 RAW = "raw"
 FORECAST = "forecast"
+EVALUATION = "evaluation"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
@@ -60,9 +61,11 @@ class MergeRecord:
         window: Valid snapshots at the merge point.
         spread: Relative RMS distance of the valid snapshots from their mean, dimensionless.
         raw: Metrics of the live model.
-        views: Metrics of each merged view, on the same batches as `raw`.
+        views: Metrics of each merged view, on the same batches as `raw`; means that only forecasts read are among them
+            as `forecast/sma<number>`.
         recipes: How each view was made.
-        skipped: Views that were not made at this point, and forecasts (`forecast/<name>`), with the reason.
+        skipped: Views that were not made at this point, forecasts (`forecast/<name>`), and evaluations that failed
+            (`evaluation/<view>`, or `evaluation/<view>/<evaluator>`), with the reason.
         forecasts: What forecasts expect, by their name and the metric.
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
@@ -93,10 +96,21 @@ class MergeRecord:
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> dict[str, Metrics]:
+        """Metrics of the views that the user asked for: without the means that only forecasts read."""
+        return {view: metrics for view, metrics in self.views.items() if not view.startswith(f"{FORECAST}/")}
+
+    @property
+    def num_failed(self) -> int:
+        """Evaluations that failed at this merge point."""
+        return sum(key.startswith(f"{EVALUATION}/") for key in self.skipped)
+
     def metrics(self) -> dict[str, float]:
         """The record as flat metrics: `merge/raw/val_loss`, `merge/sma/val_loss`, `merge/step`, …"""
         counters = {"step": self.step, "window": self.window, "spread": self.spread}
         counters |= {"tokens": self.tokens} if self.tokens else {}  # 0: the run does not count them
+        counters |= {"failed": self.num_failed} if self.num_failed else {}
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}

@@ -58,7 +58,7 @@ def merges_table(
     if not measured:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
-    shown = list(dict.fromkeys(view for record in measured for view in record.views)) if views is None else views
+    shown = list(dict.fromkeys(view for record in measured for view in record.shown)) if views is None else views
     forecast_column = [f"forecast:\n{forecast}"] if forecast else []
     table = Table(title=as_text(title) if title else None, title_justify="left")
     for column in ("step", "raw", *shown, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):

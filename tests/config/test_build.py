@@ -135,9 +135,9 @@ def test_tuples_are_lists():
         ({"windw": 3}, ["windw: unknown key", "did you mean 'window'?", "Known keys: window, every"]),
         ({"zzz": 3}, ["zzz: unknown key. Known keys:"]),
         ({5: 3}, ["5: unknown key. Known keys:"]),
-        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "every, keep, best, mode, at_end"]),
+        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "keep, best, mode, raw, at_end"]),
         ({"breaks": {"learning_rate": False}}, ["breaks.learning_rate: unknown key", "Known keys: lr"]),
-        ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, at_end"]),
+        ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, raw, at_end"]),
         ({"breaks": False}, ["breaks: False is not a mapping", "Allowed: a mapping with keys of lr"]),
         ({"window": "many"}, ["window: ", "'many'", "Integer"]),
         ({"window": 2.5}, ["window: ", "'2.5'", "Integer"]),
@@ -361,7 +361,7 @@ def test_merges_follow_snapshots_and_nothing_is_saved_unless_asked_for():
 
 def forecast_of(**options):
     config = build(MergeConfig, {"window": 11, "every": 100, "forecast": {"ours": options}})
-    return config, parse_forecasts(config)["ours"]
+    return config, parse_forecasts(config)["ours"].config
 
 
 def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_spans():
@@ -369,7 +369,7 @@ def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_span
     assert (forecast.shape, forecast.kind, forecast.metric, forecast.coverage) == (
         "linear",
         "forecast",
-        "val_loss",
+        None,
         0.9,
     )
     assert num_intervals(config, forecast) == 10
@@ -379,7 +379,7 @@ def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_span
 def test_the_length_of_a_forecast_is_counted_like_snapshots():
     options = {"every": "2M tokens", "forecast": {"ours": {"steps": "5M tokens"}}}
     config = build(MergeConfig, options)
-    assert num_intervals(config, parse_forecasts(config)["ours"]) == 2.5
+    assert parse_forecasts(config)["ours"].num_intervals == 2.5
 
 
 @pytest.mark.parametrize(
