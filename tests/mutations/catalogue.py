@@ -713,6 +713,13 @@ FAULTS = (
         "tests/merged_models/test_merged.py",
     ),
     Fault(
+        "a move of a run's files that was killed is left half done",
+        "callbacks/run_folder.py",
+        "        self._finish_moving()\n",
+        "",
+        _RUN_FOLDER,
+    ),
+    Fault(
         "the windows of all saves are kept, whatever the bound",
         "resume/sidecar.py",
         "        if old:\n            self._needs.update",
