@@ -190,7 +190,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     # the first multiple of merges past the first snapshot, and the snapshot that sees it crossed
     multiple = merging.due_after(at(max(first, before)), since=origin).amount
     due = cadence.due_after(at(multiple - 1), since=origin)
-    last = _last_step(fit.trainer)
+    last = last_step(fit.trainer)
     if unit != "steps" or math.isinf(last):
         return due, None
     begin, end = at(max(first, before)), at(int(last))
@@ -203,7 +203,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     return due, min(number, multiples)
 
 
-def _last_step(trainer: Any) -> float:
+def last_step(trainer: Any) -> float:
     """The last step of `fit` by what the Trainer was told; infinite where it was told nothing."""
     by_steps = float(trainer.max_steps) if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches):

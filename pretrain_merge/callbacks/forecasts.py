@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.config import Forecast, Settings, View
+from pretrain_merge.config import Forecast, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
 from pretrain_merge.records import FORECAST, Expected, MergeRecord, metric_names
@@ -49,7 +49,7 @@ class RunForecasts:
     def views(self) -> tuple[View, ...]:
         """Means that only the forecasts need: nested spans of the window, measured under their name and not saved."""
         config = self._settings.config
-        measured = {view.last or config.window for view in self._settings.views if view.kind == "sma"}
+        measured = {num_in_full_window(view, config) for view in self._settings.views if view.kind == "sma"}
         needed = {
             number
             for forecast in self._settings.forecasts.values()

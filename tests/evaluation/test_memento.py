@@ -215,6 +215,7 @@ def _function() -> Callable[[], None]:
     return hook
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_whatever_a_hook_reaches_is_put_back_in_place(kind):
     make, move, see = CONTAINERS[kind]
