@@ -164,7 +164,7 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     found: list[Any] = []
     if kind.has_dict:
         found.append(states.AttributesState(item, may_own=kind.may_own))
-    if issubclass(cls, torch.jit.RecursiveScriptModule):  # its tensors and attributes are kept outside of Python
+    if issubclass(cls, torch.jit.ScriptModule):  # its tensors and attributes are kept outside of Python
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
