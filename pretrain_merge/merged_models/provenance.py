@@ -23,9 +23,13 @@ def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         OSError: The disk refuses.
     """
+    atomic.write(folder / PROVENANCE, provenance_text(about))
+
+
+def provenance_text(about: Mapping[str, Any]) -> str:
+    """What the file holds: the values and their checksum."""
     values = json.loads(json.dumps(about))  # as they will be read
-    text = json.dumps(values | {_SUM: _checksum(values)}, indent=2, sort_keys=True)
-    atomic.write(folder / PROVENANCE, text + "\n")
+    return json.dumps(values | {_SUM: _checksum(values)}, indent=2, sort_keys=True) + "\n"
 
 
 def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
