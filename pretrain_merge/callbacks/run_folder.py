@@ -88,6 +88,7 @@ class RunFolder:
         except CheckpointError as error:
             if getattr(error.__cause__, "errno", None) not in _NO_LOCKS:
                 raise
+        self._finish_moving()
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -120,7 +121,7 @@ class RunFolder:
             if number is None:
                 self._sign(identity)
             else:
-                for path in self._paths():
+                for path in reversed(self._paths()):
                     with suppress(FileNotFoundError):
                         _numbered(path, number).replace(path)
         return identity or str(here)
@@ -152,8 +153,26 @@ class RunFolder:
                 if path in (self.records, self.merged):
                     notices.warn(str(path), f"{path} is of another run; it is now {_numbered(path, number)}.")
 
+    def _finish_moving(self) -> None:
+        """Move what a killed process left behind: the identity is put aside first and comes back last."""
+        identity, *others = self._paths()
+        left = [path for path in others if os.path.lexists(path)]
+        lacking = [
+            number
+            for number in _numbers(self.path)
+            if not all(os.path.lexists(_numbered(path, number)) for path in left)
+        ]
+        if os.path.lexists(identity) or not lacking:
+            return
+        # of several that may lack a file for good, the one that was moved last, by a time that a rename changes
+        number = max(lacking, key=lambda number: _numbered(identity, number).lstat().st_ctime_ns)
+        for path in left:
+            if not os.path.lexists(_numbered(path, number)):
+                path.rename(_numbered(path, number))
+
     def _paths(self) -> tuple[Path, ...]:
-        return self.records, self.merged, self.path / _IDENTITY, self.path / _CONFIG
+        """All of a run, in the order in which they are put aside."""
+        return self.path / _IDENTITY, self.path / _CONFIG, self.records, self.merged
 
     def _sign(self, identity: str) -> None:
         path = self.path / _IDENTITY
@@ -181,12 +200,15 @@ def files_of(identity: str, folder: Path) -> tuple[Path, Path] | None:
 
 def _number_of(identity: str, folder: Path) -> int | None:
     """Under which number the files of a run were put aside."""
+    known = {_read_identity(_numbered(folder / _IDENTITY, number)): number for number in _numbers(folder)}
+    return known.get(identity)
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Those of all runs that were put aside in a folder."""
     stem, suffix = os.path.splitext(_IDENTITY)
-    for path in folder.glob(f"{stem}.*{suffix}"):
-        number = path.name[len(stem) + 1 : -len(suffix)]
-        if number.isascii() and number.isdigit() and _read_identity(path) == identity:
-            return int(number)
-    return None
+    found = (path.name[len(stem) + 1 : -len(suffix)] for path in folder.glob(f"{stem}.*{suffix}"))
+    return sorted(int(number) for number in found if number.isascii() and number.isdigit())
 
 
 def _numbered(path: Path, number: int) -> Path:

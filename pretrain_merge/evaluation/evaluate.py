@@ -207,12 +207,16 @@ def parts_of(trainer: Any, module: Any, data: RepeatedLoaders | None = None) -> 
         "module": module,
         "trainer.optimizers": trainer.optimizers,
         "trainer.lr_scheduler_configs": trainer.lr_scheduler_configs,
+        "trainer.strategy": trainer.strategy,  # which has the list of optimizers
         "scaler": getattr(trainer.precision_plugin, "scaler", None),
         "trainer.datamodule": trainer.datamodule,
         "trainer.val_dataloaders": data.loaders if data is not None else None,
         "trainer.train_dataloader": trainer.train_dataloader,
         "trainer.callbacks": trainer.callbacks,
         "trainer": trainer,
+        "torch's hooks of all modules": [
+            hooks for name, hooks in vars(torch.nn.modules.module).items() if name.startswith("_global_")
+        ],
     }
     return {name: part for name, part in parts.items() if part is not None}
 

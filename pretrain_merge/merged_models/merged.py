@@ -5,7 +5,6 @@ This module knows the folder layout; what of a module is saved is `state`, how t
 written. No pickle is written or read. On several ranks every rank calls its functions at the same point.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 
 from pretrain_merge import _version
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import published
 from pretrain_merge.merged_models import hugging_face, whole_weights
 from pretrain_merge.merged_models.loading import load_merged
-from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE, read_provenance
+from pretrain_merge.merged_models.provenance import FORMAT, read_provenance, write_provenance
 from pretrain_merge.merged_models.state import SavedState, dtype_name, refuse_unsavable
 from pretrain_merge.merged_models.whole_weights import LARGEST_FILE
 from pretrain_merge.parameters import is_sharded
@@ -94,7 +92,7 @@ def save_merged(
             whole_weights.remove_parts(folder)
             # P30: the order of safetensors' own metadata differs from run to run, so provenance is a file of its own
             about["files"] = {name: values for of_rank in sums for name, values in of_rank.items()}
-            atomic.write(folder / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
+            write_provenance(folder, about)
             if model is not None:
                 hugging_face.save_configuration(model, folder)
 

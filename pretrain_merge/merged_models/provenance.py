@@ -4,7 +4,8 @@ This module knows which of its keys are needed to read the weights back; the oth
 """
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from pretrain_merge.files import atomic, untrusted
 
 PROVENANCE = "provenance.json"
 FORMAT = "pretrain-merge/1"
+_SUM = "crc32"  # of all other values, whatever the file's spaces and order
+
+
+def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a provenance under its checksum.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    atomic.write(folder / PROVENANCE, provenance_text(about))
+
+
+def provenance_text(about: Mapping[str, Any]) -> str:
+    """What the file holds: the values and their checksum."""
+    values = json.loads(json.dumps(about))  # as they will be read
+    return json.dumps(values | {_SUM: _checksum(values)}, indent=2, sort_keys=True) + "\n"
 
 
 def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
@@ -26,7 +43,7 @@ def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
     if isinstance(known, list) and not set(reasons) <= set(map(str, known)):
         about["saved_for"] = [*known, *(reason for reason in reasons if reason not in known)]
         try:
-            atomic.write(folder / PROVENANCE, json.dumps(about, indent=2, sort_keys=True) + "\n")
+            write_provenance(folder, about)
         except OSError as error:
             raise CheckpointError(f"cannot write {folder / PROVENANCE}: {error}. Free space there.") from error
 
@@ -48,12 +65,33 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder / PROVENANCE} is not of format {FORMAT!r}. Read it with the version that wrote it."
         )
+    found = without_checksum(found, folder / PROVENANCE)
     # those that a folder of an earlier version lacks are filled in
     provenance: dict[str, Any] = {"as_integers": {}, "files": {}} | found
     are_texts = all(_are_texts(provenance.get(key)) for key in ("ties", "as_integers"))
     if not are_texts or not isinstance(provenance.get("prefix"), str) or not _are_sums(provenance["files"]):
         raise CheckpointError(f"{folder / PROVENANCE} is damaged. Copy the folder again.")
     return provenance
+
+
+def without_checksum(found: Mapping[str, Any], path: object) -> dict[str, Any]:
+    """The values that were written, from those that a file holds.
+
+    Raises:
+        CheckpointError: They are others.
+    """
+    values = dict(found)
+    written = values.pop(_SUM, None)  # a folder of an earlier version has none
+    if written is not None and written != _checksum(values):
+        raise CheckpointError(
+            f"{path} is damaged: its values are not those that were saved. Copy the folder again, or, where it was "
+            f"changed on purpose, take {_SUM!r} out of it."
+        )
+    return values
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _are_texts(values: object) -> bool:

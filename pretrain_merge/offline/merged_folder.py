@@ -3,7 +3,6 @@
 This module knows names and plain values. The weights were written when it is asked.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from typing import Any
 from pretrain_merge._version import __version__
 from pretrain_merge.files import atomic
 from pretrain_merge.kernels.spread import Spread
-from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE
+from pretrain_merge.merged_models.provenance import FORMAT, PROVENANCE, provenance_text
 from pretrain_merge.offline import agreement, shards
 from pretrain_merge.offline.decision import Decision
 from pretrain_merge.offline.files import Files, size_of
@@ -49,7 +48,7 @@ def complete(
         for companion in newest.companions:
             content = files.read(companion, 0, size_of(companion) or 0)
             write(folder / companion.rpartition("/")[2], content)
-    write(folder / PROVENANCE, f"{json.dumps(about, indent=2, sort_keys=True)}\n".encode())
+    write(folder / PROVENANCE, provenance_text(about).encode())
 
 
 def provenance(decision: Decision, written: Mapping[str, Written]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.merged_models.provenance import PROVENANCE
+from pretrain_merge.merged_models.provenance import PROVENANCE, without_checksum
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
 from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
 from pretrain_merge.offline.tensors import Source, plain_name
@@ -148,7 +148,7 @@ def _provenance(place: str) -> dict[str, Any]:
             raise ValueError("it is not an object")
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Copy the folder again.") from error
-    return about
+    return without_checksum(about, path)
 
 
 def _with_step(source: Source) -> Source:

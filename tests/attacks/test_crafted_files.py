@@ -22,6 +22,7 @@ from pretrain_merge.files.snapshot_file import SnapshotFile, read
 from pretrain_merge.forecast import Calibration
 from pretrain_merge.forecast.calibration import SHIPPED
 from pretrain_merge.merged_models.merged import save_merged
+from pretrain_merge.merged_models.provenance import read_provenance, write_provenance
 from pretrain_merge.records import MergeRecord, read_records
 from pretrain_merge.records.read_run import read_run
 
@@ -232,8 +233,7 @@ class Small(nn.Module):
 
 def about(**changed: object) -> Use:
     def edit(folder: Path) -> None:
-        path = folder / "provenance.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        write_provenance(folder, read_provenance(folder) | changed)
 
     return edit
 

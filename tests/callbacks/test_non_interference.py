@@ -801,6 +801,29 @@ def learning_rate_finder() -> Situation:
     return Situation(callbacks=(LearningRateFinder(num_training_steps=12),))
 
 
+def hooks_that_replace_what_the_trainer_has() -> Situation:
+    class Module(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"scale": 1.0})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * self.hparams.scale
+
+        def on_validation_epoch_end(self) -> None:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), 0.01)]
+            self.hparams.scale *= 1.1
+            self.hook = nn.modules.module.register_module_forward_hook(lambda module, _, y: y * 0.9)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.log("num_hooks", float(len(nn.modules.module._global_forward_hooks)))
+
+        def on_validation_end(self) -> None:
+            self.hook.remove()
+
+    return Situation(module=Module())
+
+
 SITUATIONS = [
     Situation,
     two_workers,
@@ -847,6 +870,7 @@ SITUATIONS = [
     settings_of_torch,
     another_callback_that_the_module_drives,
     a_step_of_the_optimizer_in_validation,
+    hooks_that_replace_what_the_trainer_has,
     a_frozen_layer_that_eval_folds,
     buffers_of_odd_kinds,
     a_gan_that_toggles,

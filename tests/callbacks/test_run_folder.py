@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from pretrain_merge import ModelMerging, load_merged
+from pretrain_merge.callbacks.run_folder import RunFolder, files_of
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.records import read_records
+from pretrain_merge.runtime.log import WarnOnce
 
 pytestmark = [*LIGHTNING_REMARKS, pytest.mark.filterwarnings("ignore:Experiment logs directory")]
 
@@ -220,3 +223,42 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(tmp_path):
     trainer(tmp_path, Counted(window=9, every=1000), max_steps=6).fit(Regression(), rows(), rows(4, seed=1))
     assert steps[2:] == [steps[2]] * 4  # the same at every step
     assert steps[2] <= 50
+
+
+def a_run(folder, text):
+    """The files of a run that has ended; returns its identity."""
+    files = RunFolder(folder)
+    identity = files.begin(WarnOnce())
+    files.records.write_text(text)
+    (files.merged / text).mkdir(parents=True, exist_ok=True)
+    files.close()
+    return identity
+
+
+@pytest.mark.parametrize("renames", range(7))
+def test_a_run_that_is_killed_while_files_are_put_aside_loses_none(renames, tmp_path, monkeypatch):
+    first = a_run(tmp_path, "first")
+    second = a_run(tmp_path, "second")
+    done = []
+
+    def killed(original):
+        def rename(path, target):
+            if len(done) == renames:
+                raise SystemExit
+            done.append(target)
+            return original(path, target)
+
+        return rename
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed(Path.rename))
+        patched.setattr(Path, "replace", killed(Path.replace))
+        files = RunFolder(tmp_path)
+        with suppress(SystemExit):
+            files.resume(first, WarnOnce())  # both runs change places: three renames each
+        files.close()
+    third = a_run(tmp_path, "third")
+    for identity, text in ((first, "first"), (second, "second"), (third, "third")):
+        records, merged = files_of(identity, tmp_path)
+        assert records.read_text() == text
+        assert [path.name for path in merged.iterdir()] == [text]

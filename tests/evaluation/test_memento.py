@@ -3,6 +3,7 @@
 import array
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -134,6 +135,30 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "tuple": (lambda: ([1], [2]), lambda x: x[0].append(1), str),
     "weak reference": (lambda: [(c := Curriculum()), weakref.ref(c)][::-1], lambda x: _set(x[0](), "level")(3), repr),
     "iterator": (lambda: iter([1, 2, 3]), lambda x: next(x), lambda x: x.__reduce__()),
+    "iterator backwards": (lambda: reversed([1, 2, 3]), lambda x: next(x), lambda x: x.__reduce__()),
+    "zip": (
+        lambda: zip([1, 2], [3, 4], strict=True),
+        lambda x: next(x),
+        lambda x: str(x.__reduce__()[1][0].__reduce__()),
+    ),
+    "weak keys": (lambda: _weak_keys(), lambda x: x[0].update({x[1]: 2}), lambda x: x[0][x[1]]),
+    "results that are remembered": (lambda: _remembering(), lambda x: x(2), lambda x: x.cache_info().currsize),
+    "new attribute of a class": (
+        lambda: _class_of_its_own(),
+        lambda x: (_set(type(x), "later")(1), _set(type(x), "level")(2)),
+        lambda x: (hasattr(x, "later"), x.level),
+    ),
+    "class of an object": (Curriculum, lambda x: _set(x, "__class__")(Plain), lambda x: (type(x), x.level)),
+    "hook on a gradient": (
+        lambda: nn.Parameter(torch.ones(1)),
+        lambda x: (x.register_hook(_refuse), x.register_post_accumulate_grad_hook(_refuse)),
+        lambda x: ((2 * x).sum().backward(), x.grad.item(), _set(x, "grad")(None))[1],
+    ),
+    "scripted module": (
+        lambda: torch.jit.script(_Counting()),
+        lambda x: x(torch.ones(1)),
+        lambda x: (x.number, x.total.item()),
+    ),
     "value of processes": (lambda: multiprocessing.Value("i", 1), lambda x: _set(x, "value")(2), lambda x: x.value),
     "random.Random": (lambda: random.Random(1), lambda x: x.random(), lambda x: x.getstate()),
     "default_rng": (lambda: np.random.default_rng(1), lambda x: x.normal(), lambda x: str(x.bit_generator.state)),
@@ -146,6 +171,43 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
 }
 
 
+def _weak_keys() -> tuple[Any, ...]:
+    key, weak = Plain(), weakref.WeakKeyDictionary()
+    weak[key] = 1
+    return weak, key
+
+
+def _remembering() -> Callable[[int], int]:
+    @functools.lru_cache
+    def double(x: int) -> int:
+        return 2 * x
+
+    return double
+
+
+def _class_of_its_own() -> Any:
+    class Own(Plain):
+        level = 1
+
+    return Own()
+
+
+def _refuse(*_: Any) -> None:
+    raise AssertionError("a hook that was put back is called")
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+        self.number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += 1
+        self.number += 1
+        return x
+
+
 def _function() -> Callable[[], None]:
     def hook() -> None: ...
 
@@ -153,6 +215,7 @@ def _function() -> Callable[[], None]:
     return hook
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_whatever_a_hook_reaches_is_put_back_in_place(kind):
     make, move, see = CONTAINERS[kind]

@@ -10,6 +10,7 @@ from torch import nn
 from pretrain_merge import load_merged
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models.merged import read_provenance, save_merged
+from pretrain_merge.merged_models.provenance import write_provenance
 
 PROVENANCE = {"steps": [100, 200], "coefficients": [0.5, 0.5], "view": "sma", "step": 200}
 
@@ -196,6 +197,8 @@ def test_many_problems_are_counted_not_listed(saved):
         (lambda folder: edit(folder, ties={"head.weight": "nowhere"}), "is damaged"),
         (lambda folder: edit(folder, ties=5), "is damaged"),
         (lambda folder: edit(folder, prefix=5), "is damaged"),
+        (lambda folder: change(folder, "0.5", "0.6"), "its values are not those that were saved"),
+        (lambda folder: change(folder, '"step"', '"stop"'), "its values are not those that were saved"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -211,8 +214,22 @@ def cut(path, num_bytes):
 
 
 def edit(folder, **values):
-    provenance = json.loads((folder / "provenance.json").read_text())
-    (folder / "provenance.json").write_text(json.dumps(provenance | values))
+    write_provenance(folder, read_provenance(folder) | values)
+
+
+def change(folder, before, after):
+    path = folder / "provenance.json"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+def test_a_provenance_may_be_laid_out_anew_and_one_of_an_earlier_version_has_no_checksum(saved):
+    path = saved / "provenance.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(about.items()))))
+    assert read_provenance(saved)["coefficients"] == [0.5, 0.5]
+    path.write_text(json.dumps(about | {"note": "ours"}).replace('"crc32"', '"was"'))
+    assert read_provenance(saved)["note"] == "ours"
 
 
 def test_a_path_that_is_no_folder_says_what_to_name(tmp_path):

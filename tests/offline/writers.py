@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pretrain_merge.merged_models.provenance import read_provenance
+
 
 def tensors(seed):
     """Every dtype that is merged, odd shapes, what is copied, and a constant."""
@@ -165,7 +167,7 @@ def read(folder):
     found = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         found |= load_file(path)
-    return found, json.loads((Path(folder) / "provenance.json").read_text())
+    return found, read_provenance(Path(folder))
 
 
 def _save_dcp(state, path):

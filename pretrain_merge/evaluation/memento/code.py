@@ -45,7 +45,7 @@ def enter_class(memento: "Memento", index: int, item: Any) -> None:
     """What a class and those above it hold."""
     if kinds.is_library(str(vars(item).get("__module__", ""))):
         return
-    state = names.class_state(item)
+    state = names.ClassState(item)
     memento.add(index, state)
     memento.reach(index, state.values)
     memento.reach(index, item.__bases__)

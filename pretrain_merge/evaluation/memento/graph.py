@@ -6,7 +6,7 @@ bounds and writes nothing.
 
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import count, cycle
 from types import FunctionType, GeneratorType, MappingProxyType, MethodType
@@ -20,14 +20,12 @@ from torch import Tensor
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.memory import BytesState
-from pretrain_merge.evaluation.memento.positions import CountState, GeneratorState, IteratorState, draws
+from pretrain_merge.evaluation.memento.positions import CacheState, CountState, GeneratorState, IteratorState, draws
 from pretrain_merge.evaluation.memento.tensors import TensorState
 
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento.memento import Memento
 
-_POSITIONS: tuple[Any, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
-_MOVING = (count, cycle, GeneratorType)
 _FEW = 8  # workers are looked for among so many items of an attribute
 
 
@@ -111,32 +109,6 @@ def _enter_proxy(memento: "Memento", index: int, item: Any) -> None:
     memento.items(index, list(item.values()))
 
 
-def _enter_method(memento: "Memento", index: int, item: Any) -> None:
-    memento.reach(index, [item.__self__, item.__func__])
-
-
-def _enter_partial(memento: "Memento", index: int, item: Any) -> None:
-    memento.reach(index, [item.func, *item.args, item.keywords])
-
-
-def _enter_reference(memento: "Memento", index: int, item: Any) -> None:
-    memento.reach(index, [item()])
-
-
-def _enter_descriptor(memento: "Memento", index: int, item: Any) -> None:
-    parts = ("__func__", "fget", "fset", "fdel")
-    memento.reach(index, [getattr(item, part) for part in parts if hasattr(item, part)])
-
-
-def _enter_position(memento: "Memento", index: int, item: Any) -> None:
-    memento.add(index, IteratorState(item))
-    memento.reach(index, item.__reduce__()[1])
-
-
-def _enter_moving(memento: "Memento", index: int, item: Any) -> None:
-    memento.add(index, CountState(item))
-
-
 def _enter_generator(memento: "Memento", index: int, item: Any) -> None:
     memento.add(index, GeneratorState(item))
     _enter_object(memento, index, item)
@@ -161,6 +133,10 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
         return
     is_merged = not memento.merged.isdisjoint(places(item))
     memento.add(index, TensorState(item, has_values=not is_merged))
+    if item.requires_grad and item.is_leaf:
+        state = names.HooksState(item)
+        memento.add(index, state)
+        memento.reach(index, state.values)
     if item.grad_fn is None and item.grad is not None and not is_merged:  # gradients of merged ones are out of reach
         memento.reach(index, [item.grad])
 
@@ -188,6 +164,8 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     found: list[Any] = []
     if kind.has_dict:
         found.append(states.AttributesState(item, may_own=kind.may_own))
+    if issubclass(cls, torch.jit.ScriptModule):  # its tensors and attributes are kept outside of Python
+        found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
     values = [value for state in found for value in state.values]
@@ -214,6 +192,38 @@ def _worker(value: Any) -> str | None:
     return kind.__name__ if kinds.works(kind) else None
 
 
+def _enter_simple(memento: "Memento", index: int, item: Any) -> None:
+    state, referred = _SIMPLE[type(item)]
+    if state is not None:
+        memento.add(index, state(item))
+    memento.reach(index, referred(item))
+
+
+def _reduced(iterator: Any) -> Any:
+    return iterator.__reduce__()[1]
+
+
+def _nothing(_: Any) -> tuple[Any, ...]:
+    return ()
+
+
+_PARTS = ("__func__", "fget", "fset", "fdel")  # of a descriptor
+_SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], Iterable[Any]]]] = {
+    MethodType: (None, lambda item: (item.__self__, item.__func__)),
+    partial: (None, lambda item: (item.func, *item.args, item.keywords)),
+    ReferenceType: (None, lambda item: (item(),)),
+    **dict.fromkeys(
+        (property, staticmethod, classmethod),
+        (None, lambda item: [getattr(item, name) for name in _PARTS if hasattr(item, name)]),
+    ),
+    type(lru_cache(len)): (CacheState, lambda item: (item.__wrapped__,)),
+    **dict.fromkeys(map(type, ([].__iter__(), reversed([]), ().__iter__(), iter(range(0)))), (IteratorState, _reduced)),
+    # what has no position but that of what it goes through
+    **dict.fromkeys((zip, map, filter), (None, _reduced)),
+    enumerate: (CountState, _reduced),
+    **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
+    **dict.fromkeys((count, cycle, GeneratorType), (CountState, _nothing)),
+}
 _Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {
     list: _enter_list,
@@ -221,13 +231,8 @@ _ENTER: dict[type, _Enter] = {
     tuple: _enter_tuple,
     frozenset: _enter_tuple,
     MappingProxyType: _enter_proxy,
+    **dict.fromkeys(_SIMPLE, _enter_simple),
     FunctionType: enter_function,
-    MethodType: _enter_method,
-    partial: _enter_partial,
-    ReferenceType: _enter_reference,
-    property: _enter_descriptor,
-    staticmethod: _enter_descriptor,
-    classmethod: _enter_descriptor,
     defaultdict: _enter_defaultdict,
     type: enter_class,
     deque: _enter_deque,
@@ -236,6 +241,4 @@ _ENTER: dict[type, _Enter] = {
     Tensor: _enter_parameter,
     torch.nn.Parameter: _enter_parameter,
     np.ndarray: _enter_array,
-    **dict.fromkeys(_POSITIONS, _enter_position),
-    **dict.fromkeys(_MOVING, _enter_moving),
 }

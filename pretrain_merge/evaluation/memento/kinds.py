@@ -43,7 +43,7 @@ _LIVING = frozenset(
         "_asyncio", "socket", "_socket", "ssl", "_ssl", "io", "_io", "selectors", "select", "logging",
         "sqlite3", "mmap", "tempfile", "signal", "sched", "contextvars", "_contextvars", "http", "urllib",
         "ftplib", "smtplib", "socketserver", "zipfile", "tarfile", "gzip", "bz2", "lzma", "shelve", "dbm",
-        "weakref", "_weakref", "gc", "inspect", "traceback", "importlib",
+        "gc", "inspect", "traceback", "importlib",
     }
 )  # fmt: skip
 # those that write into their owner's attributes at any time: the owner is left alone with them
@@ -56,7 +56,7 @@ _WORKING = frozenset(
 _PLAIN_STDLIB = frozenset(
     {
         "builtins", "types", "argparse", "random", "collections", "functools", "dataclasses", "abc", "typing",
-        "array",
+        "array", "weakref", "_weakrefset",
     }
 )  # fmt: skip
 # clients of services, files and devices, and whatever draws: their state is that of something outside
@@ -73,7 +73,8 @@ _CLIENTS = frozenset(
 )  # fmt: skip
 _LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 _LIGHTNINGS_STATE = (
-    "core", "callbacks", "demos", "loops", "trainer.trainer", "utilities.combined_loader", "utilities.types",
+    "core", "callbacks", "demos", "loops", "strategies", "trainer.trainer", "utilities.combined_loader",
+    "utilities.data", "utilities.parsing", "utilities.types",
     "utilities.device_dtype_mixin", "trainer.connectors.data_connector",
 )  # fmt: skip
 _LIGHTNINGS_LIVING = ("callbacks.progress", "loops.fetchers", "callbacks.rich", "callbacks.device_stats_monitor")

@@ -54,10 +54,47 @@ def names_state(namespace: dict[str, Any], names: Iterable[str]) -> PlacesState:
     return PlacesState(namespace, names, _get_name, _set_name)
 
 
-def class_state(cls: type) -> PlacesState:
+class ClassState(PlacesState):
     """A class's own attributes, but for those that Python or an abstract base put there."""
-    names = [name for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"]
-    return PlacesState(cls, names, _get_attribute, _set_attribute)
+
+    __slots__ = ()
+
+    def __init__(self, cls: type) -> None:
+        super().__init__(cls, _own_names(cls), _get_attribute, _set_attribute)
+
+    def is_same(self) -> bool:
+        """By name and identity."""
+        return len(_own_names(self.item)) == len(self.places) and super().is_same()
+
+    def put_back(self) -> None:
+        """Those that are new are gone, too, unless they have come to life."""
+        for name in _own_names(self.item):
+            if name not in self.places and not lives(type(vars(self.item)[name])):
+                type.__delattr__(self.item, name)
+        super().put_back()
+
+
+class HooksState(PlacesState):
+    """Hooks on a tensor's gradient, in dictionaries that the first of them makes and that C++ holds, too."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: Any) -> None:
+        super().__init__(tensor, ("_backward_hooks", "_post_accumulate_grad_hooks"), getattr, setattr)
+
+    def is_same(self) -> bool:
+        """No hook where there was none; those of a dictionary that was there are kept by a state of its own."""
+        return all(not getattr(self.item, name) for name, was in zip(self.places, self.values, strict=True) if not was)
+
+    def put_back(self) -> None:
+        """Emptied and not dropped: C++ would go on calling them."""
+        for name, was in zip(self.places, self.values, strict=True):
+            if not was and (hooks := getattr(self.item, name)):
+                hooks.clear()
+
+
+def _own_names(cls: type) -> list[str]:
+    return [name for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"]
 
 
 def _get_slot(item: Any, slot: Any) -> Any:

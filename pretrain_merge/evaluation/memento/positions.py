@@ -93,7 +93,10 @@ def _index(iterator: Any) -> Any:
 
 
 class CountState:
-    """Where something stands that can be seen to move and not be set back: `itertools.count`, a running generator."""
+    """Where something stands that can be seen to move and not be set back.
+
+    `itertools.count` and `cycle`, a running generator, an iterator of a dict, the number that `enumerate` is at.
+    """
 
     __slots__ = ("item", "seen")
 
@@ -110,7 +113,28 @@ class CountState:
 
 
 def _seen(item: Any) -> Any:
-    if type(item) is not GeneratorType:
-        return repr(item)
-    frame = item.gi_frame
-    return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
+    if type(item) is GeneratorType:
+        frame = item.gi_frame
+        return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
+    if type(item) is enumerate:
+        return item.__reduce__()[1][1]
+    return item.__length_hint__() if hasattr(type(item), "__length_hint__") else repr(item)
+
+
+class CacheState:
+    """What `functools.lru_cache` remembers: results that may follow from merged weights."""
+
+    __slots__ = ("info", "item")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.info = item, item.cache_info()
+
+    def is_same(self) -> bool:
+        """Whether nothing was computed."""
+        return bool(self.item.cache_info().misses == self.info.misses)
+
+    def put_back(self) -> None:
+        """Empty it where it was empty; single results cannot be taken out."""
+        if self.info.currsize:
+            raise ValueError("single results cannot be taken out of a cache; call its cache_clear() in the hook")
+        self.item.cache_clear()
