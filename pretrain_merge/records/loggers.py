@@ -22,10 +22,11 @@ class Tracker:
             loggers: Lightning loggers; each is saved afterwards, so that a crash right after a merge loses nothing.
             record: What the merge and its evaluation produced.
         """
-        metrics = record.metrics()
+        rows = {record.step: record.metrics(), **record.metrics_to_come()}
         for index, logger in enumerate(loggers):
-            self._define_axes(index, logger, record.name, metrics)
-            logger.log_metrics(metrics, step=record.step)
+            for step, metrics in rows.items():
+                self._define_axes(index, logger, record.name, metrics)
+                logger.log_metrics(metrics, step=step)
             logger.save()
 
     def publish_late(self, loggers: Iterable[Any], late: Late) -> None:

@@ -65,8 +65,12 @@ def read_run(
         )
     rows = _csv_rows(source) if source.suffix == ".csv" else _wandb_rows(source)
     try:
-        merges = {_counter(row, f"{name}/step", _LARGEST_STEP): row for row in rows if _is_merge(row, name)}
-        records = list(_records(name, [row for _, row in sorted(merges.items())], every, average))
+        merges: dict[int, dict[str, float]] = {}
+        for row in rows:
+            if f"{name}/step" in row:  # what was said of a merge point later has a row of its own
+                merges.setdefault(_counter(row, f"{name}/step", _LARGEST_STEP), {}).update(row)
+        whole = [row for _, row in sorted(merges.items()) if any(key.startswith(f"{name}/{RAW}/") for key in row)]
+        records = list(_records(name, whole, every, average))
     except ValueError as error:
         raise CheckpointError(f"{source} is not what a run writes: {error}. Export the run again.") from error
     if not records:
@@ -85,10 +89,6 @@ def _source(path: Path) -> Path:
         f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one "
         f"of these files."
     )
-
-
-def _is_merge(row: Row, name: str) -> bool:
-    return f"{name}/step" in row and any(key.startswith(f"{name}/{RAW}/") for key in row)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from pretrain_merge.files import untrusted
 RAW = "raw"
 FORECAST = "forecast"
 EVALUATION = "evaluation"
+_AT_END = "at_end"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
@@ -119,6 +120,20 @@ class MergeRecord:
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
                 named |= {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
         return named
+
+    def metrics_to_come(self) -> dict[int, dict[str, float]]:
+        """What is expected of anneals that end later, by the step where they do: `merge/forecast/<name>/at_end/…`.
+
+        There a forecast lies beside what the run came to, and can be held against it.
+        """
+        ahead: dict[int, dict[str, float]] = {}
+        for forecast, expected in self.forecasts.items():
+            for metric, value in expected.items():
+                if value.step > self.step:
+                    key = metric_name(self.name, f"{FORECAST}/{forecast}/{_AT_END}", metric)
+                    named = {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
+                    ahead.setdefault(value.step, {f"{self.name}/step": float(value.step)}).update(named)
+        return ahead
 
     def to_json(self) -> str:
         """One line of JSON. Non-finite numbers become the strings "NaN", "Infinity" and "-Infinity"."""
