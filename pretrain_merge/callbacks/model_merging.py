@@ -62,6 +62,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
+        keep_windows: Of how many checkpoints, the newest, the windows are kept; None: of all that exist.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         on_publish: For each saved model, beside training: a command with {folder}, {step} and {view} in it, which may
             print numbers as JSON, or a function of folder and step that returns some; they are logged at that step.
@@ -99,6 +100,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         stateful_data: str = "refuse",
         on_error: str = "raise",
         window_folder: str | None = None,
+        keep_windows: int | None = None,
         on_missing: str = "error",
         on_publish: str | Callable[[Path, int], Any] | None = None,
         on_publish_timeout: float = 3600.0,
@@ -114,7 +116,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
         merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
-        files = {"save": save, "window_folder": window_folder, "on_missing": on_missing}
+        windows = {"window_folder": window_folder, "keep_windows": keep_windows, "on_missing": on_missing}
+        files = {"save": save} | windows
         command = None if callable(on_publish) else on_publish
         published = {"on_publish": command, "on_publish_timeout": on_publish_timeout}
         shown = {"name": name, "verbose": verbose}

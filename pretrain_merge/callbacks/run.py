@@ -178,8 +178,9 @@ class Run:
         if fit.trainer.is_global_zero:
             files = RunFolder(folder)
             borrowed.callback(files.close)
+        where = Path(fit.config.window_folder or folder / "window")
         self._announcements = Announcements(fit, folder)
-        self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
+        self._kept_window = KeptWindow(fit.trainer, folder, where, keep=fit.config.keep_windows)
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)

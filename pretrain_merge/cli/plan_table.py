@@ -147,6 +147,10 @@ def _files(question: Question, plan: Plan) -> Iterator[Row]:
     yield "slot files on a host", _size(plan.slot_file_bytes_per_host), where
     saved = f"{merging.window} × {total} × {merging.slot_itemsize} bytes, each shard once"
     yield "a window saved to resume from", _size(plan.saved_window_bytes), saved
+    if question.training.total_tokens is not None:
+        number = int(question.training.total_tokens / question.training.tokens_per_step / plan.steps_between_snapshots)
+        most = max(number, merging.window) * plan.saved_window_bytes // merging.window
+        yield "with save_top_k=-1, at most", _size(most), f"{number:,} snapshots in the run; keep_windows bounds it"
     yield "a merged model", _size(plan.merged_model_bytes), f"{total} × {merging.itemsize} bytes"
 
 

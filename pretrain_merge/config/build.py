@@ -115,6 +115,7 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
     _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
+    require(config, "keep_windows", lambda value: value is None or value >= 1, "null or an integer of at least 1")
     require(config, "on_error", lambda value: value in ON_ERROR, " or ".join(ON_ERROR))
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)

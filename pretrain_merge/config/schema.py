@@ -138,6 +138,7 @@ class MergeConfig(WindowConfig):
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them all the same.
         on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; null: `window/` in the run's folder.
+        keep_windows: Of how many checkpoints, the newest, the windows are kept; null: of all that exist.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
         on_publish: A command that is run beside training for each saved model, with {folder}, {step} and {view};
             numbers that it prints as JSON are recorded and logged at that step. null: none.
@@ -153,6 +154,7 @@ class MergeConfig(WindowConfig):
     stateful_data: str = "refuse"
     on_error: str = "raise"
     window_folder: str | None = None
+    keep_windows: int | None = None
     on_missing: str = "error"
     on_publish: str | None = None
     on_publish_timeout: float = 3600.0

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +82,7 @@ class RunHistory:
             self._constant_from = record.step if is_unseen else record.since
             self._why_short = "" if before is None else _why_short(before.phase, before.step, before.lr, record)
         if self._metric in record.raw:
-            self._points.append(record.step, record.raw[self._metric], record.lr, _means(record, self._metric))
+            self._points.append(record.step, record.raw[self._metric], record.lr, partial(_means, record, self._metric))
             self._num_merges += 1
 
     def now(self) -> History:

@@ -175,11 +175,15 @@ def test_many_fits_leave_one_wrapper_of_save_checkpoint(tmp_path):
 
 
 def test_a_run_that_keeps_every_checkpoint_says_what_its_window_takes(tmp_path, caplog):
-    caplog.set_level("INFO", logger="pretrain_merge")
+    caplog.set_level("INFO")
     fit(tmp_path, ModelCheckpoint(tmp_path / "kept", save_top_k=-1))
     said = [text for text in caplog.messages if "save_top_k=-1" in text]
     assert len(said) == 1
-    assert "1.48e-07 GB each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+    assert "148 B each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+    assert "keep_windows" in said[0]
+    caplog.clear()
+    fit(tmp_path / "bounded", ModelCheckpoint(tmp_path / "kept", save_top_k=-1), options={"keep_windows": 2})
+    assert not [text for text in caplog.messages if "save_top_k=-1" in text]
 
 
 @pytest.mark.parametrize("name", ["merged", "window", "Merged.1", "merges.jsonl"])
