@@ -113,21 +113,19 @@ class Announcements:
 
     def _kept(self, sizes: _Sizes) -> str:
         """How much the checkpoints that are configured keep of the window, at most."""
-        checkpoints, limit = self._fit.trainer.checkpoint_callbacks, self._fit.config.keep_windows
-        kept = [getattr(item, "save_top_k", 1) for item in checkpoints]
+        callbacks, limit = self._fit.trainer.checkpoint_callbacks, self._fit.config.keep_windows
+        kept = [getattr(item, "save_top_k", 1) for item in callbacks]
         if -1 in kept and limit is None:
             return (
                 f"save_top_k=-1 keeps every checkpoint, and so every snapshot that one of them needs, "
                 f"{_bytes(sizes.snapshot)} each, at most {self._fit.config.window} new ones for a checkpoint "
                 f"(keep_windows bounds that)"
             )
-        number = (
-            math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in checkpoints)
-        )
-        number = int(min(number, math.inf if limit is None else limit))
-        most = number * self._fit.config.window * sizes.snapshot
+        number = math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in callbacks)
+        number = int(number if limit is None else min(number, limit))
+        most = _bytes(number * self._fit.config.window * sizes.snapshot)
         return (
-            f"snapshots for {number} checkpoints, {_bytes(most)} at most" if number else "no checkpoint needs a window"
+            f"snapshots for {number} checkpoint{'s' * (number > 1)}, {most} at most" if number else "no window is kept"
         )
 
     def _saved(self, sizes: _Sizes) -> str:
