@@ -19,7 +19,7 @@ from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.config import AUTO, MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.config import AUTO, SPAN, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -41,7 +41,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
-            optionally `last`, and the parameters of the kind.
+            optionally `last` or `span`, and the parameters of the kind.
+        span: A view that names no number of snapshots takes the newest that span at most this share of the run since
+            its last break; None: all that are valid.
         average: "last": a snapshot is the model after a step; "block": the mean of the models in the interval.
         sample_every: With "block": steps between the models that enter the mean.
         tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
@@ -82,6 +84,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         start: int | str = 0,
         merge_every: int | str | None = None,
         views: Sequence[str | dict[str, Any]] = ("sma",),
+        span: float | str | None = SPAN,
         average: str = "last",
         sample_every: int = 1,
         tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
@@ -114,7 +117,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         breaks_at = {"lr_tolerance": lr_tolerance, "breaks": breaks}
         tensors = {"parameters": parameters, "merge_buffers": merge_buffers, "batch_norm": batch_norm}
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
-        merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
+        merges = {"merge_every": merge_every, "views": views, "span": span, "tokens_per_batch": tokens}
         measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
         windows = {"window_folder": window_folder, "keep_windows": keep_windows, "on_missing": on_missing}
         files = {"save": save} | windows

@@ -18,6 +18,7 @@ from pretrain_merge.config.schema import (
     AUTO,
     FORECAST_KINDS,
     FORECAST_SHAPES,
+    SPAN,
     BreakConfig,
     ForecastConfig,
     MergeConfig,
@@ -26,12 +27,13 @@ from pretrain_merge.config.schema import (
     WindowConfig,
 )
 from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
-from pretrain_merge.config.views import View, parse_views
+from pretrain_merge.config.views import View, num_in_full_window, parse_views
 
 __all__ = [
     "AUTO",
     "FORECAST_KINDS",
     "FORECAST_SHAPES",
+    "SPAN",
     "BreakConfig",
     "Forecast",
     "ForecastConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "build",
     "did_you_mean",
     "merge_cadence",
+    "num_in_full_window",
     "num_intervals",
     "parse_forecasts",
     "parse_settings",

@@ -47,24 +47,24 @@ class RollingMerger:
             can go on from any of its checkpoints, at the cost of up to `window` snapshots for each.
         on_missing: When `load_state_dict` finds no such window: "error", or "refill", which starts an empty one.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
-            `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`, `batch_norm`,
-            `store`, `store_folder`, `slot_dtype`.
+            `views`, `span`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`,
+            `batch_norm`, `store`, `store_folder`, `slot_dtype`.
 
     Raises:
         ConfigError: An unknown key or an impossible value.
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
-    >>> merger = RollingMerger(window=4, every=10)
-    >>> for step in range(1, 41):
+    >>> merger = RollingMerger(window=4, every=4)
+    >>> for step in range(1, 17):
     ...     with torch.no_grad():
     ...         _ = model.weight.fill_(step)  # stands for an optimizer step
     ...     _ = merger.observe(model, step)
-    >>> with merger.merged(model, "sma"):  # mean of steps 10, 20, 30, 40
+    >>> with merger.merged(model, "sma"):  # mean of steps 4, 8, 12, 16
     ...     model.weight.tolist()
-    [[25.0, 25.0]]
+    [[10.0, 10.0]]
     >>> model.weight.tolist()
-    [[40.0, 40.0]]
+    [[16.0, 16.0]]
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RollingMerger:
             raise ConfigError(f"on_missing: {on_missing!r} is not error or refill.")
         values, notices = parsed.config, WarnOnce()
         self._merge_cadence = parsed.merge_cadence  # when merges are due
-        self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
+        self._views = Views(parsed.views, parsed.cadence, values.average)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
         self._stored = StoredWindow(values, of_masters=masters is not None)  # which snapshots are held, and their bytes

@@ -2,13 +2,25 @@
 
 from pretrain_merge.records.jsonl import append_late, append_record, keep_records_until, read_records
 from pretrain_merge.records.late import PUBLISHED, Late
-from pretrain_merge.records.record import EVALUATION, FORECAST, RAW, Expected, MergeRecord, Metrics, Recipe, metric_name
+from pretrain_merge.records.record import (
+    EVALUATION,
+    FORECAST,
+    RAW,
+    SPAN,
+    Expected,
+    MergeRecord,
+    Metrics,
+    Recipe,
+    metric_name,
+    span_of,
+)
 
 __all__ = [
     "EVALUATION",
     "FORECAST",
     "PUBLISHED",
     "RAW",
+    "SPAN",
     "Expected",
     "Late",
     "MergeRecord",
@@ -19,4 +31,5 @@ __all__ = [
     "keep_records_until",
     "metric_name",
     "read_records",
+    "span_of",
 ]

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import FORECAST, RAW, MergeRecord, Recipe, read_records
+from pretrain_merge.records import FORECAST, RAW, SPAN, MergeRecord, Recipe, read_records
 
-_NESTED = re.compile(r"sma[0-9]+")
+_NESTED = re.compile(r"sma[0-9]*")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
@@ -180,6 +180,10 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
     step = _counter(row, f"{name}/step", _LARGEST_STEP)
     window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
     raw = measured.pop(RAW)
+    spans = {view: _counter(values, SPAN, _LARGEST_STEP) for view, values in measured.items() if SPAN in values}
+    for values in measured.values():
+        values.pop(SPAN, None)  # told from the steps of a recipe
+    numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
     return MergeRecord(
         name=name,
         step=step,
@@ -189,7 +193,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
         views=measured,
-        recipes=dict(_recipes(measured, step, window, every)) if every is not None else {},
+        recipes=dict(_recipes(numbers, step, every or 0)),
         average=average,
     )
 
@@ -201,15 +205,24 @@ def _counter(row: Row, key: str, most: int) -> int:
     return int(value)
 
 
-def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterator[tuple[str, Recipe]]:
-    """Of the plain means; coefficients of other kinds are not in an export."""
-    num_snapshots = 0
+def _numbers(
+    views: Iterable[str], window: int, spans: Mapping[str, int], every: int, average: str
+) -> Iterator[tuple[str, int]]:
+    """How many snapshots each plain mean holds; coefficients of other kinds are not in an export."""
     for view in views:
         kind = view.removeprefix(f"{FORECAST}/")
         digits = kind.removeprefix("sma")
         if not kind.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
             continue
-        number = int(digits or window)
+        if view in spans:  # older exports do not say it
+            yield view, round(spans[view] / every) + (average == "last")
+        else:
+            yield view, int(digits or window)
+
+
+def _recipes(numbers: Iterable[tuple[str, int]], step: int, every: int) -> Iterator[tuple[str, Recipe]]:
+    num_snapshots = 0
+    for view, number in numbers:
         if number > _LARGEST_WINDOW:
             raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
         num_snapshots += number

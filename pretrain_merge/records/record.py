@@ -16,6 +16,7 @@ from pretrain_merge.files import untrusted
 RAW = "raw"
 FORECAST = "forecast"
 EVALUATION = "evaluation"
+SPAN = "span"
 _AT_END = "at_end"
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
@@ -33,6 +34,16 @@ class Recipe:
 
     steps: tuple[int, ...]
     coefficients: tuple[float, ...]
+
+
+def span_of(steps: Sequence[int], average: str) -> float:
+    """Steps between the oldest and the newest snapshot; block means reach one interval further back.
+
+    >>> span_of((100, 200, 300), "last"), span_of((100, 200, 300), "block")
+    (200.0, 300.0)
+    """
+    between = float(steps[-1] - steps[0])
+    return between * len(steps) / (len(steps) - 1) if average == "block" and len(steps) > 1 else between
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class MergeRecord:
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
+        for view, recipe in self.recipes.items():
+            named[metric_name(self.name, view, SPAN)] = span_of(recipe.steps, self.average)
         for forecast, expected in self.forecasts.items():
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)

@@ -132,6 +132,8 @@ def test_all_of_a_merge_point_is_in_callback_metrics_and_in_one_line(tmp_path):
         "merge/raw/val_loss": line["raw"]["val_loss"],
         "merge/sma/val_loss": line["views"]["sma"]["val_loss"],
         "merge/wma/val_loss": line["views"]["wma"]["val_loss"],
+        "merge/sma/span": 4,
+        "merge/wma/span": 4,
     }
     published = {key: float(value) for key, value in own.callback_metrics.items() if key.startswith("merge/")}
     assert published == expected

@@ -315,19 +315,19 @@ def test_the_nearest_name_is_offered_only_where_one_is_near():
 
 def test_shorthands_of_views_are_spelt_out():
     assert views_of("sma", "sma4", "wma", "ema", "ema6", "wsm") == (
-        View("sma", "sma"),
+        View("sma", "sma", span=0.06),
         View("sma4", "sma", 4),
-        View("wma", "wma"),
-        View("ema", "ema", None, {"alpha": 0.2}),
+        View("wma", "wma", span=0.06),
+        View("ema", "ema", None, {"alpha": 0.2}, 0.06),
         View("ema6", "ema", 6, {"alpha": 0.2}),
-        View("wsm", "decay", None, {"shape": "1-sqrt"}),
+        View("wsm", "decay", None, {"shape": "1-sqrt"}, 0.06),
     )
 
 
 def test_a_mapping_names_a_view_its_kind_its_length_and_its_parameters():
     assert views_of({"name": "cos4", "kind": "decay", "last": 4, "shape": "cosine"}, {"name": "wma"}) == (
         View("cos4", "decay", 4, {"shape": "cosine"}),
-        View("wma", "wma"),
+        View("wma", "wma", span=0.06),
     )
 
 
@@ -404,3 +404,20 @@ def test_the_length_of_a_forecast_is_counted_like_snapshots():
 def test_a_forecast_that_cannot_be_made_is_refused_with_its_path(forecast, message):
     with pytest.raises(ConfigError, match=message):
         build(MergeConfig, {"window": 11, "every": 100, "forecast": forecast})
+
+
+@pytest.mark.parametrize("given", [0.2, "20%", "20 %"])
+def test_a_share_of_the_run_is_a_number_or_a_percentage(given):
+    config = build(MergeConfig, {"span": given, "views": ["sma", "sma4", {"name": "all", "kind": "wma", "span": None}]})
+    assert [view.span for view in parse_views(config)] == [0.2, None, None]
+
+
+@pytest.mark.parametrize("given", [0, -0.1, 1.5, 12, "12", "120%", "0%", "x", True, [], float("nan"), 10**400])
+def test_what_is_not_a_share_of_a_run_is_refused_with_the_ways_to_write_one(given):
+    with pytest.raises(ConfigError, match=r"^span: .* Allowed: above 0 and up to 1, or null .* 0\.06 or '6%'\.$"):
+        build(MergeConfig, {"span": given})
+
+
+def test_a_view_has_a_number_of_snapshots_or_a_share_of_the_run():
+    with pytest.raises(ConfigError, match=r"^views\[0\]\.span: 0\.2, and the view is of exactly 4 snapshots\."):
+        build(MergeConfig, {"views": [{"name": "both", "kind": "sma", "last": 4, "span": 0.2}]})

@@ -36,6 +36,7 @@ def test_metrics_have_the_names_that_charts_overlay():
     assert RECORD.metrics() == {
         "merge/raw/val_loss": 2.0,
         "merge/sma/val_loss": 1.5,
+        "merge/sma/span": 300.0,
         "merge/sma2/val_loss": 1.75,
         "merge/step": 400.0,
         "merge/tokens": 409_600.0,
