@@ -4,20 +4,10 @@ This module knows shares of a run and sentences. It knows no tensors and no merg
 """
 
 import math
-from typing import Any
 
 from pretrain_merge.cadence import Quantity, Share
 from pretrain_merge.config import SPAN, View, WindowSettings
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
-
-
-def steps_of(trainer: Any) -> float:
-    """Optimizer steps of a whole run, as far as its Trainer says; infinite where it does not."""
-    if trainer.max_steps > 0:
-        return float(trainer.max_steps)
-    if trainer.max_epochs in (None, -1):
-        return math.inf
-    return float(trainer.num_training_batches * trainer.max_epochs / trainer.accumulate_grad_batches)
 
 
 def why_too_wide(settings: WindowSettings, num_steps: float) -> str | None:

@@ -15,7 +15,6 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from pretrain_merge.cadence import Progress, Quantity
-from pretrain_merge.callbacks.advice import steps_of
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.errors import printable
@@ -189,7 +188,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     # the first multiple of merges past the first snapshot, and the snapshot that sees it crossed
     multiple = merging.due_after(at(max(first, before)), since=origin).amount
     due = cadence.due_after(at(multiple - 1), since=origin)
-    last = steps_of(fit.trainer)
+    last = last_step(fit.trainer)
     if unit != "steps" or math.isinf(last):
         return due, None
     begin, end = at(max(first, before)), at(int(last))
@@ -200,6 +199,15 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     multiples = merging.index(newest, since=origin) - merging.index(begin, since=origin)
     # where intervals grow past those of merges, one snapshot sees several multiples crossed: so many at most
     return due, min(number, multiples)
+
+
+def last_step(trainer: Any) -> float:
+    """The last step of `fit` by what the Trainer was told; infinite where it was told nothing."""
+    by_steps = float(trainer.max_steps) if trainer.max_steps > 0 else math.inf
+    if trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches):
+        return by_steps
+    batches = trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return min(by_steps, float(batches))
 
 
 def _sizes(module: Any, live: Mapping[str, torch.Tensor], dtype: str | None) -> _Sizes:

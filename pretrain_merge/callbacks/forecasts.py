@@ -146,7 +146,9 @@ def _halved(own: Sequence[View], config: MergeConfig) -> list[View]:
 
     One more mean is one more evaluation at each merge point; a quarter would make the forecast hardly better.
     """
-    number = num_in_full_window(own[0], config) if own else config.window
+    if not own:  # whoever wants other kinds only pays for no mean unasked
+        return []
+    number = num_in_full_window(own[0], config)
     if number is None:  # its length follows the age of the run, and so must the half of it
         return [View(f"{FORECAST}/sma", "sma", span=(own[0].span or 1.0) / 2)]
     more = int(config.average == "last")

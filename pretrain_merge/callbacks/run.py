@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge.callbacks import advice, merge_point
-from pretrain_merge.callbacks.announcements import Announcements, why_no_merge
+from pretrain_merge.callbacks.announcements import Announcements, last_step, why_no_merge
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
@@ -187,7 +187,7 @@ class Run:
             if monitors.checkpoints:
                 self._announcements.monitored()
             self._announcements.begin(self.merger, state.progress)
-            if wide := advice.why_too_wide(fit.settings, advice.steps_of(fit.trainer)):
+            if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
                 fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
             self._identity = start.open_folder(files, until=until, read=forecasts.append)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain_merge.callbacks.advice import steps_of, why_too_wide
+from pretrain_merge.callbacks.advice import why_too_wide
+from pretrain_merge.callbacks.announcements import last_step
 from pretrain_merge.config import parse_settings
 
 
@@ -57,4 +58,4 @@ def test_a_run_of_a_few_steps_and_one_without_an_end_are_left_in_peace():
     ],
 )
 def test_the_length_of_a_run_is_what_its_trainer_says(given, steps):
-    assert steps_of(SimpleNamespace(num_training_batches=100, accumulate_grad_batches=4, **given)) == steps
+    assert last_step(SimpleNamespace(num_training_batches=100, accumulate_grad_batches=4, **given)) == steps
