@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Progress
-from pretrain_merge.config import View, did_you_mean
+from pretrain_merge.config import SPAN, View, did_you_mean
 from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
 from pretrain_merge.records import FORECAST, Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
@@ -101,7 +101,9 @@ class Views:
         if share is None:
             return valid
         steps = [item.progress.step for item in valid]
-        at_most = max(share * (steps[-1] - since.step), ALWAYS_ALLOWED)
+        # a mean over half of another's share is half as long from the start
+        least = ALWAYS_ALLOWED * min(1.0, share / SPAN)
+        at_most = max(share * (steps[-1] - since.step), least)
         candidates = range(len(steps) - _SMALLEST)
         first = bisect_left(candidates, True, key=lambda index: span_of(steps[index:], self._average) <= at_most)
         return valid[first:]

@@ -26,7 +26,7 @@ FORECASTS = {
     "ahead": {"steps": 8, "kind": "forecast"},
     "now": {"steps": 16, "kind": "nowcast", "shape": "cosine", "coverage": 0.8},
 }
-OPTIONS = {"window": 9, "every": 2, "merge_every": 8, "forecast": FORECASTS}
+OPTIONS = {"window": 9, "every": 2, "merge_every": 8, "span": None, "forecast": FORECASTS}
 
 
 class NoisyRegression(pl.LightningModule):
@@ -207,3 +207,11 @@ def test_a_csv_gives_the_means_back_that_a_forecast_reads(tmp_path):
     assert read[-1].recipes["forecast/sma5"] == records[-1].recipes["forecast/sma5"]
     last = records[-1].forecasts["now"]["val_loss"]
     assert forecast_anneal(read, steps=16, kind="nowcast").mean == pytest.approx(last.mean, rel=1e-6)
+
+
+def test_the_mean_of_a_forecast_that_nobody_asked_for_spans_half_of_what_the_users_spans(tmp_path):
+    fit(tmp_path, forecast="auto", window=20, every=1, merge_every=40, span=0.2, max_steps=160)
+    last = read_records(tmp_path / "merges.jsonl")[-1]
+    lengths = {view: recipe.steps[-1] - recipe.steps[0] for view, recipe in last.recipes.items()}
+    assert lengths == {"sma": 19, "forecast/sma": 16}
+    assert last.forecasts["ahead"]["val_loss"].step == 160 + 19
