@@ -16,12 +16,15 @@ from pretrain_merge.callbacks.both_libraries import CALLBACKS
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.fits import Fits
 from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.lightning_cli import explain_errors
 from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.config import AUTO, SPAN, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
+
+explain_errors()  # LightningCLI imports this module while it reads what to build
 
 _INPUT_IDS = "input_ids"
 _MAPPINGS = ("breaks", "parameters", "save")  # None stands for an empty one

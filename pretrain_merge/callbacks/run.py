@@ -6,6 +6,7 @@ things and nothing of how a merge is computed or measured; Lightning's hooks are
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import RAW, MergeRecord, Recipe
+from pretrain_merge.records.thinning import History
 from pretrain_merge.runtime import ranks
 
 
@@ -130,6 +132,7 @@ class Run:
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
         self._on_publish.finish()
+        self._publisher.finish()
         self._merged_models.drop_unused()
         self._announcements.end(self.last_record, self.best_model_path)
         if not self._last_merge:
@@ -190,9 +193,17 @@ class Run:
             if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
                 fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
-            self._identity = start.open_folder(files, until=until, read=forecasts.append)
+            history = History()
+
+            def read(record: MergeRecord) -> None:
+                forecasts.append(record)
+                history.append(record)
+
+            self._identity = start.open_folder(files, until=until, read=read)
+            if files is not None:
+                files.keep_config(asdict(fit.config))
             self._merged_models = start.merged_models()
-            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl", history)
             self._on_publish = OnPublish(fit, self._publisher.publish_late)
             borrowed.callback(self._on_publish.close)
             self._merged_models.users = self._on_publish

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import Advice, Cost, Plan, Question
 from pretrain_merge.plan.costs import COPIES_IN_TRAINING, STEP
 from pretrain_merge.plan.times import Move
+from pretrain_merge.records.tables import require_rich
 from pretrain_merge.stores.budget import DEVICE_SHARE, HOST_SHARE
 
 if TYPE_CHECKING:
@@ -28,13 +28,10 @@ def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
     Raises:
         MissingDependencyError: rich is not installed.
     """
-    try:
-        from rich.box import SIMPLE
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
+    require_rich()
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     table = Table(box=SIMPLE, title=_title(question), title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("what")
     table.add_column("how much", justify="right", no_wrap=True)

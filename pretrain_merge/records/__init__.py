@@ -3,21 +3,26 @@
 from pretrain_merge.records.jsonl import append_late, append_record, keep_records_until, read_records
 from pretrain_merge.records.late import PUBLISHED, Late
 from pretrain_merge.records.record import (
+    AT_END,
     EVALUATION,
     FORECAST,
+    GAP_CLOSED,
     RAW,
     SPAN,
     Expected,
     MergeRecord,
     Metrics,
     Recipe,
+    gaps_closed,
     metric_name,
     span_of,
 )
 
 __all__ = [
+    "AT_END",
     "EVALUATION",
     "FORECAST",
+    "GAP_CLOSED",
     "PUBLISHED",
     "RAW",
     "SPAN",
@@ -28,6 +33,7 @@ __all__ = [
     "Recipe",
     "append_late",
     "append_record",
+    "gaps_closed",
     "keep_records_until",
     "metric_name",
     "read_records",

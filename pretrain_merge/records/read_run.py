@@ -14,7 +14,17 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import FORECAST, RAW, SPAN, MergeRecord, Recipe, read_records
+from pretrain_merge.records import (
+    AT_END,
+    FORECAST,
+    GAP_CLOSED,
+    RAW,
+    SPAN,
+    Expected,
+    MergeRecord,
+    Recipe,
+    read_records,
+)
 
 _NESTED = re.compile(r"sma[0-9]*")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
@@ -65,12 +75,14 @@ def read_run(
         )
     rows = _csv_rows(source) if source.suffix == ".csv" else _wandb_rows(source)
     try:
-        merges: dict[int, dict[str, float]] = {}
+        merges: dict[int, Row] = {}
         for row in rows:
-            if f"{name}/step" in row:  # what was said of a merge point later has a row of its own
-                merges.setdefault(_counter(row, f"{name}/step", _LARGEST_STEP), {}).update(row)
-        whole = [row for _, row in sorted(merges.items()) if any(key.startswith(f"{name}/{RAW}/") for key in row)]
-        records = list(_records(name, whole, every, average))
+            if f"{name}/step" in row:  # numbers of a published model come later, at the step of its merge
+                step = _counter(row, f"{name}/step", _LARGEST_STEP)
+                merges[step] = {**merges.get(step, {}), **row}
+        records = list(
+            _records(name, [row for _, row in sorted(merges.items()) if _is_merge(row, name)], every, average)
+        )
     except ValueError as error:
         raise CheckpointError(f"{source} is not what a run writes: {error}. Export the run again.") from error
     if not records:
@@ -89,6 +101,10 @@ def _source(path: Path) -> Path:
         f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one "
         f"of these files."
     )
+
+
+def _is_merge(row: Row, name: str) -> bool:
+    return any(key.startswith(f"{name}/{RAW}/") for key in row)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -168,14 +184,19 @@ def _records(name: str, rows: Iterable[Row], every: int | None, average: str) ->
 
 def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord:
     measured: dict[str, dict[str, float]] = {}
+    forecasts: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         prefix, _, rest = key.partition("/")
         model, _, metric = rest.partition("/")
-        if model == FORECAST:  # the means that forecasts read are under it, beside the forecasts
-            nested, _, metric = metric.partition("/")
-            model = f"{FORECAST}/{nested}"
-            metric = metric if _NESTED.fullmatch(nested) else ""
-        if prefix == name and metric:
+        if prefix != name or not metric or metric.startswith(f"{GAP_CLOSED}/"):
+            continue
+        if model == FORECAST:
+            forecast, _, metric = metric.partition("/")
+            if _NESTED.fullmatch(forecast):  # a mean that forecasts read, beside the forecasts
+                measured.setdefault(f"{FORECAST}/{forecast}", {})[metric] = value
+            elif not metric.startswith(f"{AT_END}/"):  # of a forecast that was made before
+                forecasts.setdefault(forecast, {})[metric] = value
+        else:
             measured.setdefault(model, {})[metric] = value
     step = _counter(row, f"{name}/step", _LARGEST_STEP)
     window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
@@ -194,8 +215,19 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         raw=raw,
         views=measured,
         recipes=dict(_recipes(numbers, step, every or 0)),
+        forecasts={key: _expected(values, step) for key, values in forecasts.items()},
         average=average,
     )
+
+
+def _expected(values: Row, step: int) -> dict[str, Expected]:
+    """A forecast by its metric; a run of an earlier version did not say where its anneal ends."""
+    end = _counter({"step": step, **values}, "step", _LARGEST_STEP)
+    return {
+        metric: Expected(mean, values[f"{metric}/low"], values[f"{metric}/high"], end)
+        for metric, mean in values.items()
+        if {f"{metric}/low", f"{metric}/high"} <= values.keys()
+    }
 
 
 def _counter(row: Row, key: str, most: int) -> int:

@@ -15,9 +15,11 @@ from pretrain_merge.files import untrusted
 
 RAW = "raw"
 FORECAST = "forecast"
+GAP_CLOSED = "gap_closed"
 EVALUATION = "evaluation"
 SPAN = "span"
-_AT_END = "at_end"
+AT_END = "at_end"
+_END = "step"  # of a forecast: where its anneal ends
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
@@ -132,6 +134,9 @@ class MergeRecord:
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
                 named |= {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
+                named[metric_name(self.name, f"{FORECAST}/{forecast}", _END)] = float(value.step)
+        for view, shares in gaps_closed(self).items():
+            named |= {metric_name(self.name, view, f"{GAP_CLOSED}/{name}"): share for name, share in shares.items()}
         return named
 
     def metrics_to_come(self) -> dict[int, dict[str, float]]:
@@ -143,7 +148,7 @@ class MergeRecord:
         for forecast, expected in self.forecasts.items():
             for metric, value in expected.items():
                 if value.step > self.step:
-                    key = metric_name(self.name, f"{FORECAST}/{forecast}/{_AT_END}", metric)
+                    key = metric_name(self.name, f"{FORECAST}/{forecast}/{AT_END}", metric)
                     named = {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
                     ahead.setdefault(value.step, {f"{self.name}/step": float(value.step)}).update(named)
         return ahead
@@ -188,6 +193,28 @@ class MergeRecord:
 @cache
 def _known_fields() -> frozenset[str]:
     return frozenset(item.name for item in fields(MergeRecord))
+
+
+def gaps_closed(record: MergeRecord) -> dict[str, dict[str, float]]:
+    """How much of the way from raw to a forecast each view has gone: `(raw - view) / (raw - forecast)`, of one metric.
+
+    0 is no better than raw, 1 as good as the anneal that is expected, below 0 worse than raw. A share is given only
+    where the forecast's whole interval is below raw: else the way itself is not known to be one, and its length, by
+    which the share is divided, may be anything down to 0.
+
+    Returns:
+        By view and forecast. A forecast is of one metric, a loss.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for name, expected in record.forecasts.items():
+        for metric, value in expected.items():
+            raw = record.raw.get(metric, math.nan)
+            if not (value.high < raw and value.mean < raw and math.isfinite(raw - value.mean)):
+                continue
+            for view, measured in record.shown.items():
+                if metric in measured:
+                    shares.setdefault(view, {})[name] = (raw - measured[metric]) / (raw - value.mean)
+    return shares
 
 
 def metric_name(name: str, model: str, metric: str) -> str:

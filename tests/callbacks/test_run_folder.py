@@ -81,7 +81,7 @@ def test_a_run_that_left_nothing_leaves_no_identity_however_often_it_starts(tmp_
     kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
     for _ in range(3):
         fit(tmp_path, kept, max_steps=1)
-        assert sorted(path.name for path in tmp_path.glob("merge*")) == ["merges.run.json"]
+        assert sorted(path.name for path in tmp_path.glob("merge*")) == ["merges.config.yaml", "merges.run.json"]
     fit(tmp_path, seed=2)  # another run begins, and leaves records
     others = (tmp_path / "merges.jsonl").read_text()
     fit(tmp_path, kept, ckpt_path=tmp_path / "kept" / "last.ckpt")

@@ -231,13 +231,25 @@ def test_evaluators_that_are_no_functions_by_name_are_refused(evaluators):
         ModelMerging(evaluators=evaluators)
 
 
-def test_lightning_cli_names_a_misspelt_key(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"windw": 3}, "windw: unknown key; did you mean 'window'?"),
+        ({"window": "five"}, "window: Value 'five' of type 'str' could not be converted"),
+        ({"window": 0}, "window: 0 is out of range. Allowed: an integer from 2 to 10000."),
+        ({"save": {"bst": "val_loss"}}, "save.bst: unknown key; did you mean 'best'?"),
+        ({"views": ["smaa"]}, "views"),
+    ],
+)
+def test_p40_lightning_cli_ends_with_our_sentence_first(tmp_path, capsys, keys, sentence):
     cli = pytest.importorskip("lightning.pytorch.cli")
-    callback = {"class_path": "pretrain_merge.ModelMerging", "init_args": {"windw": 3}}
+    callback = {"class_path": "pretrain_merge.ModelMerging", "init_args": keys}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"trainer": {"callbacks": [callback]}}))
     with pytest.raises(SystemExit):
         cli.LightningCLI(BoringModel, args=["--config", str(tmp_path / "config.yaml")], run=False)
-    assert "Option 'windw' is not accepted" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert f"\nerror: {sentence}" in said
 
 
 def test_blocks_that_no_sample_falls_into_are_refused():

@@ -291,8 +291,8 @@ FAULTS = (
     Fault(
         "a view takes the oldest snapshots",
         "merging/views.py",
-        "chosen = valid[-(view.last or window.size) :]",
-        "chosen = valid[: (view.last or window.size)]",
+        "valid[-(view.last or window.size) :]",
+        "valid[: (view.last or window.size)]",
         _MERGER,
     ),
     Fault(
@@ -829,8 +829,8 @@ FAULTS = (
     Fault(
         "W&B draws against its own step",
         "records/loggers.py",
-        "step_metric=prefix + axes[0]",
-        "step_metric=None",
+        '{"step_metric": prefix + axes[0]}',
+        "{}",
         "tests/records/test_loggers.py",
     ),
     Fault(
@@ -1186,6 +1186,55 @@ FAULTS = (
         "rows = measured if at_most is None else",
         "rows = measured if True else",
         "tests/cli/test_main.py",
+    ),
+    Fault(
+        "a name of a record ends the page's data and begins a script",
+        "records/report.py",
+        '.replace("<", "\\u003c")',
+        "",
+        "tests/records/test_report.py",
+    ),
+    Fault(
+        "a name of a record is markup in the page's tables",
+        "records/report_sections.py",
+        "    return html.escape(shown if len(shown) <= longest else",
+        "    return (shown if len(shown) <= longest else",
+        "tests/records/test_report.py",
+    ),
+    Fault(
+        "a file's name is a scheme in the page's links",
+        "records/disk_use.py",
+        'link = "./" + quote(',
+        "link = (",
+        "tests/records/test_report.py",
+    ),
+    Fault(
+        "a gap is closed to a forecast that may be no better than raw",
+        "records/record.py",
+        "if not (value.high < raw and value.mean < raw and",
+        "if not (value.mean < raw and",
+        "tests/records/test_record.py",
+    ),
+    Fault(
+        "a picture is drawn at every merge",
+        "records/showcase.py",
+        "if self._clock() >= self._due:",
+        "if True:",
+        "tests/records/test_showcase.py",
+    ),
+    Fault(
+        "the configuration of a run takes a key of the user's",
+        "records/loggers.py",
+        'config.update({f"{name}/config":',
+        "config.update({name:",
+        "tests/records/test_loggers.py",
+    ),
+    Fault(
+        "a narrow terminal cuts numbers off",
+        "cli/report.py",
+        "if number <= 1 or Measurement",
+        "if True or Measurement",
+        "tests/cli/test_report.py",
     ),
     Fault(
         "the smallest accuracy is the best",
