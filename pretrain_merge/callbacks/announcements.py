@@ -15,8 +15,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from pretrain_merge.cadence import Progress, Quantity
+from pretrain_merge.callbacks import advice
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.errors import printable
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import whole_sizes
@@ -51,12 +53,13 @@ class Announcements:
         self._fit, self._folder = fit, folder
         self._num_merges = self._num_failed = 0
 
-    def begin(self, merger: RollingMerger, since: Progress) -> None:
+    def begin(self, merger: RollingMerger, since: Progress, monitors: Monitors) -> None:
         """Say what will be kept, merged and written. Collective.
 
         Args:
             merger: With the window that the run starts from.
             since: Counters at which it starts or goes on.
+            monitors: What monitors metrics of ours.
         """
         config, live = self._fit.config, merger.tensors(self._fit.module)
         sizes = _sizes(self._fit.module, live, config.slot_dtype)
@@ -69,14 +72,14 @@ class Announcements:
         )
         self._say(self._when(merger, since))
         self._say(f"files go to {self._folder}: {self._kept(sizes)}; {self._saved(sizes)}.")
-
-    def monitored(self) -> None:
-        """Say what a `ModelCheckpoint` on one of our metrics keeps."""
-        self._fit.notices.warn(
-            "monitor",
-            f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
-            f"the best merged model is kept in {self._folder / 'merged'} by save: {{best: <metric>}}.",
-        )
+        if monitors.checkpoints:
+            self._fit.notices.warn(
+                "monitor",
+                f"a ModelCheckpoint monitors a metric of {config.name!r}. Its checkpoints hold RAW weights; "
+                f"the best merged model is kept in {self._folder / 'merged'} by save: {{best: <metric>}}.",
+            )
+        if wide := advice.why_too_wide(self._fit.settings, last_step(self._fit.trainer)):
+            self._fit.notices.warn("wide", wide)
 
     def merged(self, record: MergeRecord) -> None:
         """One line for a merge, where the user wants one."""
@@ -97,6 +100,12 @@ class Announcements:
         else:
             self._say(f"records: {self._folder}. No best model was kept; save: {{best: <metric>}} keeps it.")
 
+    def no_merge(self, merger: RollingMerger, clock: Clock) -> None:
+        """Training has ended without a merge: say why."""
+        why = _why_no_merge(merger, clock)
+        text = f"training ended at step {clock.progress.step} without a merge: {why}"
+        self._fit.notices.warn("no merge", text)
+
     def _say(self, text: str) -> None:
         rank_zero_info(printable(f"{self._fit.config.name}: {text}"))
 
@@ -113,21 +122,19 @@ class Announcements:
 
     def _kept(self, sizes: _Sizes) -> str:
         """How much the checkpoints that are configured keep of the window, at most."""
-        checkpoints, limit = self._fit.trainer.checkpoint_callbacks, self._fit.config.keep_windows
-        kept = [getattr(item, "save_top_k", 1) for item in checkpoints]
+        callbacks, limit = self._fit.trainer.checkpoint_callbacks, self._fit.config.keep_windows
+        kept = [getattr(item, "save_top_k", 1) for item in callbacks]
         if -1 in kept and limit is None:
             return (
                 f"save_top_k=-1 keeps every checkpoint, and so every snapshot that one of them needs, "
                 f"{_bytes(sizes.snapshot)} each, at most {self._fit.config.window} new ones for a checkpoint "
                 f"(keep_windows bounds that)"
             )
-        number = (
-            math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in checkpoints)
-        )
-        number = int(min(number, math.inf if limit is None else limit))
-        most = number * self._fit.config.window * sizes.snapshot
+        number = math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in callbacks)
+        number = int(number if limit is None else min(number, limit))
+        most = _bytes(number * self._fit.config.window * sizes.snapshot)
         return (
-            f"snapshots for {number} checkpoints, {_bytes(most)} at most" if number else "no checkpoint needs a window"
+            f"snapshots for {number} checkpoint{'s' * (number > 1)}, {most} at most" if number else "no window is kept"
         )
 
     def _saved(self, sizes: _Sizes) -> str:
@@ -153,7 +160,7 @@ class Announcements:
         return next((reason.removesuffix(".") for reason in reasons if reason), "none was asked for")
 
 
-def why_no_merge(merger: RollingMerger, clock: Clock) -> str:
+def _why_no_merge(merger: RollingMerger, clock: Clock) -> str:
     """Why training ended without a merge."""
     if clock.num_batches and not clock.num_steps:
         return (

@@ -5,13 +5,13 @@ This module knows the key `forecast` of the configuration and the run's history;
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.config import Forecast, Settings, View, num_in_full_window
+from pretrain_merge.config import Forecast, MergeConfig, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
 from pretrain_merge.merging.best_span import nested
@@ -49,15 +49,20 @@ class RunForecasts:
     @cached_property
     def views(self) -> tuple[View, ...]:
         """Means that only forecasts and `auto` need: nested spans, under the forecasts' name, not saved."""
-        config = self._settings.config
-        measured = {num_in_full_window(view, config) for view in self._settings.views if view.kind == "sma"}
+        config, forecasts = self._settings.config, self._settings.forecasts.values()
+        own = [view for view in self._settings.views if view.kind == "sma"]
         needed = {
             number
-            for forecast in self._settings.forecasts.values()
-            for number in _numbers(forecast, window=config.window, average=config.average)
+            for forecast in forecasts
+            if forecast.num_intervals is not None
+            for number in spans(forecast.num_intervals, window=config.window, average=config.average)
         }
         needed |= set(nested(config.window, config.average)) if self._chooses_spans else set()
-        return tuple(View(f"{FORECAST}/sma{number}", "sma", number) for number in sorted(needed - measured))
+        means = [View(f"{FORECAST}/sma{number}", "sma", number) for number in sorted(needed)]
+        if any(forecast.num_intervals is None for forecast in forecasts):
+            means += [view for view in _halved(own, config) if view not in means]
+        measured = {num_in_full_window(view, config) for view in own}
+        return tuple(view for view in means if view.last is None or view.last not in measured)
 
     def reads(self, record: MergeRecord | None) -> bool:
         """Whether a forecast may read what is measured at merge points like this one; None: none was measured yet."""
@@ -146,13 +151,19 @@ class RunForecasts:
         return max(1, round(intervals * (taken[-1] - taken[0]) / (len(taken) - 1)))
 
 
-def _numbers(forecast: Forecast, *, window: int, average: str) -> Iterable[int]:
-    """How many snapshots the means must hold that a forecast reads."""
-    if forecast.num_intervals is not None:
-        return spans(forecast.num_intervals, window=window, average=average)
-    # where nobody asked, one mean besides the user's own: each costs an evaluation at every merge point
-    whole = window - (average == "last")
-    return spans(whole, window=window, average=average)[-2:]
+def _halved(own: Sequence[View], config: MergeConfig) -> list[View]:
+    """What a forecast that nobody asked for reads: the user's own mean, and one over half of what it spans.
+
+    One more mean is one more evaluation at each merge point; a quarter would make the forecast hardly better.
+    """
+    if not own:  # whoever wants other kinds only pays for no mean unasked
+        return []
+    number = num_in_full_window(own[0], config)
+    if number is None:  # its length follows the age of the run, and so must the half of it
+        return [View(f"{FORECAST}/sma", "sma", span=(own[0].span or 1.0) / 2)]
+    more = int(config.average == "last")
+    numbers = spans(number - more, window=config.window, average=config.average)[-2:]
+    return [View(f"{FORECAST}/sma{number}", "sma", number) for number in numbers]
 
 
 def _refuse_no_loss(record: MergeRecord) -> str:

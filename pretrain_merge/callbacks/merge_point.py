@@ -5,7 +5,7 @@ where its record goes, is the callback's business.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,7 +35,6 @@ def measured(
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
-    besides: Collection[str] = (),
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -49,7 +48,6 @@ def measured(
         notices: What the user was told already.
         keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
             may be missing, since an evaluation failed.
-        besides: Views that nobody configured; one that makes the merge of another is not measured again.
 
     Returns:
         The record; None where a signal ended the evaluation early.
@@ -62,8 +60,8 @@ def measured(
         notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
     recipes: dict[str, Recipe] = {}
     metrics: dict[str, dict[str, float]] = {}
-    stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
     known: dict[Recipe, dict[str, float]] = {}
+    stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
     isolated = evaluate.isolated(
         trainer,
         module,
@@ -86,7 +84,7 @@ def measured(
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
                     # a limited `sma` and a forecast's mean are often one merge; a user's evaluator sees each view
-                    same = known.get(recipes[view]) if view in besides else None
+                    same = known.get(recipes[view]) if view.startswith(f"{FORECAST}/") else None
                     metrics[view] = dict(same) if same is not None else failures.measured(measure, view)
                     known[recipes[view]] = metrics[view]
                     stopwatch.lap(f"evaluate_{view}")

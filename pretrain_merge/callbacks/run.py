@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge.callbacks import advice, merge_point
-from pretrain_merge.callbacks.announcements import Announcements, last_step, why_no_merge
+from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks.announcements import Announcements
 from pretrain_merge.callbacks.auto_spans import AutoSpans
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
@@ -64,27 +64,20 @@ class Run:
         start = Start(fit, plain)
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
-        forecasts = fit.forecasts.of_a_run()
-        self._forecasts, self._auto = forecasts, AutoSpans(fit.settings)
+        self._forecasts = forecasts = fit.forecasts.of_a_run()
+        self._auto = AutoSpans(fit.settings)
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
             self.merger.watch(fit.module, fit.trainer.optimizers)
             self.merger.resume_from(state.progress)
-            self.clock = Clock(
-                fit.settings.cadences,
-                fit.tokens_per_batch,
-                state.progress,
-                state.pending,
-                state.lr,
-                share=evaluate.data_share(fit.trainer),
-            )
+            share, counters = evaluate.data_share(fit.trainer), (state.progress, state.pending, state.lr)
+            self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, *counters, share=share)
             steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             if self._may_change_weights_after_us:
-                loop = fit.trainer.fit_loop.epoch_loop
-                borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
+                borrowed.enter_context(wrapped(fit.trainer.fit_loop.epoch_loop, "on_advance_end", self._after_batch))
             monitors = Monitors(fit.trainer, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             with ranks.all_or_none("open the run's folder"):
@@ -139,8 +132,7 @@ class Run:
         if best_here := ranks.gather(self._auto.advice())[0]:
             self._fit.notices.warn("auto", best_here)
         if not self._last_merge:
-            why, step = why_no_merge(self.merger, self.clock), self.clock.progress.step
-            self._fit.notices.warn("no merge", f"training ended at step {step} without a merge: {why}")
+            self._announcements.no_merge(self.merger, self.clock)
 
     def state(self, *, lost: str = "") -> dict[str, Any]:
         """The state as it is now, as plain values; writes the files that it refers to.
@@ -190,11 +182,7 @@ class Run:
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
-            if monitors.checkpoints:
-                self._announcements.monitored()
-            self._announcements.begin(self.merger, state.progress)
-            if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
-                fit.notices.warn("wide", wide)
+            self._announcements.begin(self.merger, state.progress, monitors)
             until = state.progress.step - self._owes_merge
             history = History()
 
@@ -248,36 +236,28 @@ class Run:
                 self._announcements.merged(self.last_record)
                 self._on_publish.collect()
                 return
-        self._fit.notices.warn(
-            "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
-        )
+        text = f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
+        self._fit.notices.warn("broken off", text)
 
     def _measure(self) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
-        fit = self._fit
+        fit, reads = self._fit, self._forecasts.reads(self.last_record)
         return merge_point.measured(
             fit.config,
             fit.trainer,
             fit.module,
             self._with_chosen_spans(),
-            views=self._views_to_measure(),
+            views=[view for view in self.merger.views if reads or view not in self._not_saved],
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
-            besides=self._not_saved,
         )
 
     def _with_chosen_spans(self) -> RollingMerger:
         self.merger.span(self._auto.shares(self.merger.window.since))
         return self.merger
 
-    def _views_to_measure(self) -> list[str]:
-        reads = self._forecasts.reads(self.last_record)
-        return [view for view in self.merger.views if reads or view not in self._not_saved]
-
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
-            progress = self.merger.progress
-            self._merged_models.save_if_due(
-                self._fit.module, view, progress, recipe, metrics, may_lack_best=may_lack_best
-            )
+            now, lacks = self.merger.progress, may_lack_best
+            self._merged_models.save_if_due(self.module, view, now, recipe, metrics, may_lack_best=lacks)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Progress
-from pretrain_merge.config import View, did_you_mean
+from pretrain_merge.config import SPAN, View, did_you_mean
 from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
 from pretrain_merge.records import FORECAST, Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
@@ -111,7 +111,9 @@ class Views:
         steps = [item.progress.step for item in valid]
         age = steps[-1] - since.step
         chosen = self._shares.get(view.name)
-        at_most = max(view.span * age, ALWAYS_ALLOWED) if chosen is None else chosen * age
+        # a mean over half of another's share is half as long from the start
+        least = ALWAYS_ALLOWED * min(1.0, view.span / SPAN)
+        at_most = max(view.span * age, least) if chosen is None else chosen * age
 
         def spanned(index: int) -> float:
             return span_of(steps[index:], self._average)

@@ -3,6 +3,7 @@
 from pretrain_merge.records.jsonl import append_late, append_record, keep_records_until, read_records
 from pretrain_merge.records.late import PUBLISHED, Late
 from pretrain_merge.records.record import (
+    AT_END,
     EVALUATION,
     FORECAST,
     GAP_CLOSED,
@@ -20,6 +21,7 @@ from pretrain_merge.records.record import (
 )
 
 __all__ = [
+    "AT_END",
     "EVALUATION",
     "FORECAST",
     "GAP_CLOSED",

@@ -53,11 +53,12 @@ class Tracker:
             loggers: Lightning loggers; each is saved afterwards, so that a crash right after a merge loses nothing.
             record: What the merge and its evaluation produced.
         """
-        loggers, metrics = list(loggers), record.metrics()
+        loggers, rows = list(loggers), {record.step: record.metrics(), **record.metrics_to_come()}
         for index, logger in enumerate(loggers):
-            self._define_axes(index, logger, record.name, metrics, self._best(record))
             self._lay_out(index, logger, record)
-            logger.log_metrics(metrics, step=record.step)
+            for step, metrics in rows.items():
+                self._define_axes(index, logger, record.name, metrics, self._best(record))
+                logger.log_metrics(metrics, step=step)
             logger.save()
         if self._showcase is not None:
             self._showcase.add(record, [logger for logger in loggers if _is_wandb(logger)])

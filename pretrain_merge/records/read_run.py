@@ -14,9 +14,19 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import FORECAST, GAP_CLOSED, RAW, SPAN, Expected, MergeRecord, Recipe, read_records
+from pretrain_merge.records import (
+    AT_END,
+    FORECAST,
+    GAP_CLOSED,
+    RAW,
+    SPAN,
+    Expected,
+    MergeRecord,
+    Recipe,
+    read_records,
+)
 
-_NESTED = re.compile(r"sma[0-9]+")
+_NESTED = re.compile(r"sma[0-9]*")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
@@ -184,7 +194,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
             forecast, _, metric = metric.partition("/")
             if _NESTED.fullmatch(forecast):  # a mean that forecasts read, beside the forecasts
                 measured.setdefault(f"{FORECAST}/{forecast}", {})[metric] = value
-            else:
+            elif not metric.startswith(f"{AT_END}/"):  # of a forecast that was made before
                 forecasts.setdefault(forecast, {})[metric] = value
         else:
             measured.setdefault(model, {})[metric] = value

@@ -18,6 +18,7 @@ FORECAST = "forecast"
 GAP_CLOSED = "gap_closed"
 EVALUATION = "evaluation"
 SPAN = "span"
+AT_END = "at_end"
 _END = "step"  # of a forecast: where its anneal ends
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _EVEN = 1e-9  # coefficients of a plain mean differ by rounding only
@@ -162,6 +163,20 @@ class MergeRecord:
         for view, shares in gaps_closed(self).items():
             named |= {metric_name(self.name, view, f"{GAP_CLOSED}/{name}"): share for name, share in shares.items()}
         return named
+
+    def metrics_to_come(self) -> dict[int, dict[str, float]]:
+        """What is expected of anneals that end later, by the step where they do: `merge/forecast/<name>/at_end/…`.
+
+        There a forecast lies beside what the run came to, and can be held against it.
+        """
+        ahead: dict[int, dict[str, float]] = {}
+        for forecast, expected in self.forecasts.items():
+            for metric, value in expected.items():
+                if value.step > self.step:
+                    key = metric_name(self.name, f"{FORECAST}/{forecast}/{AT_END}", metric)
+                    named = {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
+                    ahead.setdefault(value.step, {f"{self.name}/step": float(value.step)}).update(named)
+        return ahead
 
     def to_json(self) -> str:
         """One line of JSON. Non-finite numbers become the strings "NaN", "Infinity" and "-Infinity"."""

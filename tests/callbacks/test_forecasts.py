@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness.models import LIGHTNING_REMARKS, MemoryLogger, rows, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from pretrain_merge import ModelMerging
@@ -16,6 +17,7 @@ from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.config import parse_settings
 from pretrain_merge.forecast import forecast_anneal
 from pretrain_merge.records import Expected, MergeRecord, Recipe, read_records
+from pretrain_merge.records.read_run import read_run
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -24,7 +26,7 @@ FORECASTS = {
     "ahead": {"steps": 8, "kind": "forecast"},
     "now": {"steps": 16, "kind": "nowcast", "shape": "cosine", "coverage": 0.8},
 }
-OPTIONS = {"window": 9, "every": 2, "merge_every": 8, "forecast": FORECASTS}
+OPTIONS = {"window": 9, "every": 2, "merge_every": 8, "span": None, "forecast": FORECASTS}
 
 
 class NoisyRegression(pl.LightningModule):
@@ -99,9 +101,10 @@ def test_a_forecast_in_the_run_is_that_of_its_records_after_the_run(run):
 
 def test_spans_that_a_forecast_needs_are_measured_and_not_saved(run):
     folder, _, _ = run
-    assert {"sma9"} < set(forecast_records(folder)[-1].views) | {"sma9"}
-    measured = forecast_records(folder)[-1].views
-    assert any(view not in ("sma",) for view in measured)
+    measured = forecast_records(folder)[-1]
+    assert set(measured.views) == {"sma", "forecast/sma2", "forecast/sma3", "forecast/sma5"}
+    assert set(measured.shown) == {"sma"}
+    assert "merge/forecast/sma5/val_loss" in measured.metrics()
     saved = [path.name.split("-")[2] for path in (folder / "merged").iterdir()]
     assert len(saved) > 2
     assert set(saved) == {"sma"}
@@ -143,3 +146,74 @@ def test_other_ranks_take_rank_0s_forecasts_and_keep_no_records(monkeypatch):
         told = forecasts.with_forecasts(record)
         assert (told.forecasts, told.skipped) == (expected, {"forecast/ahead": "too early"})
     assert all(history._newest is None for history in forecasts._histories.values())
+
+
+def test_a_forecast_is_logged_where_its_anneal_ends_too(run):
+    folder, lines, _ = run
+    for record in forecast_records(folder):
+        expected = record.forecasts["ahead"]["val_loss"]
+        name = "merge/forecast/ahead/at_end/val_loss"
+        assert (
+            expected.step,
+            {
+                "merge/step": expected.step,
+                name: expected.mean,
+                f"{name}/low": expected.low,
+                f"{name}/high": expected.high,
+            },
+        ) in lines
+
+
+def test_without_a_key_two_forecasts_are_logged_and_one_more_mean_is_measured(tmp_path):
+    fit(tmp_path, forecast="auto", window=9, every=2, merge_every=8, max_steps=96)
+    records = read_records(tmp_path / "merges.jsonl")
+    assert set(records[-1].views) == {"sma", "forecast/sma5"}
+    assert set(records[-1].forecasts) == {"now", "ahead"}
+    last = records[-1].forecasts["ahead"]["val_loss"]
+    assert last.step - records[-1].step == 16  # what nine snapshots span
+    # a window that spans more than the law was measured for answers over the shorter mean
+    assert min(item.forecasts["ahead"]["val_loss"].step - item.step for item in records if item.forecasts) == 8
+    assert ModelMerging().config.forecast == "auto"
+
+
+@pytest.mark.parametrize("off", [None, False, "off", {}])
+def test_forecasts_are_turned_off(off, tmp_path):
+    fit(tmp_path, forecast=off, max_steps=40)
+    last = read_records(tmp_path / "merges.jsonl")[-1]
+    assert (set(last.views), last.forecasts, last.skipped) == ({"sma"}, {}, {})
+
+
+class _NoLoss(NoisyRegression):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("acc", 1.0)
+
+
+def test_where_no_loss_is_measured_nobody_is_bothered_and_nothing_more_is_measured(tmp_path, caplog):
+    merging = ModelMerging(window=9, every=2, merge_every=8)
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, merging, max_steps=40).fit(_NoLoss(), rows(400), rows(32, seed=1))
+    records = read_records(tmp_path / "merges.jsonl")
+    assert [set(record.views) for record in records[1:]] == [{"sma"}] * (len(records) - 1)
+    assert not [
+        record for record in caplog.records if record.levelno >= logging.WARNING and "forecast" in record.message
+    ]
+    assert any("forecast: which metric is the loss is not clear: measured is acc." in text for text in caplog.messages)
+
+
+def test_a_csv_gives_the_means_back_that_a_forecast_reads(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, forecast="auto", logger=logger, max_steps=64)
+    records = read_records(Path(logger.log_dir) / "merges.jsonl")
+    read = read_run(Path(logger.log_dir) / "metrics.csv", every=2)
+    assert [record.step for record in read] == [record.step for record in records]
+    assert read[-1].recipes["forecast/sma5"] == records[-1].recipes["forecast/sma5"]
+    last = records[-1].forecasts["now"]["val_loss"]
+    assert forecast_anneal(read, steps=16, kind="nowcast").mean == pytest.approx(last.mean, rel=1e-6)
+
+
+def test_the_mean_of_a_forecast_that_nobody_asked_for_spans_half_of_what_the_users_spans(tmp_path):
+    fit(tmp_path, forecast="auto", window=20, every=1, merge_every=40, span=0.2, max_steps=160)
+    last = read_records(tmp_path / "merges.jsonl")[-1]
+    lengths = {view: recipe.steps[-1] - recipe.steps[0] for view, recipe in last.recipes.items()}
+    assert lengths == {"sma": 19, "forecast/sma": 16}
+    assert last.forecasts["ahead"]["val_loss"].step == 160 + 19

@@ -165,7 +165,7 @@ def test_p20_a_bfloat16_accumulator_would_fail():
     view=st.sampled_from(["sma", "sma2", "wma", "wsm", "ema"]),
 )
 def test_whatever_the_window_a_merge_is_the_oracle_and_raw_comes_back(size, every, num_steps, dtypes, view):
-    module, merging = Mixed(dtypes), RollingMerger(window=size, every=every, views=[view])
+    module, merging = Mixed(dtypes), RollingMerger(window=size, every=every, views=[view], span=None)
     trajectory = train(module, merging, range(1, num_steps + 1))
     raw, due = state(module), list(range(every, num_steps + 1, every))[-size:]
     if len(due) < 2:

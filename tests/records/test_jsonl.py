@@ -1,6 +1,7 @@
 """`merges.jsonl`: lines that read back in order, cut where a run resumes, and never held together in memory."""
 
 import json
+import math
 import os
 import tracemalloc
 from pathlib import Path
@@ -13,7 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.records import append_record, keep_records_until, read_records
+from pretrain_merge.records import (
+    Late,
+    MergeRecord,
+    append_late,
+    append_record,
+    keep_records_until,
+    read_records,
+)
 
 
 def written(tmp_path, *steps):
@@ -182,3 +190,38 @@ def test_a_line_nested_deeper_than_python_reads_is_not_a_record(tmp_path):
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(CheckpointError, match="line 1 is not a merge record"):
         read_records(path)
+
+
+def test_numbers_that_came_later_are_in_the_records_that_they_are_of(tmp_path):
+    path = tmp_path / "merges.jsonl"
+    first, second = (MergeRecord("merge", step, 0, 0, 2, 0.1, {"x": 1.0}, {"sma": {"x": 2.0}}) for step in (10, 20))
+    late = Late("merge", 10, "sma", {"acc": 0.5, "x": math.nan})
+    for write, item in ((append_record, first), (append_record, second), (append_late, late)):
+        write(path, item)
+    append_late(path, Late("merge", 20, "raw", {"acc": 0.25}))
+    of_first, of_second = read_records(path)
+    assert of_first.views["sma"]["published/acc"] == 0.5
+    assert math.isnan(of_first.views["sma"]["published/x"])
+    assert of_first.views["sma"]["x"] == 2.0  # never hidden by a number of the same name
+    assert of_second.raw == {"x": 1.0, "published/acc": 0.25}
+    # a resumed run keeps those of the steps that it keeps, wherever they stand
+    seen: list[MergeRecord] = []
+    assert keep_records_until(path, 10, read=seen.append) == 10
+    assert [record.step for record in seen] == [10]
+    assert len(path.read_text().splitlines()) == 2
+    (kept,) = read_records(path)
+    assert kept.views["sma"]["published/acc"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"late": 3}',
+        '{"late": {"step": 1}}',
+        '{"late": {"name": "a", "step": -1, "view": "b", "numbers": {}}}',
+    ],
+)
+def test_a_damaged_line_of_later_numbers_is_an_error_that_names_it(line, tmp_path):
+    (tmp_path / "merges.jsonl").write_text(line + "\n")
+    with pytest.raises(CheckpointError, match="line 1 is not a merge record"):
+        read_records(tmp_path / "merges.jsonl")
