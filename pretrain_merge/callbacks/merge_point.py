@@ -1,27 +1,21 @@
-"""One merge point measured: raw and every view on the same batches, with raw back at the end, as one record.
+"""One merge point of a Trainer's run, measured by Lightning's own loop, and what is odd about the result.
 
-This module knows the order of merge, evaluation and saving, and how long each took. When a merge point is due, and
-where its record goes, is the callback's business.
+This module knows what may end an evaluation early. In which order views are merged and measured, it leaves to
+`merging.measured`.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
-from pretrain_merge import parameters
 from pretrain_merge.config import MergeConfig
-from pretrain_merge.evaluation import evaluate, reduction
+from pretrain_merge.evaluation import evaluate
 from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.evaluation.loaders import EvaluationInterrupted
-from pretrain_merge.evaluation.reduction import How, Part
-from pretrain_merge.kernels.weighted_sum import Spread
+from pretrain_merge.merging import measured as merge_and_measure
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import WarnOnce
-
-Keep = Callable[[str, Recipe, Mapping[str, float]], None]
 
 
 def measured(
@@ -32,7 +26,7 @@ def measured(
     *,
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
-    keep: Keep,
+    keep: merge_and_measure.Keep,
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -48,13 +42,6 @@ def measured(
     Returns:
         The record; None where a signal ended the evaluation early.
     """
-    ready = [view for view in merger.views if merger.why_not(view) is None]
-    skipped = {view: reason for view in merger.views if (reason := merger.why_not(view))}
-    for view, reason in skipped.items():
-        notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
-    recipes: dict[str, Recipe] = {}
-    metrics: dict[str, dict[str, float]] = {}
-    stopwatch = _Stopwatch()
     isolated = evaluate.isolated(
         trainer,
         module,
@@ -67,68 +54,20 @@ def measured(
     try:
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
         with signals.deferred(), isolated as measure:
-            with merger.swap(module) as merge_view:
-                raw = measure("raw")
-                stopwatch.lap("evaluate_raw")
-                for view in ready:
-                    recipes[view] = merge_view(view)
-                    stopwatch.lap(f"merge_{view}")
-                    metrics[view] = measure(view)
-                    stopwatch.lap(f"evaluate_{view}")
-                    keep(view, recipes[view], metrics[view])
-                    stopwatch.lap(f"save_{view}")
-            spread = _spread(module, merger) if recipes else float("nan")
-            stopwatch.lap("restore")
+            record = merge_and_measure.measured(config, module, merger, measure, notices=notices, keep=keep)
     except EvaluationInterrupted:
         return None
-    if not raw and not any(metrics.values()):
+    if not record.raw and not any(record.views.values()):
         notices.warn(
             "nothing",
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
             "that logs nothing.",
         )
-    if raw and spread > 0 and raw in metrics.values():
+    if record.raw and record.spread > 0 and record.raw in record.views.values():
         notices.warn(
             "equal",
-            f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
+            f"step {record.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
             f"the module validate with weights of its own, such as an average that it swaps in? Measure merges with an "
             f"evaluator, or let that hook return early where pretrain_merge.is_evaluating_merge().",
         )
-    return MergeRecord(
-        name=config.name,
-        **asdict(merger.progress),
-        window=len(merger.window.valid),
-        spread=spread,
-        raw=raw,
-        views=metrics,
-        recipes=recipes,
-        skipped=skipped,
-        lr=merger.lr,
-        phase=merger.phase,
-        refused=merger.num_refused,
-        since=merger.window.last_break.step if merger.window.last_break else 0,
-        average=config.average,
-        slot_dtype=config.slot_dtype or "",
-        timing=stopwatch.seconds,
-    )
-
-
-def _spread(module: Any, merger: RollingMerger) -> float:
-    """That of the whole model. A merge itself communicates nothing: two numbers of each rank are added up here."""
-    sums = merger.spread_sums or Spread(0.0, 0.0)
-    how: How = "sum" if parameters.is_sharded(module) else "mean"
-    parts = {name: Part(value, how=how) for name, value in zip(Spread._fields, sums, strict=True)}
-    return Spread(**reduction.over_ranks(parts)).relative_rms
-
-
-class _Stopwatch:
-    """Wall-clock seconds between laps, summed by label."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, label: str) -> None:
-        now = time.perf_counter()
-        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._last
-        self._last = now
+    return record

@@ -141,6 +141,10 @@ class MergedModels:
         """Save the view that is in the module now, for good."""
         return self._save(module, view, progress, recipe, {}, ["at_end"])
 
+    def path_of(self, view: str, progress: Progress) -> Path:
+        """Where a view of this step is, if it was saved."""
+        return self.folder / f"step-{progress.step:08d}-{view}"
+
     def _score(self, metrics: Mapping[str, float]) -> float | None:
         """The metric of `save.best`, lower is better; None where there is none that can be the best."""
         refuse_unmeasured(self._config.best, metrics)
@@ -202,7 +206,7 @@ class MergedModels:
         metrics: Mapping[str, float],
         reasons: Sequence[str],
     ) -> Path:
-        target = self.folder / f"step-{progress.step:08d}-{view}"
+        target = self.path_of(view, progress)
         provenance = {
             "view": view,
             **asdict(progress),
