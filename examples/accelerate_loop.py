@@ -64,9 +64,6 @@ for batch in itertools.islice(batches, 200):
     counters.progress = Progress(counters.progress.step + 1, tokens=counters.progress.tokens + tokens)
     merger.observe(model, counters.progress, lr=optimizer.param_groups[0]["lr"])
     if merger.merge_is_due():
-        with merger.swap(model) as merge_view:  # raw weights and random numbers are back when the block ends
-            raw = validation_loss()
-            merge_view("sma")
-            merged = validation_loss()
-        accelerator.print(f"{counters.progress.tokens:7d} tokens  raw {raw:.4f}  merged {merged:.4f}")
+        losses = merger.evaluate(model, validation_loss)  # raw weights and random numbers are as before when it ends
+        accelerator.print(f"{counters.progress.tokens:7d} tokens  raw {losses['raw']:.4f}  merged {losses['sma']:.4f}")
 accelerator.save_state(str(RUN / "last"))

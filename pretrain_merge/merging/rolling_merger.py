@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.swap import WindowSpread, swapped
 from pretrain_merge.merging.views import Merge, Views
 from pretrain_merge.parameters import Given, Masters, Modules, is_sharded
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import RAW, Recipe
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.saved_window import SavedWindow
 from pretrain_merge.resume.states import States
@@ -30,6 +30,8 @@ from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
 from pretrain_merge.window.stored import StoredWindow
 from pretrain_merge.window.window import Window
+
+_T = TypeVar("_T")
 
 
 class RollingMerger:
@@ -247,6 +249,25 @@ class RollingMerger:
             A function that writes one view's merge into the live model; it raises what `merged` raises.
         """
         return swapped(self._modules.as_one(module), self._capture, self._spread, self._resolve)
+
+    def evaluate(self, module: Modules, measure: Callable[[], _T]) -> dict[str, _T]:
+        """What a function finds with the raw weights in the model, and with those of every view that is ready.
+
+        Args:
+            module: The model that was observed.
+            measure: Measures the live model. Each time it draws the same random numbers, none of them the run's.
+
+        Returns:
+            By name: "raw", and those of the views.
+        """
+        with self.swap(module) as merge_view:
+            found = {RAW: measure()}
+            for view in self.views:
+                if self.why_not(view) is None:
+                    merge_view(view)
+                    with signals.keyboard_interrupt_allowed():
+                        found[view] = measure()
+        return found
 
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""

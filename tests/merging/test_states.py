@@ -60,10 +60,8 @@ class Loop:
 
     @torch.no_grad()
     def measure(self):
-        with self.merger.swap(self.model) as merge_view:
-            raw = self.validate()
-            recipe = merge_view("sma")
-            self.measured.append((recipe.steps, raw, self.validate()))
+        losses = self.merger.evaluate(self.model, self.validate)
+        self.measured.append((self.step, losses["raw"], losses["sma"]))
 
     def validate(self):
         loss = torch.stack([self.model(batch) for (batch,) in self.validation]).mean()
@@ -279,3 +277,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_a_merger_is_not_pickled_by_accident(tmp_path):
     with pytest.raises(CheckpointError, match=r"Put merger\.state_dict\(\) into the checkpoint"):
         pickle.dumps(merger_of(tmp_path))
+
+
+def test_an_evaluation_leaves_out_views_that_are_not_ready(tmp_path):
+    loop = Loop(merger=merger_of(tmp_path, window=4, views=["sma", "sma4"])).run(4)
+    raw = weights(loop)
+    found = loop.merger.evaluate(loop.model, lambda: weights(loop))
+    assert list(found) == ["raw", "sma"]
+    assert torch.equal(found["raw"], raw)
+    assert not torch.equal(found["sma"], raw)
+    assert torch.equal(weights(loop), raw)
