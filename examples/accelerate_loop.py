@@ -34,7 +34,7 @@ text, lm, counters = Text(), TinyLM(), Counters()
 model, optimizer, train, validation = accelerator.prepare(
     lm, torch.optim.AdamW(lm.parameters(), lr=lm.lr), text.train_dataloader(), text.val_dataloader()
 )
-merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=RUN / "window", keep_states=2)
+merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=RUN / "window", keep_windows=2)
 merger.watch(model, [optimizer])
 accelerator.register_for_checkpointing(merger, counters)
 if (RUN / "last").exists():

@@ -22,7 +22,7 @@ text, lm = Text(), TinyLM()
 model, optimizer = fabric.setup(lm, torch.optim.AdamW(lm.parameters(), lr=lm.lr))
 train, validation = fabric.setup_dataloaders(text.train_dataloader(), text.val_dataloader())
 run = Path("runs/fabric")
-merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=run / "window", keep_states=2)
+merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=run / "window", keep_windows=2)
 merger.watch(model, [optimizer])
 state = {"model": model, "optimizer": optimizer, "merger": merger, "step": 0, "tokens": 0}
 if (run / "last.ckpt").exists():

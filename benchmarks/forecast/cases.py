@@ -11,9 +11,9 @@ from benchmarks.annealing.setups import Anneal
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast.anneal import reading_of
 from pretrain_merge.forecast.fitting import Example
-from pretrain_merge.forecast.history import read_history, span_of
+from pretrain_merge.forecast.history import read_history
 from pretrain_merge.forecast.law import Reading
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import MergeRecord, span_of
 
 CALIBRATED_UP_TO = 0.3  # of the steps so far: the farthest that a forecast is fitted to
 
@@ -70,7 +70,7 @@ class Case:
         """Loss now of the plain mean over the measured span that is nearest to the anneal's length."""
         newest = self.known[-1]
         nearest = min(
-            newest.views, key=lambda view: abs(span_of(newest.recipes[view], newest.average) - self.anneal.steps)
+            newest.views, key=lambda view: abs(span_of(newest.recipes[view].steps, newest.average) - self.anneal.steps)
         )
         return newest.views[nearest][METRIC]
 

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from benchmarks.annealing.records import METRIC
 from benchmarks.annealing.setups import Anneal
-from pretrain_merge.forecast.history import span_of
 from pretrain_merge.lr_schedules import shape as lr_shape
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import MergeRecord, span_of
 
 _MOMENTA = (0.9, 0.95, 0.97, 0.99, 0.995, 0.998, 0.999)
 _EXPONENTS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -50,7 +49,7 @@ def identify(known: Sequence[MergeRecord]) -> Tissue:
     points = [(record.step, 0, record.raw[METRIC]) for record in late]
     for record in late:
         for view, metrics in record.views.items():
-            span = round(span_of(record.recipes[view], record.average))
+            span = round(span_of(record.recipes[view].steps, record.average))
             if span <= _LONGEST * record.step:
                 points.append((record.step, span, metrics[METRIC]))
     steps, spans, losses = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))

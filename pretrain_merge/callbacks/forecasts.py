@@ -5,17 +5,20 @@ This module knows the key `forecast` of the configuration and the run's history;
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.config import Forecast, Settings, View
-from pretrain_merge.errors import ConfigError, ForecastError
+from pretrain_merge.config import Forecast, Settings, View, num_in_full_window
+from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
-from pretrain_merge.records import FORECAST, Expected, MergeRecord
+from pretrain_merge.records import FORECAST, Expected, MergeRecord, metric_names
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
+
+_LONGEST = 0.3  # of the steps so far: the lengths that the law was measured up to
 
 
 class RunForecasts:
@@ -27,7 +30,6 @@ class RunForecasts:
 
     Raises:
         CheckpointError: A calibration cannot be read.
-        ConfigError: A view has the name of a mean that the forecasts need.
     """
 
     def __init__(self, settings: Settings, notices: WarnOnce) -> None:
@@ -36,14 +38,8 @@ class RunForecasts:
             name: Calibration.load(Path(forecast.config.calibration)) if forecast.config.calibration else None
             for name, forecast in settings.forecasts.items()
         }
-        taken = {view.name for view in settings.views} & {view.name for view in self.views}
-        if taken:
-            raise ConfigError(
-                f"views: {', '.join(sorted(taken))} names another mean than the forecasts need under that name. "
-                f"Choose another name for the view."
-            )
         self._notices = notices
-        self._histories = self._empty()  # on rank 0
+        self._histories: dict[str, RunHistory] = {}  # by metric, on rank 0
 
     def __bool__(self) -> bool:
         """Whether there is anything to forecast."""
@@ -51,24 +47,30 @@ class RunForecasts:
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """Views that only the forecasts need: nested spans of the window, measured and not saved."""
+        """Means that only the forecasts need: nested spans of the window, measured under their name and not saved."""
         config = self._settings.config
-        measured = {view.last or config.window for view in self._settings.views if view.kind == "sma"}
+        measured = {num_in_full_window(view, config) for view in self._settings.views if view.kind == "sma"}
         needed = {
             number
             for forecast in self._settings.forecasts.values()
-            for number in spans(forecast.num_intervals, window=config.window, average=config.average)
+            for number in _numbers(forecast, window=config.window, average=config.average)
         }
-        return tuple(View(f"sma{number}", "sma", number) for number in sorted(needed - measured))
+        return tuple(View(f"{FORECAST}/sma{number}", "sma", number) for number in sorted(needed - measured))
+
+    def reads(self, record: MergeRecord | None) -> bool:
+        """Whether a forecast may read what is measured at merge points like this one; None: none was measured yet."""
+        return record is None or any(self._metric(item, record) for item in self._settings.forecasts.values())
 
     def of_a_run(self) -> "RunForecasts":
         """The same forecasts, of a run that has no records yet."""
         twin = copy.copy(self)
-        twin._histories = self._empty()
+        twin._histories = {}
         return twin
 
     def append(self, record: MergeRecord) -> None:
         """The next record of the run, on rank 0; a resumed run begins with those before."""
+        for metric in {self._metric(forecast, record) for forecast in self._settings.forecasts.values()} - {None}:
+            self._histories.setdefault(str(metric), RunHistory(str(metric)))
         for history in self._histories.values():
             history.append(record)
 
@@ -81,13 +83,11 @@ class RunForecasts:
             return record
         expected, refused = ranks.gather(self._asked(record) if ranks.rank() == 0 else ({}, {}))[0]
         for name, reason in refused.items():
-            self._notices.warn(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
+            # of those that nobody asked for, the record and the end of the run tell
+            if self._settings.forecasts[name].num_intervals is not None:
+                self._notices.warn(f"{name} since {record.since}", f"step {record.step}: forecast {name!r}: {reason}")
         refusals = {f"{FORECAST}/{name}": reason for name, reason in refused.items()}
         return replace(record, forecasts=expected, skipped={**record.skipped, **refusals})
-
-    def _empty(self) -> dict[str, RunHistory]:
-        metrics = {forecast.config.metric for forecast in self._settings.forecasts.values()}
-        return {metric: RunHistory(metric) for metric in metrics}
 
     def _asked(self, record: MergeRecord) -> tuple[dict[str, dict[str, Expected]], dict[str, str]]:
         """What is expected by name and metric, and what is refused, by name."""
@@ -96,29 +96,59 @@ class RunForecasts:
         refused: dict[str, str] = {}
         for name, forecast in self._settings.forecasts.items():
             try:
-                expected[name] = {forecast.config.metric: self._expected(name, forecast, record)}
+                metric = self._metric(forecast, record) or _refuse_no_loss(record)
+                expected[name] = {metric: self._expected(name, forecast, metric, record)}
             except ForecastError as error:
                 refused[name] = str(error)
         return expected, refused
 
-    def _expected(self, name: str, forecast: Forecast, record: MergeRecord) -> Expected:
+    def _metric(self, forecast: Forecast, record: MergeRecord) -> str | None:
+        """As it is called in the record; a name that is not there is the history's to refuse."""
+        wanted = forecast.config.metric
+        return metric_names.the_loss(record.raw) if wanted is None else metric_names.found(wanted, record.raw) or wanted
+
+    def _expected(self, name: str, forecast: Forecast, metric: str, record: MergeRecord) -> Expected:
         config = forecast.config
         return forecast_of(
-            self._histories[config.metric].now(),
-            steps=self._steps(forecast, record),
+            self._histories[metric].now(),
+            steps=self._steps(forecast, metric, record),
             shape=config.shape,
             kind=config.kind,
-            metric=config.metric,
+            metric=metric,
             coverage=config.coverage,
             calibration=self._calibrations[name],
         ).expected
 
-    def _steps(self, forecast: Forecast, record: MergeRecord) -> int:
+    def _steps(self, forecast: Forecast, metric: str, record: MergeRecord) -> int:
         """Length of the anneal in steps, also where snapshots are counted in tokens, or their interval grows."""
         intervals, every = forecast.num_intervals, self._settings.cadence.every
+        if intervals is None:
+            spans = [mean.span for mean in self._histories[metric].now().means_at(-1)]
+            # longer ones say less of the run than of how it began
+            return round(
+                max((span for span in spans if span <= _LONGEST * record.step), default=min(spans, default=1.0))
+            )
         if isinstance(every, Quantity) and every.unit == "steps":
             return round(intervals * every.amount)
         taken = max((recipe.steps for recipe in record.recipes.values()), key=len, default=())
         if len(taken) < 2:
             raise ForecastError("no snapshots were merged, so that an interval's length in steps is not known.")
         return max(1, round(intervals * (taken[-1] - taken[0]) / (len(taken) - 1)))
+
+
+def _numbers(forecast: Forecast, *, window: int, average: str) -> Iterable[int]:
+    """How many snapshots the means must hold that a forecast reads."""
+    if forecast.num_intervals is not None:
+        return spans(forecast.num_intervals, window=window, average=average)
+    # where nobody asked, one mean besides the user's own: each costs an evaluation at every merge point
+    whole = window - (average == "last")
+    return spans(whole, window=window, average=average)[-2:]
+
+
+def _refuse_no_loss(record: MergeRecord) -> str:
+    losses = [name for name in record.raw if "loss" in name.lower()]
+    known = ", ".join(losses or record.raw) or "nothing"
+    raise ForecastError(
+        f"which metric is the loss is not clear: measured is {known}. Name one (forecast: {{now: {{kind: nowcast, "
+        f"metric: <name>}}}}), or ask for none (forecast: off)."
+    )

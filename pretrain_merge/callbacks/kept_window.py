@@ -28,15 +28,17 @@ class KeptWindow:
         trainer: Its `save_checkpoint` tells from now on which checkpoints there are.
         run_folder: Where the records of the run are.
         folder: Where the files of the window go. Rank 0 writes them.
+        keep: Of how many checkpoints, the newest, the windows are kept; None: of all that exist.
 
     Raises:
         CheckpointError: The folder cannot be written, or another run is using it.
     """
 
-    def __init__(self, trainer: Any, run_folder: Path, folder: Path) -> None:
+    def __init__(self, trainer: Any, run_folder: Path, folder: Path, *, keep: int | None = None) -> None:
         self._trainer = trainer
         self.run_folder, self.folder = run_folder.absolute(), folder.absolute()
-        self._sidecar = WindowFolder(folder) if trainer.is_global_zero else None
+        self._keep = keep
+        self._sidecar = WindowFolder(folder, keep=keep) if trainer.is_global_zero else None
         self._held: list[str] = []
         self._checkpoint = ""
         self._root = Path(trainer.default_root_dir).absolute()
@@ -152,7 +154,8 @@ class KeptWindow:
         absent = {place: [file.name for file in manifest.files if not (place / file.name).exists()] for place in places}
         best = min(places, key=lambda place: len(absent[place]))
         if absent[best]:
-            raise CheckpointError(f"{absent[best][0]} is not there. Looked in {', '.join(map(str, places))}.")
+            bound = f" keep_windows: {self._keep} keeps no older ones." if self._keep else ""
+            raise CheckpointError(f"{absent[best][0]} is not there. Looked in {', '.join(map(str, places))}.{bound}")
         return best
 
     def _places(self, state: RunState) -> Iterator[Path]:

@@ -1,21 +1,29 @@
-"""One merge point of a Trainer's run, measured by Lightning's own loop, and what is odd about the result.
+"""One merge point measured: raw and every view on the same batches, with raw back at the end, as one record.
 
-This module knows what may end an evaluation early. In which order views are merged and measured, it leaves to
-`merging.measured`.
+This module knows the order of merge, evaluation and saving, and how long each took. When a merge point is due, and
+where its record goes, is the callback's business.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
+from pretrain_merge import parameters
+from pretrain_merge.callbacks.failures import Failures
 from pretrain_merge.config import MergeConfig
-from pretrain_merge.evaluation import evaluate
+from pretrain_merge.evaluation import evaluate, reduction
 from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.evaluation.loaders import EvaluationInterrupted
-from pretrain_merge.merging import measured as merge_and_measure
+from pretrain_merge.evaluation.reduction import How, Part
+from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.records import MergeRecord
+from pretrain_merge.records import FORECAST, RAW, MergeRecord, Recipe
 from pretrain_merge.runtime import signals
 from pretrain_merge.runtime.log import WarnOnce
+
+Keep = Callable[[str, Recipe, Mapping[str, float], bool], None]
 
 
 def measured(
@@ -24,9 +32,12 @@ def measured(
     module: Any,
     merger: RollingMerger,
     *,
+    views: Sequence[str],
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
-    keep: merge_and_measure.Keep,
+    keep: Keep,
+    besides: Collection[str] = (),
+    isolate: Callable[..., AbstractContextManager[evaluate.Measure]] = evaluate.isolated,
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -35,17 +46,31 @@ def measured(
         trainer: A Trainer between two batches of training.
         module: Its module, with raw weights; it has them again when this returns, however it ends.
         merger: Holds the window.
+        views: Which of its views.
         evaluators: Further evaluations by name.
         notices: What the user was told already.
-        keep: Called with each view's name, recipe and metrics while its weights are in the module.
+        keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
+            may be missing, since an evaluation failed.
+        besides: Views that nobody configured; one that makes the merge of another is not measured again.
+        isolate: How a Trainer of this kind evaluates; Lightning's is `evaluate.isolated`.
 
     Returns:
         The record; None where a signal ended the evaluation early.
     """
-    isolated = evaluate.isolated(
+    ready = [view for view in views if merger.why_not(view) is None]
+    skipped = {view: reason for view in views if (reason := merger.why_not(view))}
+    for view, reason in skipped.items():
+        if view.startswith(f"{FORECAST}/"):
+            continue  # nobody asked for it, and the forecast says what it misses
+        notices.warn(f"{view} since {merger.window.segment}", f"step {merger.progress.step}: {reason}")
+    recipes: dict[str, Recipe] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
+    known: dict[Recipe, dict[str, float]] = {}
+    isolated = isolate(
         trainer,
         module,
-        evaluators=evaluators,
+        evaluators=failures.guarded(evaluators, module),
         validate=config.validate,
         stateful_data=config.stateful_data,
         merged=merger.tensors(module).values(),
@@ -54,20 +79,74 @@ def measured(
     try:
         # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
         with signals.deferred(), isolated as measure:
-            record = merge_and_measure.measured(config, module, merger, measure, notices=notices, keep=keep)
+            with merger.swap(module) as merge_view:
+                raw = failures.measured(measure, RAW)
+                stopwatch.lap("evaluate_raw")
+                if config.save.raw:
+                    keep(RAW, Recipe((merger.progress.step,), (1.0,)), raw, bool(failures.reasons))
+                    stopwatch.lap("save_raw")
+                for view in ready:
+                    recipes[view] = merge_view(view)
+                    stopwatch.lap(f"merge_{view}")
+                    # a limited `sma` and a forecast's `sma4` are often one merge; a user's evaluator sees each view
+                    same = known.get(recipes[view]) if view in besides else None
+                    metrics[view] = dict(same) if same is not None else failures.measured(measure, view)
+                    known[recipes[view]] = metrics[view]
+                    stopwatch.lap(f"evaluate_{view}")
+                    keep(view, recipes[view], metrics[view], bool(failures.reasons))
+                    stopwatch.lap(f"save_{view}")
+            spread = _spread(module, merger) if recipes else float("nan")
+            stopwatch.lap("restore")
     except EvaluationInterrupted:
         return None
-    if not record.raw and not any(record.views.values()):
+    if not raw and not any(metrics.values()) and not failures.reasons:
         notices.warn(
             "nothing",
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
             "that logs nothing.",
         )
-    if record.raw and record.spread > 0 and record.raw in record.views.values():
+    if raw and spread > 0 and raw in metrics.values():
         notices.warn(
             "equal",
-            f"step {record.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
+            f"step {merger.progress.step}: raw and merged metrics are equal bit for bit, but the weights differ. Does "
             f"the module validate with weights of its own, such as an average that it swaps in? Measure merges with an "
             f"evaluator, or let that hook return early where pretrain_merge.is_evaluating_merge().",
         )
-    return record
+    return MergeRecord(
+        name=config.name,
+        **asdict(merger.progress),
+        window=len(merger.window.valid),
+        spread=spread,
+        raw=raw,
+        views=metrics,
+        recipes=recipes,
+        skipped=skipped | failures.reasons,
+        lr=merger.lr,
+        phase=merger.phase,
+        refused=merger.num_refused,
+        since=merger.window.last_break.step if merger.window.last_break else 0,
+        average=config.average,
+        slot_dtype=config.slot_dtype or "",
+        timing=stopwatch.seconds,
+    )
+
+
+def _spread(module: Any, merger: RollingMerger) -> float:
+    """That of the whole model. A merge itself communicates nothing: two numbers of each rank are added up here."""
+    sums = merger.spread_sums or Spread(0.0, 0.0)
+    how: How = "sum" if parameters.is_sharded(module) else "mean"
+    parts = {name: Part(value, how=how) for name, value in zip(Spread._fields, sums, strict=True)}
+    return Spread(**reduction.over_ranks(parts)).relative_rms
+
+
+class _Stopwatch:
+    """Wall-clock seconds between laps, summed by label."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, label: str) -> None:
+        now = time.perf_counter()
+        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._last
+        self._last = now

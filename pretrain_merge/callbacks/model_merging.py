@@ -16,14 +16,18 @@ from pretrain_merge.callbacks.both_libraries import CALLBACKS
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.fits import Fits
 from pretrain_merge.callbacks.forecasts import RunForecasts
+from pretrain_merge.callbacks.lightning_cli import explain_errors
+from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.config import MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.config import AUTO, SPAN, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
 
+explain_errors()  # LightningCLI imports this module while it reads what to build
+
 _INPUT_IDS = "input_ids"
-_MAPPINGS = ("breaks", "parameters", "save", "forecast")  # None stands for an empty one
+_MAPPINGS = ("breaks", "parameters", "save")  # None stands for an empty one
 
 
 class ModelMerging(*CALLBACKS):  # type: ignore[misc]
@@ -40,7 +44,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         start: No snapshot before this point.
         merge_every: Merge at the first snapshot at or after each multiple; None: at every snapshot.
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
-            optionally `last`, and the parameters of the kind.
+            optionally `last` or `span`, and the parameters of the kind.
+        span: A view that names no number of snapshots takes the newest that span at most this share of the run since
+            its last break; None: all that are valid.
         average: "last": a snapshot is the model after a step; "block": the mean of the models in the interval.
         sample_every: With "block": steps between the models that enter the mean.
         tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
@@ -55,12 +61,18 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         slot_dtype: Dtype of snapshots where smaller than the parameter's, e.g. "bfloat16"; None: the parameter's.
         save: Which merged models are kept on disk: {every, keep, best, mode, at_end}.
         forecast: Forecasts of annealed losses by name: {name: {steps, shape, kind, metric, coverage,
-            calibration}}.
+            calibration}}; "auto": of an anneal that ends now, and of one that starts now; None: none.
         evaluators: Further evaluations by name: functions from the module to metrics, run on raw and merged alike.
         validate: Whether to evaluate on the Trainer's validation loaders.
         stateful_data: Validation data that carry a position of their own: "refuse", or "iterate" them.
+        on_error: What a failing evaluation does: "raise", or "warn" and go on with what could be measured.
         window_folder: Where the snapshots that checkpoints need are kept; None: `window/` in the run's folder.
+        keep_windows: Of how many checkpoints, the newest, the windows are kept; None: of all that exist.
         on_missing: When a resumed run's window cannot be restored: "error", or "refill", which starts an empty one.
+        on_publish: For each saved model, beside training: a command with {folder}, {step} and {view} in it, which may
+            print numbers as JSON, or a function of folder and step that returns some; they are logged at that step.
+        on_publish_timeout: Seconds that one of these may take, and that the end of a run waits for those left.
+        verbose: Say one line at each merge, besides those at the start and the end of a run.
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
 
@@ -75,6 +87,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         start: int | str = 0,
         merge_every: int | str | None = None,
         views: Sequence[str | dict[str, Any]] = ("sma",),
+        span: float | str | None = SPAN,
         average: str = "last",
         sample_every: int = 1,
         tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
@@ -87,12 +100,17 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         store_folder: str | None = None,
         slot_dtype: str | None = None,
         save: Mapping[str, Any] | None = None,
-        forecast: Mapping[str, Mapping[str, Any]] | None = None,
+        forecast: Mapping[str, Mapping[str, Any]] | str | bool | None = AUTO,
         evaluators: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         validate: bool = True,
         stateful_data: str = "refuse",
+        on_error: str = "raise",
         window_folder: str | None = None,
+        keep_windows: int | None = None,
         on_missing: str = "error",
+        on_publish: str | Callable[[Path, int], Any] | None = None,
+        on_publish_timeout: float = 3600.0,
+        verbose: bool = False,
         name: str = "merge",
         **options: NoReturn,
     ) -> None:
@@ -102,10 +120,14 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         breaks_at = {"lr_tolerance": lr_tolerance, "breaks": breaks}
         tensors = {"parameters": parameters, "merge_buffers": merge_buffers, "batch_norm": batch_norm}
         slots = {"store": store, "store_folder": store_folder, "slot_dtype": slot_dtype}
-        merges = {"merge_every": merge_every, "views": views, "tokens_per_batch": tokens}
-        measured = {"validate": validate, "stateful_data": stateful_data, "forecast": forecast}
-        files = {"save": save, "window_folder": window_folder, "on_missing": on_missing, "name": name}
-        given = snapshots | breaks_at | tensors | slots | merges | measured | files
+        merges = {"merge_every": merge_every, "views": views, "span": span, "tokens_per_batch": tokens}
+        measured = {"validate": validate, "stateful_data": stateful_data, "on_error": on_error, "forecast": forecast}
+        windows = {"window_folder": window_folder, "keep_windows": keep_windows, "on_missing": on_missing}
+        files = {"save": save} | windows
+        command = None if callable(on_publish) else on_publish
+        published = {"on_publish": command, "on_publish_timeout": on_publish_timeout}
+        shown = {"name": name, "verbose": verbose}
+        given = snapshots | breaks_at | tensors | slots | merges | measured | files | published | shown
         # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
         self.config = self.settings.config  # the keys as they were given, with defaults filled in
@@ -113,7 +135,10 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         forecasts = RunForecasts(self.settings, notices)  # refuses calibrations that cannot be read
         checked = refusals.checked_evaluators(evaluators)
         self._notices = notices  # for what is said before a run
-        self._fits = Fits(partial(Fit, self.settings, tokens_per_batch, checked, forecasts, notices), notices)
+        self._metric_check = MetricCheck(self.settings, checked, notices)  # of the names that somebody was given
+        work = refusals.checked_on_publish(on_publish, self.config)
+        fit_of = partial(Fit, self.settings, tokens_per_batch, checked, work, forecasts, notices)
+        self._fits = Fits(fit_of, notices)  # the run that is on, and what the next may need of it
 
     @classmethod
     def from_config(cls, source: object, **python_only: Any) -> "ModelMerging":
@@ -121,7 +146,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
 
         Args:
             source: Path of a YAML file, or the keys themselves.
-            **python_only: What YAML cannot hold: `evaluators`, or a `tokens_per_batch` function.
+            **python_only: What YAML cannot hold: `evaluators`, or functions as `tokens_per_batch` or `on_publish`.
 
         Raises:
             ConfigError: An unknown key, a wrong type or an impossible value.
@@ -163,7 +188,16 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         refusals.refuse_model(pl_module, trainer.optimizers, self.config)
         refusals.refuse_other_configs(self.config)
+        self._metric_check.begin(trainer)
         self._fits.watch(trainer, pl_module)
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse names of metrics that were not measured, before the first batch."""
+        self._metric_check.look(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse them at the run's first validation, where there was no sanity check."""
+        self._metric_check.look(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one: P13 lets nothing be restored before."""

@@ -11,6 +11,7 @@ from pretrain_merge.merged_models.merged import try_saving
 from pretrain_merge.merged_models.retention import will_save
 from pretrain_merge.parameters import mergeable_tensors
 from pretrain_merge.runtime import ranks
+from pretrain_merge.runtime.errands import Work
 
 _REFUSED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens parameters, also with use_orig_params=True; use FSDP2 (ModelParallelStrategy)",
@@ -80,6 +81,24 @@ def checked_evaluators(evaluators: object) -> dict[str, Evaluator]:
             f"the module and return metrics, such as {{'norm': weight_norm}}."
         )
     return dict(evaluators)
+
+
+def checked_on_publish(work: Work | None, config: MergeConfig) -> Work | None:
+    """What is done with each saved model.
+
+    Raises:
+        ConfigError: It is neither a command nor a function, or nothing is saved.
+    """
+    if work is not None and not isinstance(work, str) and not callable(work):
+        raise ConfigError(
+            f"on_publish: {work!r} is neither a command nor a function. Allowed: text such as 'python evaluate.py "
+            f"{{folder}}', or a function of the folder and the step."
+        )
+    if work is not None and not will_save(config.save):
+        raise ConfigError(
+            "on_publish: given, and no merged model will be saved. Say which by save: {every, best or at_end}."
+        )
+    return work
 
 
 def _refuse_own_average(optimizer: Any) -> None:

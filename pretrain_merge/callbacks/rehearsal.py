@@ -12,14 +12,15 @@ from pretrain_merge.cadence import Cadence, Progress, Quantity
 from pretrain_merge.callbacks import merge_point
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
+from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.run_folder import run_folder
 from pretrain_merge.evaluation import evaluate
-from pretrain_merge.merged_models.retention import refuse_unmeasured
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import MergeRecord
+from pretrain_merge.runtime.errands import refuse_missing_program
 
 _EVERY_STEP = Cadence(Quantity(1))
 
@@ -43,6 +44,7 @@ class Rehearsal:
         self._fit, self.module = fit, fit.module
         self._is_over = False
         self.last_record: MergeRecord | None = None
+        refuse_missing_program(fit.on_publish)
         forecasts = fit.forecasts.of_a_run()
         share = evaluate.data_share(fit.trainer)
         self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)
@@ -57,7 +59,7 @@ class Rehearsal:
                 merge_cadence=_EVERY_STEP,
             )
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
-            monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
+            monitors = Monitors(fit.trainer, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             self._publisher = Publisher(fit, forecasts, monitors)
             self._borrowed = borrowed.pop_all()
@@ -69,7 +71,7 @@ class Rehearsal:
         """After the first step of an optimizer, merge and measure.
 
         Raises:
-            ConfigError: `save.best` names a metric that was not measured.
+            ConfigError: A metric is named, by us or by a monitor, that was not measured.
         """
         fit = self._fit
         if self.clock.batch_ends(batch) is None or self._is_over:
@@ -82,14 +84,15 @@ class Rehearsal:
             fit.trainer,
             fit.module,
             self.merger,
+            views=self.merger.views,
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=lambda *_: None,
         )
         self.merger.close()
         if record is not None:
-            for metrics in record.views.values():
-                refuse_unmeasured(fit.config.save.best, metrics)
+            if not record.num_failed:  # else what is missing may have failed
+                MetricCheck(fit.settings, (), fit.notices).refuse_missing(fit.trainer, list(record.raw))
             self.last_record = self._publisher.publish(record)
 
     def finish(self) -> None:

@@ -6,18 +6,21 @@ things and nothing of how a merge is computed or measured; Lightning's hooks are
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pretrain_merge.callbacks import merge_point
+from pretrain_merge.callbacks import advice, merge_point
+from pretrain_merge.callbacks.announcements import Announcements, last_step, why_no_merge
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.kept_window import KeptWindow
 from pretrain_merge.callbacks.monitors import Monitors
+from pretrain_merge.callbacks.on_publish import OnPublish
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.resuming import Start
@@ -26,10 +29,9 @@ from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
-from pretrain_merge.parameters import whole_sizes
-from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records import RAW, MergeRecord, Recipe
+from pretrain_merge.records.thinning import History
 from pretrain_merge.runtime import ranks
-from pretrain_merge.runtime.log import logger
 
 
 class Run:
@@ -62,6 +64,7 @@ class Run:
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
         forecasts = fit.forecasts.of_a_run()
+        self._forecasts = forecasts
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
@@ -81,7 +84,7 @@ class Run:
             if self._may_change_weights_after_us:
                 loop = fit.trainer.fit_loop.epoch_loop
                 borrowed.enter_context(wrapped(loop, "on_advance_end", self._after_batch))
-            monitors = Monitors(fit.trainer.callbacks, f"{fit.config.name}/")
+            monitors = Monitors(fit.trainer, f"{fit.config.name}/")
             borrowed.enter_context(monitors.waiting())
             with ranks.all_or_none("open the run's folder"):
                 self._open(start, forecasts, monitors, borrowed)
@@ -120,15 +123,21 @@ class Run:
         if self._fit.config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self.module) as merge_view:
+                    if self._fit.config.save.raw:
+                        progress = self.clock.progress
+                        self._merged_models.save_last(self.module, RAW, progress, Recipe((progress.step,), (1.0,)))
                     for view in merger.views:
                         if view not in self._not_saved and merger.why_not(view) is None:
                             self._merged_models.save_last(self.module, view, newest.progress, merge_view(view))
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
+        self._on_publish.finish()
+        self._publisher.finish()
+        self._merged_models.drop_unused()
+        self._announcements.end(self.last_record, self.best_model_path)
         if not self._last_merge:
-            self._fit.notices.warn(
-                "no merge", f"training ended at step {self.clock.progress.step} without a merge: {self._why_no_merge()}"
-            )
+            why, step = why_no_merge(self.merger, self.clock), self.clock.progress.step
+            self._fit.notices.warn("no merge", f"training ended at step {step} without a merge: {why}")
 
     def state(self, *, lost: str = "") -> dict[str, Any]:
         """The state as it is now, as plain values; writes the files that it refers to.
@@ -172,16 +181,33 @@ class Run:
         if fit.trainer.is_global_zero:
             files = RunFolder(folder)
             borrowed.callback(files.close)
-        self._kept_window = KeptWindow(fit.trainer, folder, Path(fit.config.window_folder or folder / "window"))
+        where = Path(fit.config.window_folder or folder / "window")
+        self._announcements = Announcements(fit, folder)
+        self._kept_window = KeptWindow(fit.trainer, folder, where, keep=fit.config.keep_windows)
         try:
             borrowed.callback(self._kept_window.close)
             start.fill(self.merger, self._kept_window)
-            self._say_what_monitors_keep(monitors, folder)
-            self._say_what_checkpoints_keep()
+            if monitors.checkpoints:
+                self._announcements.monitored()
+            self._announcements.begin(self.merger, state.progress)
+            if wide := advice.why_too_wide(fit.settings, last_step(fit.trainer)):
+                fit.notices.warn("wide", wide)
             until = state.progress.step - self._owes_merge
-            self._identity = start.open_folder(files, until=until, read=forecasts.append)
+            history = History()
+
+            def read(record: MergeRecord) -> None:
+                forecasts.append(record)
+                history.append(record)
+
+            self._identity = start.open_folder(files, until=until, read=read)
+            if files is not None:
+                files.keep_config(asdict(fit.config))
             self._merged_models = start.merged_models()
-            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl")
+            self._publisher = Publisher(fit, forecasts, monitors, folder / "merges.jsonl", history)
+            self._on_publish = OnPublish(fit, self._publisher.publish_late)
+            borrowed.callback(self._on_publish.close)
+            self._merged_models.users = self._on_publish
+            self._on_publish.go_on(self._merged_models.kept)
         except BaseException:
             self._kept_window.release()
             raise
@@ -191,21 +217,6 @@ class Run:
         """Whether the merge of the step so far was not recorded, as far as is known: it may be observed yet."""
         step = self.clock.progress.step
         return self._last_merge < step and (self.merger.progress.step < step or self.merger.merge_is_due())
-
-    def _why_no_merge(self) -> str:
-        if self.clock.num_batches and not self.clock.num_steps:
-            return (
-                f"no step of an optimizer on parameters of the model was seen in {self.clock.num_batches} batches. "
-                f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
-            )
-        last, num_valid = self.merger.window.last_break, self.merger.window.num_valid
-        if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
-            across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
-            return (
-                f"a view needs two snapshots at least, and the window held {num_valid} since the break at step "
-                f"{last.step} ({last.reason}). {across if last.reason.startswith('learning rate') else ''}"
-            ).strip()
-        return self.merger.why_not(self.merger.views[0]) or "no merge point was reached."
 
     def _after_batch(self, advance_end: Callable[..., None], *arguments: Any) -> None:
         """After the module's own hook, before validation."""
@@ -218,14 +229,6 @@ class Run:
         self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
         self._merge_if_due()
 
-    def _say_what_monitors_keep(self, monitors: Monitors, folder: Path) -> None:
-        if monitors.checkpoints:
-            self._fit.notices.warn(
-                "monitor",
-                f"a ModelCheckpoint monitors a metric of {self._fit.config.name!r}. Its checkpoints hold RAW weights; "
-                f"the best merged model is kept in {folder / 'merged'} by save: {{best: <metric>}}.",
-            )
-
     def _merge_if_due(self) -> None:
         if not self.merger.merge_is_due():
             return
@@ -237,6 +240,8 @@ class Run:
                 record = self._measure()  # after a signal that lets the run go on
             if record is not None:
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
+                self._announcements.merged(self.last_record)
+                self._on_publish.collect()
                 return
         self._fit.notices.warn(
             "broken off", f"step {step}: a signal broke off the merge. A run that is resumed from here makes it."
@@ -250,23 +255,20 @@ class Run:
             fit.trainer,
             fit.module,
             self.merger,
+            views=self._views_to_measure(),
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
+            besides=self._not_saved,
         )
 
-    def _say_what_checkpoints_keep(self) -> None:
-        """Where no checkpoint is ever deleted, no snapshot is: a disk fills up."""
-        if any(getattr(item, "save_top_k", None) == -1 for item in self._fit.trainer.checkpoint_callbacks):
-            tensors = self.merger.tensors(self.module)
-            sizes = zip(tensors.values(), whole_sizes(self.module, tensors), strict=True)
-            snapshot = sum(tensor.element_size() * size for tensor, size in sizes) / 1e9
-            logger.info(
-                f"save_top_k=-1 keeps every checkpoint, and so {self._kept_window.folder} every snapshot that one of "
-                f"them needs: {snapshot:.3g} GB each, at most {self._fit.config.window} new ones for a checkpoint. "
-                f"They go with the checkpoints that are deleted."
-            )
+    def _views_to_measure(self) -> list[str]:
+        reads = self._forecasts.reads(self.last_record)
+        return [view for view in self.merger.views if reads or view not in self._not_saved]
 
-    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
-            self._merged_models.save_if_due(self._fit.module, view, self.merger.progress, recipe, metrics)
+            progress = self.merger.progress
+            self._merged_models.save_if_due(
+                self._fit.module, view, progress, recipe, metrics, may_lack_best=may_lack_best
+            )

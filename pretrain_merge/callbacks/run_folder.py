@@ -11,17 +11,20 @@ import os
 import re
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pretrain_merge.config import MergeConfig
 from pretrain_merge.errors import CheckpointError, ConfigError
-from pretrain_merge.files import folder_lock
+from pretrain_merge.files import atomic, folder_lock
 from pretrain_merge.runtime.log import WarnOnce
 
 _RECORDS, _MERGED, _IDENTITY, _LOCK = "merges.jsonl", "merged", "merges.run.json", "merges.lock"
+_CONFIG = "merges.config.yaml"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*", re.DOTALL)  # Lightning normalises file:///x to file:/x
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system that has none keeps no run from training
 _ELSEWHERE = "Give this run one of its own: Trainer(default_root_dir=…), or a logger with another name or version."
@@ -122,6 +125,19 @@ class RunFolder:
                         _numbered(path, number).replace(path)
         return identity or str(here)
 
+    def keep_config(self, config: Mapping[str, Any]) -> None:
+        """The callback's keys as a YAML file that `from_config` takes; those of a resumed run take its place.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        path = self.path / _CONFIG
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        try:
+            atomic.write(path, f"# ModelMerging.from_config({_CONFIG!r}) reads this\n{text}")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error}. {_ELSEWHERE}") from error
+
     def _move_aside(self, notices: WarnOnce) -> None:
         # the identity of a run that ended before its first record names nothing: one that starts again and again, as
         # under a scheduler that kills it early, would leave a file at each start
@@ -133,11 +149,11 @@ class RunFolder:
         for path in self._paths():
             if os.path.lexists(path):
                 path.rename(_numbered(path, number))
-                if path.name != _IDENTITY:
+                if path in (self.records, self.merged):
                     notices.warn(str(path), f"{path} is of another run; it is now {_numbered(path, number)}.")
 
-    def _paths(self) -> tuple[Path, Path, Path]:
-        return self.records, self.merged, self.path / _IDENTITY
+    def _paths(self) -> tuple[Path, ...]:
+        return self.records, self.merged, self.path / _IDENTITY, self.path / _CONFIG
 
     def _sign(self, identity: str) -> None:
         path = self.path / _IDENTITY

@@ -29,7 +29,7 @@ _FAN = 24  # lengths in the picture
 def forecast(
     run: Path,
     *,
-    steps: Sequence[int] = (),
+    steps: int | Sequence[int] = (),
     shape: Literal["linear", "cosine", "1-sqrt"] = "linear",
     metric: str = "val_loss",
     coverage: float = 0.9,
@@ -45,7 +45,7 @@ def forecast(
 
     Args:
         run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
-        steps: Lengths of the anneal; default: several, from 2% to 30% of the steps so far.
+        steps: Length of the anneal, or several: '[200, 400]'; default: several, from 2% to 30% of the steps so far.
         shape: How the learning rate falls.
         metric: The loss to forecast.
         coverage: Share of truths that the intervals are to hold.
@@ -64,7 +64,8 @@ def forecast(
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
     back = _asking(partial(forecast_anneal, records, kind="nowcast", **options))
     step = records[-1].step
-    rows = [(length, back(length), ahead(length)) for length in steps or _lengths(step, _SHARES)]
+    lengths = [steps] if isinstance(steps, int) else steps or _lengths(step, _SHARES)
+    rows = [(length, back(length), ahead(length)) for length in lengths]
     answers = [answer for _, *both in rows for answer in both]
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     if not found:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain_merge._version import __version__
+from pretrain_merge.cli.arguments import as_one_list
 from pretrain_merge.cli.export import export
 from pretrain_merge.cli.forecast import forecast
-from pretrain_merge.cli.merge import as_one_list, merge
+from pretrain_merge.cli.merge import merge
 from pretrain_merge.cli.plan import plan
-from pretrain_merge.errors import MissingDependencyError, PretrainMergeError, printable
-
-_ROWS = 30  # of a report: a screen
+from pretrain_merge.cli.report import report
+from pretrain_merge.cli.wandb_view import wandb_view
+from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
 
 
 def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -32,41 +33,6 @@ def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo")
     run_demo(Experiment(family=model, seed=seed), out=out)
 
 
-def report(
-    run: Path,
-    metric: str = "val_loss",
-    mode: Literal["min", "max"] | None = None,
-    all: bool = False,  # noqa: A002 - the option's name
-    name: str = "merge",
-    picture: Path | None = None,
-) -> None:
-    """Print the merges of a run as a table, and draw its curves.
-
-    Args:
-        run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
-        metric: The metric to compare.
-        mode: Whether its smallest value is the best or its largest; default: as its name tells.
-        all: Print every merge; else the first, the best, the last, and some between.
-        name: Prefix of the metrics, for a CSV or a W&B run.
-        picture: Where the picture goes; default: report.png in the run's folder.
-    """
-    from pretrain_merge.cli.results import console_beside
-    from pretrain_merge.records import plots
-    from pretrain_merge.records.read_run import read_run
-    from pretrain_merge.records.tables import merges_table
-
-    console = console_beside()
-    records = read_run(run, name=name, needs_recipes=False)
-    table = merges_table(records, metric, mode=mode, at_most=None if all else _ROWS)
-    if table.caption:
-        table.caption = f"{table.caption}; --all prints every one"
-    figure = plots.curves(records, metric=metric)
-    target = picture or (run if run.is_dir() else run.parent) / "report.png"
-    plots.save(figure, target)
-    console.print(table)
-    console.print(f"Curves: {printable(target)}", soft_wrap=True, markup=False)
-
-
 def main() -> None:
     """Run a subcommand; errors of ours end it with their message and exit code 1."""
     try:
@@ -76,8 +42,9 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
+        commands = (demo, report, forecast, plan, merge, export, wandb_view)
         auto_cli(
-            [demo, report, forecast, plan, merge, export],
+            {command.__name__.replace("_", "-"): command for command in commands},
             args=as_one_list(sys.argv[1:]),
             as_positional=True,
             prog="pretrain-merge",

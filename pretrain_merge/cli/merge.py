@@ -4,7 +4,6 @@ This module knows the command's options, what it prints, and ranks that torchrun
 `pretrain_merge.offline`.
 """
 
-import json as json_format
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from pretrain_merge.offline.merge import MergePlan
 
 _GB = 1e9
-_FLAGS = ("--plan", "--quiet")
 
 
 def merge(
@@ -72,23 +70,6 @@ def merge(
         about = offline.merge_checkpoints(sources, out, view, progress=progress, **options)
     if is_first:
         _print_result(out, about)
-
-
-def as_one_list(arguments: Sequence[str]) -> list[str]:
-    """The words after `merge` up to the first option, as the one list that jsonargparse takes; flags get their value.
-
-    >>> as_one_list(["merge", "a.ckpt", "b.ckpt", "--plan", "--out", "merged"])
-    ['merge', '["a.ckpt", "b.ckpt"]', '--plan', 'true', '--out', 'merged']
-    """
-    if not arguments or arguments[0] != "merge":
-        return list(arguments)
-    end = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    named = arguments[1:end]
-    options: list[str] = []
-    for word, following in zip(arguments[end:], [*arguments[end + 1 :], "--"], strict=True):
-        is_alone = word in _FLAGS and following.startswith("-")
-        options += [word, "true"] if is_alone else [word]
-    return [arguments[0], *([json_format.dumps(named)] if named else []), *options]
 
 
 def read_mergekit(path: Path, dtype: str | None) -> tuple[list[str], list[float], str | None]:

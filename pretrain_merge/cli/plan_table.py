@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pretrain_merge.errors import MissingDependencyError
 from pretrain_merge.plan import Advice, Cost, Plan, Question
 from pretrain_merge.plan.costs import COPIES_IN_TRAINING, STEP
 from pretrain_merge.plan.times import Move
+from pretrain_merge.records.tables import require_rich
 from pretrain_merge.stores.budget import DEVICE_SHARE, HOST_SHARE
 
 if TYPE_CHECKING:
@@ -28,13 +28,10 @@ def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
     Raises:
         MissingDependencyError: rich is not installed.
     """
-    try:
-        from rich.box import SIMPLE
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
+    require_rich()
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     table = Table(box=SIMPLE, title=_title(question), title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("what")
     table.add_column("how much", justify="right", no_wrap=True)
@@ -147,6 +144,10 @@ def _files(question: Question, plan: Plan) -> Iterator[Row]:
     yield "slot files on a host", _size(plan.slot_file_bytes_per_host), where
     saved = f"{merging.window} × {total} × {merging.slot_itemsize} bytes, each shard once"
     yield "a window saved to resume from", _size(plan.saved_window_bytes), saved
+    if question.training.total_tokens is not None:
+        number = int(question.training.total_tokens / question.training.tokens_per_step / plan.steps_between_snapshots)
+        most = max(number, merging.window) * plan.saved_window_bytes // merging.window
+        yield "with save_top_k=-1, at most", _size(most), f"{number:,} snapshots in the run; keep_windows bounds it"
     yield "a merged model", _size(plan.merged_model_bytes), f"{total} × {merging.itemsize} bytes"
 
 

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain_merge.errors import CheckpointError, MissingDependencyError
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic
+from pretrain_merge.records.tables import require_rich
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,12 +20,9 @@ def console_beside(result: Path | None = None) -> "Console":
     Raises:
         MissingDependencyError: rich is not installed.
     """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
+    require_rich()
+    from rich.console import Console
+
     return Console(highlight=False, stderr=result == _STANDARD_OUTPUT)
 
 

@@ -15,8 +15,10 @@ from pretrain_merge.config.build import (
 from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import did_you_mean, read, refuse_misfits
 from pretrain_merge.config.schema import (
+    AUTO,
     FORECAST_KINDS,
     FORECAST_SHAPES,
+    SPAN,
     BreakConfig,
     ForecastConfig,
     MergeConfig,
@@ -25,11 +27,13 @@ from pretrain_merge.config.schema import (
     WindowConfig,
 )
 from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
-from pretrain_merge.config.views import View, parse_views
+from pretrain_merge.config.views import View, num_in_full_window, parse_views
 
 __all__ = [
+    "AUTO",
     "FORECAST_KINDS",
     "FORECAST_SHAPES",
+    "SPAN",
     "BreakConfig",
     "Forecast",
     "ForecastConfig",
@@ -43,6 +47,7 @@ __all__ = [
     "build",
     "did_you_mean",
     "merge_cadence",
+    "num_in_full_window",
     "num_intervals",
     "parse_forecasts",
     "parse_settings",

@@ -1,15 +1,17 @@
 """Values against their schema: defaults are filled in, the impossible is refused, each message begins with its key."""
 
+import math
 from dataclasses import replace
 from typing import TypeVar
 
 from pretrain_merge.cadence import Cadence, Quantity, Share, parse_interval
-from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
+from pretrain_merge.config.forecasts import parse_forecasts
 from pretrain_merge.config.reading import read, require, typed
 from pretrain_merge.config.schema import (
     AVERAGES,
     BATCH_NORMS,
     MODES,
+    ON_ERROR,
     ON_MISSING,
     SLOT_DTYPES,
     STORES,
@@ -17,9 +19,10 @@ from pretrain_merge.config.schema import (
     SaveConfig,
     WindowConfig,
 )
-from pretrain_merge.config.settings import Forecast, Settings, WindowSettings
+from pretrain_merge.config.settings import Settings, WindowSettings
 from pretrain_merge.config.views import NAME, parse_views
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.runtime.errands import refuse_command
 
 _FILES_OF_A_RUN = ("merged", "merges", "window")  # a second callback's folder lies beside the first one's
 _LARGEST_WINDOW = 10_000  # beyond what memory holds; trying a view's coefficients takes seconds there
@@ -112,13 +115,18 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "name", NAME.fullmatch, "letters, digits, '_', '.' and '-', a letter first, 100 at most")
     _refuse_taken_name(config.name)
     require(config, "stateful_data", lambda value: value in ("refuse", "iterate"), "refuse or iterate")
+    require(config, "keep_windows", lambda value: value is None or value >= 1, "null or an integer of at least 1")
+    require(config, "on_error", lambda value: value in ON_ERROR, " or ".join(ON_ERROR))
     require(config, "on_missing", lambda value: value in ON_MISSING, " or ".join(ON_MISSING))
     saves = save_cadence(config.save)
-    forecasts = {
-        name: Forecast(forecast, num_intervals(config, forecast)) for name, forecast in parse_forecasts(config).items()
-    }
+    require(config, "on_publish_timeout", lambda value: 0.0 < value < math.inf, "seconds, above 0")
+    if config.on_publish is not None:
+        refuse_command(config.on_publish)
+    may_be_raw = config.save.every is not None or config.save.at_end
+    require(config.save, "raw", lambda value: not value or may_be_raw, "true beside every or at_end", at="save.")
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
     require(config.save, "mode", lambda value: value in MODES, " or ".join(MODES), at="save.")
+    forecasts = parse_forecasts(config)
     return Settings(config, window.cadence, window.merge_cadence, window.views, saves, forecasts)
 
 

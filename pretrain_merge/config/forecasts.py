@@ -1,22 +1,40 @@
 """Forecasts of the configuration: which anneal each of them asks about."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 
 from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.config.reading import require, typed
-from pretrain_merge.config.schema import FORECAST_KINDS, FORECAST_SHAPES, ForecastConfig, MergeConfig
+from pretrain_merge.config.schema import AUTO, FORECAST_KINDS, FORECAST_SHAPES, ForecastConfig, MergeConfig
+from pretrain_merge.config.settings import Forecast
 from pretrain_merge.config.views import NAME
 from pretrain_merge.errors import ConfigError
 
+_NESTED = re.compile(r"sma[0-9]*")
+_OFF = ("off", "null", "none")  # as a command line hands them over; YAML reads them as false and null
+# the two questions that the same means answer: what would be here now, and what is to be had from here
+_AUTOMATIC = {"now": ForecastConfig(kind="nowcast"), "ahead": ForecastConfig(kind="forecast")}
 
-def parse_forecasts(config: MergeConfig) -> dict[str, ForecastConfig]:
+
+def parse_forecasts(config: MergeConfig) -> dict[str, Forecast]:
     """The forecasts of a configuration by name, with defaults filled in.
 
     Raises:
         ConfigError: A name, key or value that is not allowed, or a nowcast longer than the window.
     """
-    return {name: _parse_forecast(config, name, value) for name, value in config.forecast.items()}
+    given = config.forecast
+    if given is True or given == AUTO:
+        return {name: Forecast(forecast, None) for name, forecast in _AUTOMATIC.items()}
+    if given is None or given is False or str(given).lower() in _OFF:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"forecast: {given!r} is not a choice of forecasts. Allowed: {AUTO!r}, null or off for none, or a mapping "
+            f"from names to their keys, such as {{soon: {{steps: 2000}}}}."
+        )
+    asked = {name: _parse_forecast(config, name, value) for name, value in given.items()}
+    return {name: Forecast(forecast, num_intervals(config, forecast)) for name, forecast in asked.items()}
 
 
 def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
@@ -29,9 +47,10 @@ def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
 
 def _parse_forecast(config: MergeConfig, name: object, value: object) -> ForecastConfig:
     key = f"forecast.{name}"
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or _NESTED.fullmatch(name):
         raise ConfigError(
-            f"{key}: {name!r} is not a name. Allowed: letters, digits, '_', '.', '-', a letter first, 100 at most."
+            f"{key}: {name!r} is not a name. Allowed: letters, digits, '_', '.', '-', a letter first, 100 at most; not "
+            f"'sma' and a number, under which the means are logged that forecasts read."
         )
     if not isinstance(value, Mapping):
         allowed = ", ".join(item.name for item in fields(ForecastConfig))

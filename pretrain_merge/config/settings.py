@@ -35,11 +35,12 @@ class Forecast:
 
     Attributes:
         config: Its keys, with defaults filled in.
-        num_intervals: Length of its anneal as a number of intervals between snapshots.
+        num_intervals: Length of its anneal as a number of intervals between snapshots; None: nobody asked for a length,
+            and it is what the longest mean spans at each merge point.
     """
 
     config: ForecastConfig
-    num_intervals: float
+    num_intervals: float | None
 
 
 @dataclass(frozen=True)

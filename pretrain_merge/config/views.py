@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain_merge import coefficients
+from pretrain_merge.cadence import Share, parse_interval
 from pretrain_merge.config.reading import did_you_mean
 from pretrain_merge.config.schema import WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
@@ -17,6 +18,7 @@ _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
 }
 _RESERVED = (RAW, FORECAST)
+_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%", re.ASCII)
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
 
 
@@ -29,12 +31,14 @@ class View:
         kind: A kind of `pretrain_merge.coefficients`.
         last: Exactly this many of the newest valid snapshots; None: all that are valid, from 2 up.
         params: Parameters of the kind.
+        span: Of these, the newest that span at most this share of the steps since the last break; None: all of them.
     """
 
     name: str
     kind: str
     last: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    span: float | None = None
 
 
 def parse_views(config: WindowConfig) -> tuple[View, ...]:
@@ -43,7 +47,8 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     Raises:
         ConfigError: An unknown kind or parameter, two views of one name, or more snapshots than the window holds.
     """
-    views = tuple(parse_view(value, f"views[{index}]") for index, value in enumerate(config.views))
+    span = parse_span(config.span, "span")
+    views = tuple(parse_view(value, f"views[{index}]", span) for index, value in enumerate(config.views))
     names = [view.name for view in views]
     if not views or len(set(names)) < len(names):
         raise ConfigError(f"views: {names} must be at least one view, each with a name of its own; set `name`.")
@@ -52,28 +57,67 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     return views
 
 
-def parse_view(value: object, key: str) -> View:
+def parse_view(value: object, key: str, span: float | None = None) -> View:
     """One view in any of its forms.
+
+    Args:
+        value: Text or a mapping.
+        key: Its path, for messages.
+        span: Share of the run that it may span where it names neither a share nor a number of snapshots.
 
     Raises:
         ConfigError: It is not one.
     """
     if isinstance(value, str):
-        return _parse_shorthand(value, key)
+        return _parse_shorthand(value, key, span)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not NAME.fullmatch(value["name"]):
         raise ConfigError(
             f"{key}: {value!r} is not a view. Allowed: a kind ('sma'), a kind and a number of snapshots ('sma4'), or a "
-            f"mapping with a `name` of at most 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` and "
-            f"parameters."
+            f"mapping with a `name` of at most 100 letters, digits, '_', '.', '-', a `kind`, and optionally `last` or "
+            f"`span`, and parameters."
         )
-    params = {str(name): item for name, item in value.items() if name not in ("name", "kind", "last")}
+    params = {str(name): item for name, item in value.items() if name not in ("name", "kind", "last", "span")}
     kind, last = value.get("kind", value["name"]), value.get("last")
     if last is None and kind == "custom" and isinstance(params.get("weights"), list):
         last = len(params["weights"])
-    return View(value["name"], str(kind), last, params)
+    if "span" in value:
+        span = parse_span(value["span"], f"{key}.span")
+        if last is not None and span is not None:
+            raise ConfigError(
+                f"{key}.span: {value['span']!r}, and the view is of exactly {last} snapshots. Allowed: a number of "
+                f"snapshots or a share of the run. Remove one of the two."
+            )
+    return View(value["name"], str(kind), last, params, span if last is None else None)
 
 
-def _parse_shorthand(text: str, key: str) -> View:
+def parse_span(value: object, key: str) -> float | None:
+    """The share of a run that a view may span, from what people write: 0.06, "6%"; None: any.
+
+    Raises:
+        ConfigError: It is not above 0 and up to 1.
+    """
+    if value is None:
+        return None
+    match = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    share: Any = float(match[1]) / 100.0 if match else value if is_number else 0.0
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(
+            f"{key}: {value!r} is not a share of the run. Allowed: above 0 and up to 1, or null for no limit. Write it "
+            f"as 0.06 or '6%'."
+        )
+    return float(share)
+
+
+def num_in_full_window(view: View, config: WindowConfig) -> int | None:
+    """How many snapshots a view merges of a full window; None where that depends on the age of the run."""
+    every = parse_interval(config.every)
+    reach = config.window - (config.average == "last")  # intervals
+    fits = view.span is None or (isinstance(every, Share) and reach * every.percent / 100.0 <= view.span)
+    return view.last or (config.window if fits else None)
+
+
+def _parse_shorthand(text: str, key: str, span: float | None) -> View:
     letters = text.rstrip("0123456789")
     digits = text[len(letters) :]
     if len(digits) > _MOST_DIGITS:
@@ -85,7 +129,7 @@ def _parse_shorthand(text: str, key: str) -> View:
         raise ConfigError(
             f"{key}: {text!r} is not a view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}."
         )
-    return View(text, kind, last, params)
+    return View(text, kind, last, params, span if last is None else None)
 
 
 def _try_coefficients(view: View, window: int, key: str) -> None:

@@ -7,9 +7,13 @@ did not help, it says so.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain_merge.records import Expected, MergeRecord
 from pretrain_merge.records.tables import merges_table, percent
+
+if TYPE_CHECKING:
+    from pretrain_merge.demo.routing import Router, Routing
 
 METRIC = "val_loss"
 AHEAD, NOW = "ahead", "now"  # the forecasts of merge.yaml
@@ -38,6 +42,7 @@ class Summary:
         tokens: Bytes that the run was trained on, counted with repetition.
         seconds_train: The run's part of `seconds`.
         seconds_anneal: The branch's part of `seconds`.
+        routing: What the last merge did to the routers; None for a dense model.
     """
 
     raw: float
@@ -58,6 +63,7 @@ class Summary:
     tokens: int
     seconds_train: float
     seconds_anneal: float
+    routing: "Routing | None" = None
 
 
 def summarise(
@@ -69,6 +75,7 @@ def summarise(
     parameters: int,
     seconds_train: float,
     seconds_anneal: float,
+    routing: "Routing | None" = None,
 ) -> Summary:
     """Compare the last merge with the raw model and with the real anneal.
 
@@ -80,6 +87,7 @@ def summarise(
         parameters: Number of its parameters.
         seconds_train: Wall-clock time of the run.
         seconds_anneal: Wall-clock time of the branch.
+        routing: What the last merge did to the routers of a mixture of experts.
     """
     last = records[-1]
     raw, annealed = last.raw[METRIC], anneal_curve[last.step]
@@ -105,6 +113,7 @@ def summarise(
         tokens=last.tokens,
         seconds_train=seconds_train,
         seconds_anneal=seconds_anneal,
+        routing=routing,
     )
 
 
@@ -124,6 +133,8 @@ def show(records: Sequence[MergeRecord], summary: Summary, out: Path) -> None:
         )
     )
     console.print(f"\n{comparison(summary)}\n{forecasts(summary)}", style="bold", soft_wrap=True)
+    if summary.routing is not None:
+        console.print(f"\n{routers(summary.routing)}", soft_wrap=True)
     console.print(
         f"\nIn {out}: curves.png, summary.json, merges.jsonl, merged/ (safetensors), wandb/ (an offline run).\n"
         f"Training took {summary.seconds_train:.0f} s and annealing {summary.seconds_anneal:.0f} s.\n",
@@ -155,10 +166,32 @@ def forecasts(summary: Summary) -> str:
 def _expected(expected: Expected | None, annealed: float, name: str) -> str:
     if expected is None:
         return f"{name}: none, the run is too short for one"
+    # a window that grows spans a little less where the branch starts than at its end
     holds = "holds" if expected.low <= annealed <= expected.high else "does not hold"
     return (
-        f"{name}: {expected.mean:.4f} ({expected.low:.4f} to {expected.high:.4f}), {expected.mean / annealed - 1:+.2%} "
+        f"{name}, for step {expected.step}: {expected.mean:.4f} ({expected.low:.4f} to {expected.high:.4f}), "
+        f"{expected.mean / annealed - 1:+.2%} "
         f"from the annealed {annealed:.4f}; the interval {holds} it"
+    )
+
+
+def routers(routing: "Routing") -> str:
+    """What merging did to the routers, in three lines."""
+
+    def of(name: str, router: "Router") -> str:
+        shares = [share for layer in router.load for share in layer]
+        return (
+            f"routers of the {name} model: {min(shares):.0%} to {max(shares):.0%} of a layer's choices on an expert "
+            f"(balance {router.balance:.3f}), entropy of a token's choice {router.entropy:.3f} of the largest"
+        )
+
+    return "\n".join(
+        [
+            of("raw", routing.raw),
+            of("merged", routing.merged),
+            f"the merge exchanges {routing.drift:.1%} of the chosen experts; training over the stretch that it spans "
+            f"exchanged {routing.drift_of_training:.1%}",
+        ]
     )
 
 

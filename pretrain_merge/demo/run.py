@@ -12,16 +12,32 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from pretrain_merge import ModelMerging
+from pretrain_merge import ModelMerging, load_merged
 from pretrain_merge.config import parse_views
 from pretrain_merge.demo.corpus import Corpus, load_corpus
 from pretrain_merge.demo.experiment import FAMILIES, Branch, Experiment, last_window
-from pretrain_merge.demo.fitting import CheckpointAt, NamedBar, ValidationCurve, fit, offline_run, quiet
-from pretrain_merge.demo.models import build_model, constant_after_warmup, language_model, linear_anneal
+from pretrain_merge.demo.fitting import (
+    CheckpointAt,
+    NamedBar,
+    ValidationCurve,
+    fit,
+    offline_run,
+    quiet,
+    validation_loader,
+)
+from pretrain_merge.demo.models import (
+    LanguageModel,
+    build_model,
+    constant_after_warmup,
+    language_model,
+    linear_anneal,
+)
 from pretrain_merge.demo.report import METRIC, Summary, show, summarise
+from pretrain_merge.demo.routing import Routing, compare, read_routers
 from pretrain_merge.errors import CheckpointError, MissingDependencyError
 from pretrain_merge.files import atomic
 from pretrain_merge.records import MergeRecord, plots, read_records
@@ -64,15 +80,18 @@ def demo(
     )
     with quiet(), offline_run(experiment, out) as logger:
         started = time.perf_counter()
-        checkpoint = train(experiment, corpus, callback, branch, out, logger)
+        module = language_model(experiment, constant_after_warmup(experiment.warmup_steps))
+        checkpoint = train(experiment, corpus, module, callback, branch, out, logger)
         seconds_train = time.perf_counter() - started
         curve = anneal(experiment, corpus, branch, checkpoint, logger)
         seconds_anneal = time.perf_counter() - started - seconds_train
     records = read_records(out / "merges.jsonl")
+    views = [view.name for view in parse_views(callback.config)]
     summary = summarise(
         records,
         {record.step: record.raw[METRIC] for record in records if record.step == branch.start} | curve,
-        views=[view.name for view in parse_views(callback.config)],
+        views=views,
+        routing=routing(experiment, corpus, module, checkpoint, out / "merged", views[0]),
         model=name,
         parameters=parameters,
         seconds_train=seconds_train,
@@ -85,13 +104,20 @@ def demo(
 
 
 def train(
-    experiment: Experiment, corpus: Corpus, merging: Callback, branch: Branch, out: Path, logger: WandbLogger | None
+    experiment: Experiment,
+    corpus: Corpus,
+    module: LanguageModel,
+    merging: Callback,
+    branch: Branch,
+    out: Path,
+    logger: WandbLogger | None,
 ) -> Path:
     """The run itself: warm-up, then constant rate, with merging on.
 
     Args:
         experiment: What is trained.
         corpus: The text.
+        module: The model, which is trained.
         merging: The callback under demonstration.
         branch: Where the annealing branch will leave the run; a Lightning checkpoint is saved there.
         out: Folder of the run.
@@ -104,7 +130,7 @@ def train(
     fit(
         experiment,
         corpus,
-        language_model(experiment, constant_after_warmup(experiment.warmup_steps)),
+        module,
         callbacks=[merging, CheckpointAt(branch.start, checkpoint), NamedBar("training")],
         default_root_dir=out,
         logger=logger,
@@ -143,6 +169,31 @@ def anneal(
         val_check_interval=branch.validate_every,
     )
     return curve.values
+
+
+def routing(
+    experiment: Experiment, corpus: Corpus, module: LanguageModel, checkpoint: Path, merged: Path, view: str
+) -> Routing | None:
+    """What the last merge did to the routers of a mixture of experts; None for a dense model.
+
+    Args:
+        experiment: What was trained.
+        corpus: The text.
+        module: The run's model after its last step.
+        checkpoint: Of the run, where its last window began.
+        merged: Folder of the merged weights.
+        view: Of which the newest are read.
+    """
+    folders = sorted(merged.glob(f"*-{view}"))
+    if experiment.family != "moe" or not folders:
+        return None
+    other = language_model(experiment, constant_after_warmup(experiment.warmup_steps))
+    batches = [batch["input_ids"] for batch in validation_loader(experiment, corpus)]
+    raw = read_routers(module.model.eval(), batches)
+    other.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    before = read_routers(other.model.eval(), batches)
+    load_merged(other, folders[-1])
+    return compare(raw, read_routers(other.model.eval(), batches), before, module.model.config.num_experts_per_tok)
 
 
 def draw(records: Sequence[MergeRecord], summary: Summary, path: Path) -> None:

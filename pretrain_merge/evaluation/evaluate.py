@@ -28,6 +28,8 @@ from pretrain_merge.evaluation.loaders import RepeatedLoaders
 from pretrain_merge.evaluation.lockstep import Lockstep
 from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.evaluation.reduction import How, Part
+from pretrain_merge.evaluation.settings import settings_kept
+from pretrain_merge.evaluation.users_code import users_code
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.evaluating import evaluating_merge
 from pretrain_merge.runtime.log import WarnOnce
@@ -92,15 +94,17 @@ def isolated(
             is_sharded = parameters.is_sharded(module)
             on_all_ranks = ranks.all_or_none(f"evaluate {label}", patience=_PATIENCE if is_sharded else None)
             with on_all_ranks, torch.no_grad(), ExitStack() as kept:
+                kept.enter_context(isolation.gradients_hidden(module))  # which fit when all parameters are in place
                 kept.callback(memento.put_back)
-                kept.enter_context(isolation.gradients_hidden(module))
-                kept.enter_context(isolation.torch_settings_kept())
+                kept.callback(parameters.reshard, module)  # P18: a forward leaves gathered parameters behind
+                kept.enter_context(settings_kept())
                 kept.enter_context(evaluating_merge())
                 lockstep = Lockstep(is_sharded=is_sharded)
                 lockstep.start()
                 kept.enter_context(isolation.buffers_of_rank_0(trainer.strategy.model))
                 bar.reset()
                 bar.set_description(f"evaluating {label}")
+                kept.enter_context(users_code())
                 if data is not None:
                     random_state()
                     parts |= _validate(trainer, data, bar, lockstep)

@@ -3,36 +3,19 @@
 This module knows what an evaluation loop and a user's validation hooks may touch. It runs no evaluation itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from inspect import getattr_static
 from typing import Any
 
-import torch
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain_merge import parameters
+from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import loaders, muting
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
-
-_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
-    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
-    (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
-    (partial(torch.get_autocast_dtype, "cpu"), partial(torch.set_autocast_dtype, "cpu")),
-    (partial(torch.get_autocast_dtype, "cuda"), partial(torch.set_autocast_dtype, "cuda")),
-)
-_FLAGS = tuple((torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic"))
 
 
 @contextmanager
@@ -114,35 +97,31 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @contextmanager
 def gradients_hidden(module: nn.Module) -> Iterator[None]:
-    """Inside there are no gradients: those that accumulate are out of reach of an evaluator that calls `backward`."""
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    """Inside there are no gradients: those that accumulate are out of reach of an evaluator that calls `backward`.
+
+    Raises:
+        EvaluationError: A parameter is such that its gradient does not fit it any more; all others have theirs.
+    """
+    gradients = [(name, parameter, parameter.grad) for name, parameter in module.named_parameters()]
     try:
-        for parameter, _ in gradients:
+        for _, parameter, _ in gradients:
             parameter.grad = None
         yield
     finally:
-        parameters.reshard(module)  # P18: a forward leaves gathered parameters behind
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        if misfits := [name for name, parameter, gradient in gradients if not _give_back(parameter, gradient)]:
+            raise EvaluationError(
+                f"parameter {misfits[0]!r} and {len(misfits) - 1} more have another shape, dtype or device than before "
+                f"a merge was evaluated, and cannot be put back. Allowed in an evaluation: to read weights, and to "
+                f"change what can be undone. Work on a copy of the module (copy.deepcopy) there."
+            )
 
 
-@contextmanager
-def torch_settings_kept() -> Iterator[None]:
-    """Torch's settings for the whole process, which hooks switch as they do a module's mode."""
-    settings = [(set_, get()) for get, set_ in _SETTINGS]
-    flags = [(owner, name, getattr(owner, name)) for owner, name in _FLAGS]
-    device = torch.get_default_device()
+def _give_back(parameter: nn.Parameter, gradient: Tensor | None) -> bool:
     try:
-        yield
-    finally:
-        for (get, _), (set_, value) in zip(_SETTINGS, settings, strict=True):
-            if get() != value:
-                set_(value)
-        for owner, name, value in flags:
-            if getattr(owner, name) != value:
-                setattr(owner, name, value)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
+        parameter.grad = gradient
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

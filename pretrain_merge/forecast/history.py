@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 from pretrain_merge.forecast.points import Mean, Points
-from pretrain_merge.records import MergeRecord, Recipe
+from pretrain_merge.records import MergeRecord, Recipe, span_of
 
 _LR_TOLERANCE = 1e-3
 _RISE = 0.002  # of a loss over the whole stretch: more is not noise of a merged model
@@ -81,7 +82,7 @@ class RunHistory:
             self._constant_from = record.step if is_unseen else record.since
             self._why_short = "" if before is None else _why_short(before.phase, before.step, before.lr, record)
         if self._metric in record.raw:
-            self._points.append(record.step, record.raw[self._metric], record.lr, _means(record, self._metric))
+            self._points.append(record.step, record.raw[self._metric], record.lr, partial(_means, record, self._metric))
             self._num_merges += 1
 
     def now(self) -> History:
@@ -140,12 +141,6 @@ def read_history(records: Sequence[MergeRecord], metric: str) -> History:
     return history.now()
 
 
-def span_of(recipe: Recipe, average: str) -> float:
-    """Steps between the oldest and the newest snapshot; block means reach one interval further back."""
-    between = recipe.steps[-1] - recipe.steps[0]
-    return between * len(recipe.steps) / (len(recipe.steps) - 1) if average == "block" else float(between)
-
-
 def _belongs(record: MergeRecord, newest: MergeRecord) -> bool:
     same_kind = (record.phase, record.average, len(record.lr)) == (newest.phase, newest.average, len(newest.lr))
     if not same_kind or record.step <= newest.since:
@@ -176,7 +171,7 @@ def _means(record: MergeRecord, metric: str) -> list[Mean]:
     found: dict[float, Mean] = {}
     for view, recipe in record.recipes.items():
         if metric in record.views.get(view, {}) and _is_plain(recipe):
-            span, number = span_of(recipe, record.average), len(recipe.steps)
+            span, number = span_of(recipe.steps, record.average), len(recipe.steps)
             kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
             found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)
     return sorted(found.values())

@@ -21,6 +21,9 @@ from pretrain_merge.runtime.log import WarnOnce
 _NOT_HERE = {
     "tokens_per_batch": "the Trainer counts tokens itself: TrainingArguments(include_num_input_tokens_seen=…)",
     "stateful_data": "the Trainer builds the loaders that it evaluates on",
+    "on_publish": "only ModelMerging runs commands; a callback's on_save can",
+    "on_publish_timeout": "only ModelMerging runs commands",
+    "verbose": "the Trainer prints what is logged",
 }
 
 
@@ -34,7 +37,7 @@ class HuggingFaceMerging(TrainerCallback):
 
     Args:
         evaluators: Further evaluations by name: functions from the model to metrics, run on raw and merged alike.
-        **options: The keys of `pretrain_merge.config.MergeConfig` but for `tokens_per_batch` and `stateful_data`:
+        **options: The keys of `pretrain_merge.config.MergeConfig` but for those of a batch and of commands:
             `window`, `every`, `views`, `save`, `forecast`, `name` and so on. `validate=False` leaves evaluation to
             `evaluators`.
 

@@ -24,14 +24,15 @@ class TrainerCheckpoints:
     Args:
         output: The Trainer's `output_dir`, where its checkpoints are.
         folder: Where the files of the window go.
+        keep: Of how many windows, the newest, the files are kept; None: of all that checkpoints need.
 
     Raises:
         CheckpointError: The folder cannot be written, or another run is using it.
     """
 
-    def __init__(self, output: Path, folder: Path) -> None:
+    def __init__(self, output: Path, folder: Path, keep: int | None) -> None:
         self._output, self.folder = output, folder
-        self._sidecar = WindowFolder(folder)
+        self._sidecar = WindowFolder(folder, keep=keep)
         self._held: list[str] = []
 
     def note(self, state: RunState, names: Iterable[str]) -> None:

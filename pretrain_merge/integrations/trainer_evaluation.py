@@ -4,7 +4,7 @@ This module knows what `Trainer.evaluate` touches besides the model: callbacks, 
 `should_evaluate` it resets (P39), loaders, random numbers. It knows no windows and no views.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,14 +15,15 @@ from transformers import Trainer
 from pretrain_merge import parameters
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import isolation
+from pretrain_merge.evaluation.evaluate import Evaluator, Measure
 from pretrain_merge.evaluation.loaders import EvaluationInterrupted
 from pretrain_merge.evaluation.memento import Memento
+from pretrain_merge.evaluation.settings import settings_kept
 from pretrain_merge.runtime import ranks, signals
 from pretrain_merge.runtime.evaluating import evaluating_merge
 from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.runtime.random_state import random_state_kept
 
-Evaluator = Callable[[Any], Mapping[str, float]]
 # speed is not a property of weights; two equal runs would differ in it
 _NOT_MEASURED = ("epoch", "_runtime", "_per_second", "_preparation_time", "_compilation_time", "num_input_tokens_seen")
 
@@ -30,19 +31,23 @@ _NOT_MEASURED = ("epoch", "_runtime", "_per_second", "_preparation_time", "_comp
 @contextmanager
 def isolated(
     trainer: Any,
+    module: Any,
     *,
     evaluators: Mapping[str, Evaluator],
     validate: bool,
+    stateful_data: str,
     ignored: list[str] | None,
     merged: Iterable[Tensor],
     notices: WarnOnce,
-) -> Iterator[Callable[[str], dict[str, float]]]:
+) -> Iterator[Measure]:
     """Evaluate the live model as often as needed, each time with the same random numbers.
 
     Args:
         trainer: A Trainer inside `train`, between two steps.
+        module: Its model.
         evaluators: Further evaluations by name; each gets the model in eval mode and returns metrics.
         validate: Whether to run the Trainer's own evaluation, where it has data for one.
+        stateful_data: Of no use here: the Trainer builds its loaders anew for each evaluation.
         ignored: Keys of the model's outputs that its own evaluations ignore.
         merged: Live tensors whose values the caller changes between evaluations, and puts back itself.
         notices: What the user was told already.
@@ -54,18 +59,18 @@ def isolated(
     Raises:
         EvaluationError: An evaluator gave something else than numbers.
     """
-    model = trainer.model
     with random_state_kept() as set_back:
-        parameters.reshard(model)
+        parameters.reshard(module)
         memento = Memento(_parts_of(trainer), merged=merged, notices=notices)
 
         def measure(label: str) -> dict[str, float]:
             if signals.pending():  # it waits for raw weights: the sooner the better
                 raise EvaluationInterrupted
             with ranks.all_or_none(f"evaluate {label}"), ExitStack() as kept:
+                kept.enter_context(isolation.gradients_hidden(module))  # of an evaluator that calls backward
                 kept.callback(memento.put_back)
-                kept.enter_context(isolation.gradients_hidden(model))
-                kept.enter_context(isolation.torch_settings_kept())
+                kept.callback(parameters.reshard, module)  # P18: a forward leaves gathered parameters behind
+                kept.enter_context(settings_kept())
                 kept.enter_context(evaluating_merge())
                 kept.enter_context(isolation.buffers_of_rank_0(trainer.model_wrapped))
                 metrics = {}
@@ -74,9 +79,9 @@ def isolated(
                     metrics = _evaluated(trainer, ignored, notices)
                 for name, evaluator in evaluators.items():
                     set_back()
-                    model.eval()
+                    module.eval()
                     with torch.no_grad(), signals.keyboard_interrupt_allowed():
-                        values = evaluator(model)
+                        values = evaluator(module)
                     metrics |= {f"{name}/{key}": value for key, value in _numbers(name, values).items()}
             return metrics
 

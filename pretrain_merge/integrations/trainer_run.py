@@ -6,30 +6,29 @@ This module knows the order of these things. It knows no events, and nothing of 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.callbacks import refusals
+from pretrain_merge.callbacks import merge_point, refusals
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.resuming import refill_or_raise
 from pretrain_merge.callbacks.run_folder import RunFolder, files_of
 from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.config import MergeConfig, Settings
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
-from pretrain_merge.evaluation.loaders import EvaluationInterrupted
+from pretrain_merge.evaluation.evaluate import Evaluator
 from pretrain_merge.files.atomic import remove_leftovers
 from pretrain_merge.integrations import trainer_evaluation
 from pretrain_merge.integrations.trainer_checkpoints import TrainerCheckpoints, find_state
-from pretrain_merge.integrations.trainer_evaluation import Evaluator
 from pretrain_merge.merged_models.retention import MergedModels
-from pretrain_merge.merging.measured import measured
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import is_sharded
-from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
+from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, keep_records_until
 from pretrain_merge.resume.manifest import Manifest
-from pretrain_merge.runtime import ranks, signals
+from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
 
 _open_runs: "WeakSet[TrainerRun]" = WeakSet()  # a run that an exception ended keeps its locks, and is told by nobody
@@ -83,8 +82,9 @@ class TrainerRun:
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
             self.merger.watch(self._model, [trainer.optimizer])
             with ranks.all_or_none("open the run's folder"):
-                self._checkpoints = TrainerCheckpoints(output, self._window_folder) if ranks.rank() == 0 else None
-                if self._checkpoints is not None:
+                self._checkpoints = None
+                if ranks.rank() == 0:
+                    self._checkpoints = TrainerCheckpoints(output, self._window_folder, self._config.keep_windows)
                     borrowed.callback(self._checkpoints.close)
                 state = self._filled(resumed)
                 self._identity = self._open_folder(state, borrowed)
@@ -147,12 +147,16 @@ class TrainerRun:
         if self._config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self._model) as merge_view:
+                    if self._config.save.raw:
+                        raw = Recipe((merger.progress.step,), (1.0,))
+                        self._add_processing(self._merged_models.save_last(self._model, RAW, merger.progress, raw))
                     for view in merger.views:
                         if view not in self._not_saved and merger.why_not(view) is None:
                             path = self._merged_models.save_last(self._model, view, newest.progress, merge_view(view))
                             self._add_processing(path)
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._notices.warn("end", f"no merged model is saved at the end: {error}")
+        self._merged_models.drop_unused()
         if not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.warn("no merge", f"training ended at step {merger.progress.step} without a merge: {reason}")
@@ -235,28 +239,19 @@ class TrainerRun:
 
     def _measured(self) -> MergeRecord | None:
         """Raw and every view on the same data; None where a signal ended the evaluation early."""
-        isolated = trainer_evaluation.isolated(
+        reads = self._forecasts.reads(self.last_record)
+        return merge_point.measured(
+            self._config,
             self._trainer,
+            self._model,
+            self.merger,
+            views=[view for view in self.merger.views if reads or view not in self._not_saved],
             evaluators=self._evaluators,
-            validate=self._config.validate,
-            ignored=self._ignored,
-            merged=self.merger.tensors(self._model).values(),
             notices=self._notices,
+            keep=self._save_if_due,
+            besides=self._not_saved,
+            isolate=partial(trainer_evaluation.isolated, ignored=self._ignored),
         )
-        try:
-            # held outermost: a handler that saves a checkpoint must find raw weights and the user's own callbacks
-            with signals.deferred(), isolated as measure:
-                record = measured(
-                    self._config, self._model, self.merger, measure, notices=self._notices, keep=self._save_if_due
-                )
-        except EvaluationInterrupted:
-            return None
-        if not record.raw and not any(record.views.values()):
-            self._notices.warn(
-                "nothing",
-                "merges are made, but nothing is measured: the Trainer has no eval_dataset, and no evaluator.",
-            )
-        return record
 
     def _publish(self, record: MergeRecord) -> MergeRecord:
         """To the file of records and the Trainer's own reporters."""
@@ -268,10 +263,10 @@ class TrainerRun:
         self._trainer.control.should_log = should_log  # P39: a log resets it, and the scheduled one would not come
         return record
 
-    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float]) -> None:
+    def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
             progress = self.merger.progress
-            self._merged_models.save_if_due(self._model, view, progress, recipe, metrics)
+            self._merged_models.save_if_due(self._model, view, progress, recipe, metrics, may_lack_best=may_lack_best)
             self._add_processing(self._merged_models.path_of(view, progress))
 
     def _add_processing(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import untrusted
 from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
+from pretrain_merge.records import RAW
 
 Which = Literal["best", "last"]
 BEST = "best.json"
@@ -27,7 +28,8 @@ def chosen(run: Path, which: Which) -> Path:
     folder = run / "merged" if (run / "merged").is_dir() else run
     if which == "best":
         return _best(folder)
-    found = {path: read_provenance(path) for path in folder.glob("step-*") if (path / PROVENANCE).is_file()}
+    about = {path: read_provenance(path) for path in folder.glob("step-*") if (path / PROVENANCE).is_file()}
+    found = {path: item for path, item in about.items() if item.get("view") != RAW}  # `save.raw` lies beside the merges
     if not found:
         raise CheckpointError(
             f"{folder} holds no merged model. Name the folder of a run that saved some (`save: {{at_end: true}}`)."

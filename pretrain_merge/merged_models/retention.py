@@ -12,19 +12,21 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import SaveConfig, save_cadence
-from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import discard, move_aside
 from pretrain_merge.merged_models.choosing import BEST
+from pretrain_merge.merged_models.folder_users import FolderUsers, NobodyUses
 from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
 from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import RAW, Recipe, metric_names
 from pretrain_merge.runtime import ranks
 
 _NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
@@ -40,6 +42,7 @@ class SavedModels:
         periodic: By view, names of the folders that `save.every` keeps, oldest first.
         best: Name of the best model's folder; a path where that lies in the folder of a run before this one.
         best_score: Its metric, lower is better.
+        surplus: Names of folders that nobody wants any more, and that somebody was using yet.
     """
 
     start: Progress = field(default_factory=Progress)
@@ -47,17 +50,12 @@ class SavedModels:
     periodic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best: str | None = None
     best_score: float | None = None
+    surplus: tuple[str, ...] = ()
 
 
 def will_save(config: SaveConfig) -> bool:
     """Whether any merged model is to be written."""
     return config.every is not None or config.best is not None or config.at_end
-
-
-def refuse_unmeasured(best: str | None, metrics: Mapping[str, float]) -> None:
-    """Raise a `ConfigError` where `save.best` names a metric that is not among the measured ones."""
-    if best is not None and best not in metrics:
-        raise ConfigError(f"save.best: {best!r} was not measured. Measured: {', '.join(metrics) or 'nothing'}.")
 
 
 class MergedModels:
@@ -68,6 +66,9 @@ class MergedModels:
         config: What to save.
         settings: The whole configuration as plain values, for provenance.
         start: Counters at which the run starts or goes on.
+
+    Attributes:
+        users: Told of each model that is published, and asked before one is deleted.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class MergedModels:
         self._last_merge: dict[str, Progress] = {}
         self._periodic: dict[str, list[Path]] = {}
         self._best: tuple[float, Path] | None = None
+        self._surplus: list[Path] = []  # to be deleted once nobody uses them
+        self.users: FolderUsers = NobodyUses()
 
     @property
     def best_path(self) -> Path | None:
@@ -91,10 +94,12 @@ class MergedModels:
         """What is on disk for which reason."""
         periodic = {view: tuple(path.name for path in saved) for view, saved in self._periodic.items()}
         start, last = self._start, dict(self._last_merge)
+        surplus = tuple(path.name for path in self._surplus)
         if self._best is None:
-            return SavedModels(start, last, periodic)
+            return SavedModels(start, last, periodic, surplus=surplus)
         score, path = self._best
-        return SavedModels(start, last, periodic, path.name if path.parent == self.folder else str(path), score)
+        best = path.name if path.parent == self.folder else str(path)
+        return SavedModels(start, last, periodic, best, score, surplus)
 
     def resume_from(self, saved: SavedModels, before: Path) -> None:
         """Go on with what an earlier part of the run saved, as far as it is still there.
@@ -110,20 +115,42 @@ class MergedModels:
         self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
         best = next((path for path in places if path in there), None)
         self._best = (saved.best_score, best) if best is not None and saved.best_score is not None else None
+        self._surplus = [self.folder / name for name in saved.surplus]
         with ranks.all_or_none("name the best merged model"):
             self._name_best()
 
+    @property
+    def kept(self) -> list[Path]:
+        """Folders of this run that are kept for a reason."""
+        own = [self.best_path] if self.best_path is not None and self.best_path.parent == self.folder else []
+        return list(dict.fromkeys([*chain(*self._periodic.values()), *own]))
+
     def save_if_due(
-        self, module: Any, view: str, progress: Progress, recipe: Recipe, metrics: Mapping[str, float]
+        self,
+        module: Any,
+        view: str,
+        progress: Progress,
+        recipe: Recipe,
+        metrics: Mapping[str, float],
+        *,
+        may_lack_best: bool = False,
     ) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
+
+        Args:
+            module: The model.
+            view: Its name.
+            progress: Counters of the merge point.
+            recipe: How it was made.
+            metrics: What was measured of it.
+            may_lack_best: Whether the metric of `save.best` may be missing, since an evaluation failed that may.
 
         Raises:
             ConfigError: `save.best` names a metric that was not measured.
             CheckpointError: The disk refuses.
         """
         is_due = self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress)
-        score = self._score(metrics)
+        score = self._score(metrics, may_lack_best) if view != RAW else None  # raw is beside the merges, not one
         is_best = score is not None and (self._best is None or score < self._best[0])
         if is_due or is_best:
             reasons = [*(["every"] if is_due else []), *(["best"] if is_best else [])]
@@ -145,10 +172,13 @@ class MergedModels:
         """Where a view of this step is, if it was saved."""
         return self.folder / f"step-{progress.step:08d}-{view}"
 
-    def _score(self, metrics: Mapping[str, float]) -> float | None:
+    def _score(self, metrics: Mapping[str, float], may_lack_best: bool) -> float | None:
         """The metric of `save.best`, lower is better; None where there is none that can be the best."""
-        refuse_unmeasured(self._config.best, metrics)
-        value = metrics[self._config.best] if self._config.best is not None else math.nan
+        best = self._config.best
+        if best is None:
+            return None
+        find = partial(metric_names.measured_name, "save.best") if not may_lack_best else metric_names.found
+        value = metrics.get(find(best, metrics) or best, math.nan)
         return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
 
     def _name_best(self) -> None:
@@ -163,7 +193,8 @@ class MergedModels:
                 return
             path = self._best[1]
             metrics = about.get("metrics")
-            value = metrics.get(self._config.best) if isinstance(metrics, Mapping) else None
+            metrics = metrics if isinstance(metrics, Mapping) else {}
+            value = metrics.get(metric_names.found(self._config.best, metrics))
             what = {
                 "folder": path.name if path.parent == self.folder else str(path),
                 "view": about.get("view"),
@@ -187,15 +218,19 @@ class MergedModels:
 
     def _drop_surplus(self, view: str, old_best: Path | None) -> None:
         saved = self._periodic.get(view, [])
-        surplus = [saved.pop(0) for _ in range(len(saved) - self._config.keep)]
-        for path in [*surplus, *([old_best] if old_best is not None else [])]:
-            self._drop(path)
+        self._surplus += [saved.pop(0) for _ in range(len(saved) - self._config.keep)]
+        self._surplus += [old_best] if old_best is not None else []
+        self.drop_unused()
 
-    def _drop(self, path: Path) -> None:
-        """Delete a saved model unless it is still wanted for another reason, or is not of this folder."""
-        is_wanted = path == self.best_path or any(path in saved for saved in self._periodic.values())
-        if not is_wanted and path.parent == self.folder and _NAME.fullmatch(path.name) and ranks.rank() == 0:
-            discard(path)
+    def drop_unused(self) -> None:
+        """Delete surplus models that nobody uses any more, unless they are wanted for another reason."""
+        wanted = {self.best_path, *chain(*self._periodic.values())}
+        surplus = [path for path in dict.fromkeys(self._surplus) if path not in wanted]
+        self._surplus = [path for path in surplus if self.users.is_using(path)]
+        for path in surplus:
+            is_ours = path.parent == self.folder and _NAME.fullmatch(path.name) is not None
+            if path not in self._surplus and is_ours and ranks.rank() == 0:
+                discard(path)
 
     def _save(
         self,
@@ -221,9 +256,11 @@ class MergedModels:
                 with ranks.all_or_none(f"note why {target} is kept"):
                     if ranks.rank() == 0:
                         add_reasons(target, reasons)
+                self.users.published(target, view, progress.step)
                 return target
             with ranks.all_or_none(f"move {target} aside"):
                 if ranks.rank() == 0:
                     move_aside(target)  # of a run that went on from an earlier checkpoint another way
         save_merged(module, target, provenance)
+        self.users.published(target, view, progress.step)
         return target

@@ -45,28 +45,28 @@ class RollingMerger:
         masters: Gives the float32 original that an optimizer keeps of a parameter in 16 bits, and None for one that
             has none. Snapshots then hold originals, and a merge is rounded once. None: they hold the parameters.
         window_folder: Where `state_dict` keeps the snapshots that a checkpoint needs; of this run alone.
-        keep_states: Of how many of the newest states the snapshots stay in that folder; None: of all, so that a run
+        keep_windows: Of how many of the newest states the snapshots stay in that folder; None: of all, so that a run
             can go on from any of its checkpoints, at the cost of up to `window` snapshots for each.
         on_missing: When `load_state_dict` finds no such window: "error", or "refill", which starts an empty one.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
-            `views`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`, `batch_norm`,
-            `store`, `store_folder`, `slot_dtype`.
+            `views`, `span`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`,
+            `batch_norm`, `store`, `store_folder`, `slot_dtype`.
 
     Raises:
         ConfigError: An unknown key or an impossible value.
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
-    >>> merger = RollingMerger(window=4, every=10)
-    >>> for step in range(1, 41):
+    >>> merger = RollingMerger(window=4, every=4)
+    >>> for step in range(1, 17):
     ...     with torch.no_grad():
     ...         _ = model.weight.fill_(step)  # stands for an optimizer step
     ...     _ = merger.observe(model, step)
-    >>> with merger.merged(model, "sma"):  # mean of steps 10, 20, 30, 40
+    >>> with merger.merged(model, "sma"):  # mean of steps 4, 8, 12, 16
     ...     model.weight.tolist()
-    [[25.0, 25.0]]
+    [[10.0, 10.0]]
     >>> model.weight.tolist()
-    [[40.0, 40.0]]
+    [[16.0, 16.0]]
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RollingMerger:
         *,
         masters: Masters | None = None,
         window_folder: str | PathLike[str] | None = None,
-        keep_states: int | None = None,
+        keep_windows: int | None = None,
         on_missing: str = "error",
         **options: Any,
     ) -> None:
@@ -84,7 +84,7 @@ class RollingMerger:
             raise ConfigError(f"on_missing: {on_missing!r} is not error or refill.")
         values, notices = parsed.config, WarnOnce()
         self._merge_cadence = parsed.merge_cadence  # when merges are due
-        self._views = Views(parsed.views, parsed.cadence)  # which snapshots, how much of each
+        self._views = Views(parsed.views, parsed.cadence, values.average)  # which snapshots, how much of each
         # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
         self._stored = StoredWindow(values, of_masters=masters is not None)  # which snapshots are held, and their bytes
@@ -96,7 +96,7 @@ class RollingMerger:
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot
         self._spread = WindowSpread()  # of the whole window, as it was measured last
-        self._states = States(Path(window_folder) if window_folder is not None else None, keep_states)
+        self._states = States(Path(window_folder) if window_folder is not None else None, keep_windows)
         self._on_missing, self._notices = on_missing, notices
         self._modules = Given()  # the model that was passed last
 
@@ -277,7 +277,7 @@ class RollingMerger:
         """All that is needed to go on from here exactly, as any checkpoint takes it: one text.
 
         The snapshots themselves become durable files in `window_folder`, each once; those that no state needs any more
-        (`keep_states`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
+        (`keep_windows`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
         the merger is a part of what they save. Where the model is sharded every rank must call it at the same point.
 
         Raises:

@@ -3,6 +3,7 @@
 This module knows names, counts and coefficients. It knows no tensors and no stores.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,10 +11,13 @@ from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Progress
 from pretrain_merge.config import View, did_you_mean
 from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import FORECAST, Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
 
 _SMALLEST = 2  # snapshots of a view that takes all there are
+# Steps, what the default share allows at step 250; it was measured from 200 on. Younger stretches are judged by
+# nobody, and a limit of fewer steps would merge models that hardly differ.
+ALWAYS_ALLOWED = 15
 
 
 class Merge(NamedTuple):
@@ -34,11 +38,13 @@ class Views:
     Args:
         views: As configured.
         cadence: When snapshots are due; coefficients that depend on time see the counter of its unit.
+        average: What a snapshot is: "last" or "block".
     """
 
-    def __init__(self, views: Iterable[View], cadence: Cadence) -> None:
+    def __init__(self, views: Iterable[View], cadence: Cadence, average: str = "last") -> None:
         self._views = {view.name: view for view in views}
         self._cadence = cadence
+        self._average = average
         self._resolved: dict[str, Merge | str] = {}
         self._state: tuple[object, ...] = ()  # of the window and the counters that `_resolved` is of
 
@@ -79,13 +85,26 @@ class Views:
         view = self._views[name]
         if len(valid) < self._num_needed(name):
             return self._why_too_few(name, valid, now, window, num_lost)
-        chosen = valid[-(view.last or window.size) :]
+        chosen = self._within(view.span, valid[-(view.last or window.size) :], window.since)
         times = [item.progress.count(self._cadence.every.unit) for item in chosen]
         try:
             weights = coefficients.compute(view.kind, len(chosen), times=times, **view.params)
         except CoefficientError as error:  # a kind that asks for even spacing, say
             return f"view {name!r}: {error}"
         return Merge(chosen, Recipe(tuple(item.progress.step for item in chosen), weights))
+
+    def _within(self, share: float | None, valid: tuple[Snapshot, ...], since: Progress) -> tuple[Snapshot, ...]:
+        """The newest snapshots that span at most a share of the steps since the last break, two at least.
+
+        A function of steps alone, so that a resumed run chooses as the run before would have.
+        """
+        if share is None:
+            return valid
+        steps = [item.progress.step for item in valid]
+        at_most = max(share * (steps[-1] - since.step), ALWAYS_ALLOWED)
+        candidates = range(len(steps) - _SMALLEST)
+        first = bisect_left(candidates, True, key=lambda index: span_of(steps[index:], self._average) <= at_most)
+        return valid[first:]
 
     def _why_too_few(self, name: str, valid: tuple[Snapshot, ...], now: Progress, window: Window, num_lost: int) -> str:
         needed = self._num_needed(name)
@@ -97,7 +116,8 @@ class Views:
         )
         due = self._cadence.due_after(now, times=needed - len(valid) + num_lost, since=window.since)
         ready = f"step {due.amount}" if due.unit == "steps" else str(due)
-        others = [repr(other) for other in self._views if len(valid) >= self._num_needed(other)]
+        asked_for = [other for other in self._views if not other.startswith(f"{FORECAST}/")]
+        others = [repr(other) for other in asked_for if len(valid) >= self._num_needed(other)]
         ready_now = f"; {', '.join(others)} {'is' if len(others) == 1 else 'are'} ready now" if others else ""
         return (
             f"view {name!r} needs {needed} snapshots and the window holds {len(valid)}{steps}{since}. "

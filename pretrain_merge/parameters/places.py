@@ -27,6 +27,7 @@ class _Place(NamedTuple):
         tensor: The object.
         memory: An alias of its memory, with a version counter of its own; of the local shard. None for tensors that are
             not plain memory, which are frozen or they would have been refused.
+        num_bytes: Of that memory's storage.
     """
 
     name: str
@@ -34,6 +35,7 @@ class _Place(NamedTuple):
     key: str
     tensor: Tensor
     memory: Tensor | None
+    num_bytes: int
 
 
 class Places:
@@ -88,7 +90,9 @@ def _all_places(module: nn.Module) -> Iterator[_Place]:
                 if tensor is not None:
                     name = plain_name(f"{prefix}.{key}" if prefix else key)
                     local = local_part(tensor)
-                    yield _Place(name, owner, key, tensor, local.data if is_plain(local) else None)
+                    memory = local.data if is_plain(local) else None
+                    num_bytes = memory.untyped_storage().nbytes() if memory is not None else 0
+                    yield _Place(name, owner, key, tensor, memory, num_bytes)
 
 
 def _is_parameter(place: _Place) -> bool:
@@ -105,7 +109,11 @@ def _put_back(place: _Place) -> bool:
     """One parameter; False where that cannot be done."""
     if place.owner.get(place.key, place.tensor) is not place.tensor:
         place.owner[place.key] = place.tensor
-    if place.memory is None or _is_in(local_part(place.tensor), place.memory):
+    if place.memory is None:
+        return True
+    if place.memory.untyped_storage().nbytes() < place.num_bytes:  # freed by `resize_(0)`: whoever writes would crash
+        place.memory.untyped_storage().resize_(place.num_bytes)
+    if _is_in(local_part(place.tensor), place.memory):
         return True
     if isinstance(place.tensor, DTensor):
         return False  # FSDP2 keeps views of the shard's memory that nobody else can set

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic, untrusted
+from pretrain_merge.records.late import Late
 from pretrain_merge.records.record import MergeRecord
 
 _BLOCK = 2**20
@@ -20,28 +21,47 @@ def append_record(path: Path, record: MergeRecord) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
+    _append(path, record)
+
+
+def append_late(path: Path, late: Late) -> None:
+    """Add the numbers that came after a merge point, in a line of their own: lines that are there never change.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    _append(path, late)
+
+
+def _append(path: Path, line: MergeRecord | Late) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.append(path, record.to_json() + "\n")
+        atomic.append(path, line.to_json() + "\n")
     except OSError as error:
         raise CheckpointError(
-            f"cannot append the merge at step {record.step} to {path}: {error}. Free or unlock the run's folder, or "
+            f"cannot append the merge at step {line.step} to {path}: {error}. Free or unlock the run's folder, or "
             f"choose another with Trainer(default_root_dir=…)."
         ) from error
 
 
 def read_records(path: Path) -> list[MergeRecord]:
-    """Read a `merges.jsonl`, in the order of its lines.
+    """Read a `merges.jsonl`, in the order of its lines; numbers that came later are in the records that they are of.
 
     Raises:
         CheckpointError: The file is missing, or a line is not a record of ours.
     """
     try:
-        return [_parsed(path, number, line) for number, line in enumerate(untrusted.lines(path), start=1)]
+        parsed = [_parsed(path, number, line) for number, line in enumerate(untrusted.lines(path), start=1)]
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
+    records = [item for item in parsed if isinstance(item, MergeRecord)]
+    places = {record.step: place for place, record in enumerate(records)}
+    for late in parsed:
+        if isinstance(late, Late) and late.step in places:
+            records[places[late.step]] = late.added_to(records[places[late.step]])
+    return records
 
 
 def keep_records_until(
@@ -78,8 +98,9 @@ def keep_records_until(
                 continue
             record = _parsed(source, number, line)
             if record.step <= step:
-                newest = record.step
-                read(record)
+                if isinstance(record, MergeRecord):
+                    newest = record.step
+                    read(record)
                 first = kept.pop()[0] if kept and kept[-1][1] == start else start
                 kept.append((first, stop))
         if source != path or kept != [(0, stop)]:
@@ -93,9 +114,9 @@ def keep_records_until(
     return newest
 
 
-def _parsed(path: Path, number: int, line: bytes) -> MergeRecord:
+def _parsed(path: Path, number: int, line: bytes) -> MergeRecord | Late:
     try:
-        return MergeRecord.from_json(line)
+        return Late.from_json(line) or MergeRecord.from_json(line)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}, line {number} is not a merge record ({error}). Every line is one JSON object as ModelMerging "

@@ -5,7 +5,7 @@ never shows one, and touches no global state of pyplot: a figure made here belon
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ _RAW, _ANNEALED, _GRID, _TEXT = "#8a8f98", "#1a1a1a", "#e6e8eb", "#30343a"
 _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
-_LONGEST_LABEL = 80
+_LONGEST_LABEL = 48  # in the legend, beside the curves
+_LONGEST_TITLE = 110
 _LARGEST = 1e100
 _EARLY = 0.15  # of the run: what lies before may leave the picture, or the early fall would flatten all that follows
 
@@ -65,8 +66,10 @@ def curves(
     # points are marked while they can be told apart, so that gaps and single merges show
     line = {"linewidth": 1.8, "marker": "o" if len(records) <= _MAX_MARKERS else "", "markersize": 3.5}
     _draw(upper, raw, "raw", color=_RAW, **line)
+    places = list(view_names(records))  # a view has its colour whichever others are drawn
     for index, (view, values) in enumerate(merged.items()):
-        style = line | {"color": _VIEWS[index % len(_VIEWS)], "zorder": 3 - index / len(merged)}  # the first on top
+        color = _VIEWS[places.index(view) % len(_VIEWS)]
+        style = line | {"color": color, "zorder": 3 - index / len(merged)}  # the first on top
         _draw(upper, values, f"merged: {view}", **style)
         _draw(lower, _relative(values, raw), None, **style)
     for index, (name, expected) in enumerate(forecasts.items()):
@@ -80,9 +83,9 @@ def curves(
     _focus(lower, [_relative(values, raw) for values in merged.values()], around=0.0)
     lower.axhline(0.0, color=_RAW, linewidth=1.5, zorder=1)
     upper.legend(
-        loc="upper right",
-        edgecolor="none",
-        framealpha=0.9,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),  # beside the curves: the layout makes room for it
+        frameon=False,
         labelcolor=_TEXT,
         title="at the last step",
         title_fontproperties={"size": 9},
@@ -98,15 +101,32 @@ def save(figure: "Figure", path: Path) -> None:
         ConfigError: No figure has that format.
         CheckpointError: The file cannot be written.
     """
-    kind, drawn = path.suffix.removeprefix(".").lower() or "png", BytesIO()
+    kind = path.suffix.removeprefix(".").lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
         raise ConfigError(f"picture: {str(path)!r} does not end in a format of pictures. Allowed: {known}.")
-    figure.savefig(drawn, format=kind)
     try:
-        atomic.write(path, drawn.getvalue())
+        atomic.write(path, rendered(figure, kind).getvalue())
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that can be written.") from error
+
+
+def rendered(figure: "Figure", kind: str = "png") -> BytesIO:
+    """A figure as the bytes of a file, in a format that its canvas knows."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format=kind)
+    drawn.seek(0)
+    return drawn
+
+
+def view_names(records: Iterable[MergeRecord]) -> dict[str, None]:
+    """Names of all views in the order of the configuration, which is that of a record that has them all.
+
+    Early records lack the views that need a longer window, so the fullest record comes first; views of no other record
+    with as many, as after a change of the configuration, follow.
+    """
+    found = {tuple(record.shown): None for record in records}
+    return dict.fromkeys(name for names in sorted(found, key=len, reverse=True) for name in names)
 
 
 def _new_figure() -> "Figure":
@@ -117,7 +137,7 @@ def _new_figure() -> "Figure":
             "Figures are drawn with matplotlib, which is not installed. Run: pip install 'pretrain-merge[plots]'"
         ) from error
     # a Figure of its own brings the non-interactive Agg canvas: it works without a display
-    return Figure(figsize=(8.0, 5.6), dpi=160, layout="constrained")
+    return Figure(figsize=(9.6, 5.6), dpi=160, layout="constrained")
 
 
 def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
@@ -132,10 +152,10 @@ def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
 
 
 def _views(records: Sequence[MergeRecord], metric: str, chosen: Sequence[str] | None) -> dict[str, dict[int, float]]:
-    """Values of each view, in the order in which the views first appear; a skipped view has a gap in its steps."""
-    names = dict.fromkeys(view for record in records for view in record.views)
+    """Values of each view in the order of the configuration; a skipped view has a gap in its steps."""
+    names = view_names(records)
     if chosen is not None:
-        if unknown := [view for view in chosen if view not in names]:
+        if unknown := [view for view in chosen if not any(view in record.views for record in records)]:
             raise ConfigError(f"views: {unknown} are in no record. Measured: {', '.join(names)}.")
         names = dict.fromkeys(chosen)
     return {
@@ -198,7 +218,7 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
     if xlabel:
         axes.set_xlabel(xlabel, color=_TEXT)
     if title:
-        axes.set_title(title, loc="left", color=_TEXT, fontsize=11)
+        axes.set_title(_literal(title, _LONGEST_TITLE), loc="left", color=_TEXT, fontsize=11)
 
 
 def _drawable(value: float) -> float:
@@ -206,9 +226,9 @@ def _drawable(value: float) -> float:
     return value if abs(value) < _LARGEST else math.nan
 
 
-def _literal(text: str) -> str:
+def _literal(text: str, longest: int = _LONGEST_LABEL) -> str:
     """Text as it is: a file may name a metric like a formula, and matplotlib would try to set it."""
-    return printable(text)[:_LONGEST_LABEL].replace("$", r"\$")
+    return printable(text)[:longest].replace("$", r"\$")
 
 
 def _focus(axes: "Axes", curves: Sequence[Mapping[int, float]], *, around: float | None = None) -> None:

@@ -6,6 +6,7 @@ export has no learning rates, so a break in it goes unseen, and the distance bet
 
 import csv
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, BinaryIO
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import RAW, MergeRecord, Recipe, read_records
+from pretrain_merge.records import FORECAST, GAP_CLOSED, RAW, SPAN, Expected, MergeRecord, Recipe, read_records
 
+_NESTED = re.compile(r"sma[0-9]+")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
@@ -63,8 +65,14 @@ def read_run(
         )
     rows = _csv_rows(source) if source.suffix == ".csv" else _wandb_rows(source)
     try:
-        merges = {_counter(row, f"{name}/step", _LARGEST_STEP): row for row in rows if _is_merge(row, name)}
-        records = list(_records(name, [row for _, row in sorted(merges.items())], every, average))
+        merges: dict[int, Row] = {}
+        for row in rows:
+            if f"{name}/step" in row:  # numbers of a published model come later, at the step of its merge
+                step = _counter(row, f"{name}/step", _LARGEST_STEP)
+                merges[step] = {**merges.get(step, {}), **row}
+        records = list(
+            _records(name, [row for _, row in sorted(merges.items()) if _is_merge(row, name)], every, average)
+        )
     except ValueError as error:
         raise CheckpointError(f"{source} is not what a run writes: {error}. Export the run again.") from error
     if not records:
@@ -86,7 +94,7 @@ def _source(path: Path) -> Path:
 
 
 def _is_merge(row: Row, name: str) -> bool:
-    return f"{name}/step" in row and any(key.startswith(f"{name}/{RAW}/") for key in row)
+    return any(key.startswith(f"{name}/{RAW}/") for key in row)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -166,14 +174,27 @@ def _records(name: str, rows: Iterable[Row], every: int | None, average: str) ->
 
 def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord:
     measured: dict[str, dict[str, float]] = {}
+    forecasts: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         prefix, _, rest = key.partition("/")
         model, _, metric = rest.partition("/")
-        if prefix == name and metric and model != "forecast":
+        if prefix != name or not metric or metric.startswith(f"{GAP_CLOSED}/"):
+            continue
+        if model == FORECAST:
+            forecast, _, metric = metric.partition("/")
+            if _NESTED.fullmatch(forecast):  # a mean that forecasts read, beside the forecasts
+                measured.setdefault(f"{FORECAST}/{forecast}", {})[metric] = value
+            else:
+                forecasts.setdefault(forecast, {})[metric] = value
+        else:
             measured.setdefault(model, {})[metric] = value
     step = _counter(row, f"{name}/step", _LARGEST_STEP)
     window = _counter(row, f"{name}/window", _LARGEST_WINDOW)
     raw = measured.pop(RAW)
+    spans = {view: _counter(values, SPAN, _LARGEST_STEP) for view, values in measured.items() if SPAN in values}
+    for values in measured.values():
+        values.pop(SPAN, None)  # told from the steps of a recipe
+    numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
     return MergeRecord(
         name=name,
         step=step,
@@ -183,9 +204,20 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
         views=measured,
-        recipes=dict(_recipes(measured, step, window, every)) if every is not None else {},
+        recipes=dict(_recipes(numbers, step, every or 0)),
+        forecasts={key: _expected(values, step) for key, values in forecasts.items()},
         average=average,
     )
+
+
+def _expected(values: Row, step: int) -> dict[str, Expected]:
+    """A forecast by its metric; a run of an earlier version did not say where its anneal ends."""
+    end = _counter({"step": step, **values}, "step", _LARGEST_STEP)
+    return {
+        metric: Expected(mean, values[f"{metric}/low"], values[f"{metric}/high"], end)
+        for metric, mean in values.items()
+        if {f"{metric}/low", f"{metric}/high"} <= values.keys()
+    }
 
 
 def _counter(row: Row, key: str, most: int) -> int:
@@ -195,14 +227,24 @@ def _counter(row: Row, key: str, most: int) -> int:
     return int(value)
 
 
-def _recipes(views: Iterable[str], step: int, window: int, every: int) -> Iterator[tuple[str, Recipe]]:
-    """Of the plain means; coefficients of other kinds are not in an export."""
-    num_snapshots = 0
+def _numbers(
+    views: Iterable[str], window: int, spans: Mapping[str, int], every: int, average: str
+) -> Iterator[tuple[str, int]]:
+    """How many snapshots each plain mean holds; coefficients of other kinds are not in an export."""
     for view in views:
-        digits = view.removeprefix("sma")
-        if not view.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
+        kind = view.removeprefix(f"{FORECAST}/")
+        digits = kind.removeprefix("sma")
+        if not kind.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
             continue
-        number = int(digits or window)
+        if view in spans:  # older exports do not say it
+            yield view, round(spans[view] / every) + (average == "last")
+        else:
+            yield view, int(digits or window)
+
+
+def _recipes(numbers: Iterable[tuple[str, int]], step: int, every: int) -> Iterator[tuple[str, Recipe]]:
+    num_snapshots = 0
+    for view, number in numbers:
         if number > _LARGEST_WINDOW:
             raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
         num_snapshots += number

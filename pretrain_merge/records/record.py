@@ -15,6 +15,10 @@ from pretrain_merge.files import untrusted
 
 RAW = "raw"
 FORECAST = "forecast"
+GAP_CLOSED = "gap_closed"
+EVALUATION = "evaluation"
+SPAN = "span"
+_END = "step"  # of a forecast: where its anneal ends
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
@@ -31,6 +35,16 @@ class Recipe:
 
     steps: tuple[int, ...]
     coefficients: tuple[float, ...]
+
+
+def span_of(steps: Sequence[int], average: str) -> float:
+    """Steps between the oldest and the newest snapshot; block means reach one interval further back.
+
+    >>> span_of((100, 200, 300), "last"), span_of((100, 200, 300), "block")
+    (200.0, 300.0)
+    """
+    between = float(steps[-1] - steps[0])
+    return between * len(steps) / (len(steps) - 1) if average == "block" and len(steps) > 1 else between
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,11 @@ class MergeRecord:
         window: Valid snapshots at the merge point.
         spread: Relative RMS distance of the valid snapshots from their mean, dimensionless.
         raw: Metrics of the live model.
-        views: Metrics of each merged view, on the same batches as `raw`.
+        views: Metrics of each merged view, on the same batches as `raw`; means that only forecasts read are among them
+            as `forecast/sma<number>`.
         recipes: How each view was made.
-        skipped: Views that were not made at this point, and forecasts (`forecast/<name>`), with the reason.
+        skipped: Views that were not made at this point, forecasts (`forecast/<name>`), and evaluations that failed
+            (`evaluation/<view>`, or `evaluation/<view>/<evaluator>`), with the reason.
         forecasts: What forecasts expect, by their name and the metric.
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
@@ -93,17 +109,33 @@ class MergeRecord:
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> dict[str, Metrics]:
+        """Metrics of the views that the user asked for: without the means that only forecasts read."""
+        return {view: metrics for view, metrics in self.views.items() if not view.startswith(f"{FORECAST}/")}
+
+    @property
+    def num_failed(self) -> int:
+        """Evaluations that failed at this merge point."""
+        return sum(key.startswith(f"{EVALUATION}/") for key in self.skipped)
+
     def metrics(self) -> dict[str, float]:
         """The record as flat metrics: `merge/raw/val_loss`, `merge/sma/val_loss`, `merge/step`, …"""
         counters = {"step": self.step, "window": self.window, "spread": self.spread}
         counters |= {"tokens": self.tokens} if self.tokens else {}  # 0: the run does not count them
+        counters |= {"failed": self.num_failed} if self.num_failed else {}
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
+        for view, recipe in self.recipes.items():
+            named[metric_name(self.name, view, SPAN)] = span_of(recipe.steps, self.average)
         for forecast, expected in self.forecasts.items():
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
                 named |= {key: value.mean, f"{key}/low": value.low, f"{key}/high": value.high}
+                named[metric_name(self.name, f"{FORECAST}/{forecast}", _END)] = float(value.step)
+        for view, shares in gaps_closed(self).items():
+            named |= {metric_name(self.name, view, f"{GAP_CLOSED}/{name}"): share for name, share in shares.items()}
         return named
 
     def to_json(self) -> str:
@@ -146,6 +178,28 @@ class MergeRecord:
 @cache
 def _known_fields() -> frozenset[str]:
     return frozenset(item.name for item in fields(MergeRecord))
+
+
+def gaps_closed(record: MergeRecord) -> dict[str, dict[str, float]]:
+    """How much of the way from raw to a forecast each view has gone: `(raw - view) / (raw - forecast)`, of one metric.
+
+    0 is no better than raw, 1 as good as the anneal that is expected, below 0 worse than raw. A share is given only
+    where the forecast's whole interval is below raw: else the way itself is not known to be one, and its length, by
+    which the share is divided, may be anything down to 0.
+
+    Returns:
+        By view and forecast. A forecast is of one metric, a loss.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for name, expected in record.forecasts.items():
+        for metric, value in expected.items():
+            raw = record.raw.get(metric, math.nan)
+            if not (value.high < raw and value.mean < raw and math.isfinite(raw - value.mean)):
+                continue
+            for view, measured in record.shown.items():
+                if metric in measured:
+                    shares.setdefault(view, {})[name] = (raw - measured[metric]) / (raw - value.mean)
+    return shares
 
 
 def metric_name(name: str, model: str, metric: str) -> str:

@@ -1,24 +1,20 @@
 """Records to a table in the terminal. This module knows rich and how raw and merged numbers are read side by side."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.modes import Mode, is_better, mode_of
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-Mode = Literal["min", "max"]
 _T = TypeVar("_T")
 
 _LONGEST_NAME = 120
-_LARGER_IS_BETTER = re.compile(
-    r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|score|em|recall|precision|map|reward)([^a-z]|$)", re.IGNORECASE
-)
 
 
 def merges_table(
@@ -27,6 +23,7 @@ def merges_table(
     *,
     title: str | None = None,
     views: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
     forecast: str | None = None,
     gap_closed: Mapping[int, float | None] | None = None,
     mode: Mode | None = None,
@@ -38,7 +35,8 @@ def merges_table(
         records: Merge points of one run, oldest first, at least one.
         metric: A metric that the records hold. Views better than raw are green, the best one bold, others red.
         title: Title of the table.
-        views: Names of the merged views to show; default: all.
+        views: Names of the merged views among which the best is; default: all.
+        columns: Which of them have a column; default: all.
         forecast: Name of a forecast to show, with its interval; default: none.
         gap_closed: `(raw - merged) / (raw - annealed)` at the steps where a real anneal ended, for a column of its own.
         mode: Whether the smallest value is the best or the largest; None: as the metric's name tells.
@@ -48,20 +46,18 @@ def merges_table(
         ConfigError: No record holds the metric.
         MissingDependencyError: rich is not installed.
     """
-    try:
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
-        ) from error
+    require_rich()
+    from rich.table import Table
+
     measured = [record for record in records if metric in record.raw]
     if not measured:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
-    shown = list(dict.fromkeys(view for record in measured for view in record.views)) if views is None else views
+    shown = list(dict.fromkeys(view for record in measured for view in record.shown)) if views is None else views
     forecast_column = [f"forecast:\n{forecast}"] if forecast else []
     table = Table(title=as_text(title) if title else None, title_justify="left")
-    for column in ("step", "raw", *shown, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):
+    columns = shown if columns is None else columns
+    for column in ("step", "raw", *columns, "best\nvs raw", *forecast_column, *(["gap\nclosed"] if gap_closed else [])):
         table.add_column(as_text(column), justify="right")
     mode = mode or mode_of(metric)
     rows = measured if at_most is None else _chosen(measured, metric, shown, mode, at_most)
@@ -70,17 +66,37 @@ def merges_table(
     for record in rows:
         closed = [percent(gap_closed[record.step]) if record.step in gap_closed else ""] if gap_closed else []
         expected = [expected_cell(record.forecasts.get(forecast, {}).get(metric))] if forecast else []
-        table.add_row(*_row(record, metric, shown, mode), *expected, *closed)
+        table.add_row(*_row(record, metric, shown, columns, mode), *expected, *closed)
     return table
 
 
-def mode_of(metric: str) -> Mode:
-    """Whether a metric is better the smaller or the larger it is, by its name.
+def require_rich() -> None:
+    """Refuse to go on without rich, with the one message that says so.
 
-    >>> mode_of("val_loss"), mode_of("val_acc")
-    ('min', 'max')
+    Raises:
+        MissingDependencyError: It is not installed.
     """
-    return "max" if _LARGER_IS_BETTER.search(metric) else "min"
+    try:
+        import rich.table  # noqa: F401 - whether it can be
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Tables are printed with rich, which is not installed. Run: pip install 'pretrain-merge[cli]'"
+        ) from error
+
+
+def rank(records: Sequence[MergeRecord], metric: str, mode: Mode) -> Callable[[str], float]:
+    """A key that sorts views, the best of the newest merge that has any first."""
+    newest = next(
+        (record for record in reversed(records) if any(metric in item for item in record.views.values())), None
+    )
+    values = {} if newest is None else {view: item[metric] for view, item in newest.views.items() if metric in item}
+    sign = 1.0 if mode == "min" else -1.0
+
+    def key(view: str) -> float:
+        value = sign * values.get(view, math.nan)
+        return math.inf if math.isnan(value) else value
+
+    return key
 
 
 def as_text(name: str) -> "Text":
@@ -133,13 +149,13 @@ def _values(record: MergeRecord, metric: str, views: Sequence[str]) -> dict[str,
     return {view: record.views[view][metric] for view in views if metric in record.views.get(view, {})}
 
 
-def _row(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> list[str]:
+def _row(record: MergeRecord, metric: str, views: Sequence[str], columns: Sequence[str], mode: Mode) -> list[str]:
     raw, values = record.raw[metric], _values(record, metric, views)
     best = _best(values, mode, values.__getitem__) if values else None
     return [
         str(record.step),
         f"{raw:.4f}",
-        *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in views),
+        *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in columns),
         f"{values[best] / raw - 1:+.1%}" if best and raw and math.isfinite(values[best] / raw) else "",
     ]
 
@@ -147,6 +163,6 @@ def _row(record: MergeRecord, metric: str, views: Sequence[str], mode: Mode) -> 
 def _cell(value: float | None, raw: float, *, is_best: bool, mode: Mode) -> str:
     if value is None:
         return "–"
-    is_worse = not (value <= raw if mode == "min" else value >= raw)  # NaN is
+    is_worse = not is_better(value, raw, mode)
     style = "red" if is_worse else "bold green" if is_best else "green"
     return f"[{style}]{value:.4f}[/]"

@@ -35,13 +35,15 @@ class WindowFolder:
 
     Args:
         folder: Where they lie; created where needed.
+        keep: Of how many windows, the newest that checkpoints need, the files are kept; None: of all.
 
     Raises:
         CheckpointError: The folder cannot be written, or another run, which is named, is using it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, keep: int | None = None) -> None:
         self.folder = folder.absolute()
+        self._keep = keep
         folder_lock.claim(self.folder, remedy="Set window_folder to a folder that can be written, of this run alone.")
         self._release = weakref.finalize(self, _release, self.folder)  # also if nobody closes it
         atomic.remove_leftovers(self.folder)
@@ -76,11 +78,6 @@ class WindowFolder:
             self._needs.update([(checkpoint, [*kept, sorted(names)])], outlives_run=True)
         self._unwritten[checkpoint] = _Registered(before, times + 1)
 
-    @property
-    def checkpoints(self) -> tuple[str, ...]:
-        """All that were registered and have not been gone since, the ones registered last at the end."""
-        return self._needs.checkpoints
-
     def knows(self, checkpoint: str) -> bool:
         """Whether a checkpoint was registered, and not been gone since."""
         return checkpoint in self._needs
@@ -107,6 +104,7 @@ class WindowFolder:
                 self._turns.append(checkpoint)
         with self._writing():
             self._needs.update(changes)
+            self._forget_beyond_bound()
         before, self._held = self._held, set(held)
         unneeded = self._needs.take_unneeded() | before
         if thoroughly:
@@ -120,6 +118,24 @@ class WindowFolder:
         with suppress(OSError):  # of a full disk, say; the next run does it
             self._needs.compact()
         self._release()
+
+    def _forget_beyond_bound(self) -> None:
+        """Forget the needs of checkpoints that are older than those whose windows are kept."""
+        if self._keep is None:
+            return
+        windows: set[tuple[str, ...]] = set()
+        old = set()
+        # the one without a name needs what was there when the list was damaged
+        for checkpoint in filter(None, reversed(self._needs.checkpoints)):
+            window = tuple(self._needs[checkpoint][-1])
+            if window not in windows and len(windows) == self._keep:
+                old.add(checkpoint)
+            else:
+                windows.add(window)
+        if old:
+            self._needs.update((checkpoint, []) for checkpoint in old)
+            self._turns = deque(checkpoint for checkpoint in self._turns if checkpoint not in old)
+            self._unwritten = {key: value for key, value in self._unwritten.items() if key not in old}
 
     def _next(self, number: int) -> Iterator[str]:
         """The checkpoints whose turn it is; those that are still there go to the end of the queue."""

@@ -49,6 +49,18 @@ def choose_store(
     return _made(kind, folder, num_bytes, slot_bytes, sharing), f"window store: {kind} ({needed}; {why})."
 
 
+def likely_store(kind: str, live: Sequence[Tensor], num_bytes: int) -> str:
+    """Where a window would go by what is free now, with a folder to fall back to. Every rank must call it together.
+
+    At the first snapshot, when the choice is made, gradients and optimizer state have taken their part of that.
+    """
+    if kind != "auto":
+        return kind
+    sharing = _num_ranks_on_this_host()
+    free_device = _free_device_bytes(live[0].device, sharing)
+    return fastest_with_room(num_bytes, free_device=free_device, free_host=_free_host_bytes() // sharing)
+
+
 def _chosen(num_bytes: int, free_device: int, free_host: int, *, has_disk: bool) -> tuple[str, str]:
     kind = fastest_with_room(num_bytes, free_device=free_device, free_host=free_host, has_disk=has_disk)
     return kind, {

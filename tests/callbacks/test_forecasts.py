@@ -128,7 +128,7 @@ def test_a_length_in_tokens_is_counted_in_the_steps_that_its_snapshots_took():
     forecasts = RunForecasts(settings, WarnOnce())
     recipe = Recipe((10, 30, 50, 70, 90), (0.2,) * 5)
     record = MergeRecord("merge", 90, 0, 450, 5, 0.1, {}, {}, {"sma": recipe})
-    assert forecasts._steps(settings.forecasts["now"], record) == 40
+    assert forecasts._steps(settings.forecasts["now"], "val_loss", record) == 40
 
 
 def test_other_ranks_take_rank_0s_forecasts_and_keep_no_records(monkeypatch):

@@ -459,6 +459,14 @@ def test_what_is_no_file_is_an_error(how, tmp_path):
         fit(tmp_path, ckpt_path=checkpoint(tmp_path, 9))
 
 
+def test_a_checkpoint_older_than_the_windows_that_are_kept_is_an_error_that_names_the_bound(tmp_path):
+    fit(tmp_path, keep_windows=1)
+    with pytest.raises(
+        CheckpointError, match=r"is not there.*keep_windows: 1 keeps no older ones.*on_missing='refill'"
+    ):
+        fit(tmp_path, ckpt_path=checkpoint(tmp_path, 9), keep_windows=1)
+
+
 def test_a_window_that_is_gone_is_an_error_or_an_empty_window_that_is_said(tmp_path, caplog):
     fit(tmp_path, max_steps=9)
     shutil.rmtree(tmp_path / "window")

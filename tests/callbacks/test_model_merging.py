@@ -120,7 +120,7 @@ def test_the_merged_metric_is_that_of_a_model_with_the_mean_weights(tmp_path):
 
 
 def test_all_of_a_merge_point_is_in_callback_metrics_and_in_one_line(tmp_path):
-    merging = ModelMerging(window=3, every=2, views=["sma", "wma"])
+    merging = ModelMerging(window=3, every=2, views=["sma", "wma"], forecast=None)
     own = trainer(tmp_path, merging, max_steps=6)
     own.fit(TiedModel(), documents(), documents(6, seed=1))
     line = json.loads((tmp_path / "merges.jsonl").read_text().splitlines()[-1])
@@ -132,6 +132,8 @@ def test_all_of_a_merge_point_is_in_callback_metrics_and_in_one_line(tmp_path):
         "merge/raw/val_loss": line["raw"]["val_loss"],
         "merge/sma/val_loss": line["views"]["sma"]["val_loss"],
         "merge/wma/val_loss": line["views"]["wma"]["val_loss"],
+        "merge/sma/span": 4,
+        "merge/wma/span": 4,
     }
     published = {key: float(value) for key, value in own.callback_metrics.items() if key.startswith("merge/")}
     assert published == expected
@@ -155,7 +157,7 @@ def test_a_view_that_needs_more_snapshots_is_skipped_and_said_once(tmp_path, cap
     merging = ModelMerging(window=4, every=1, views=["sma", "sma4"])
     with caplog.at_level(logging.WARNING, "pretrain_merge"):
         trainer(tmp_path, merging, max_steps=5).fit(Regression(), rows(), rows(4, seed=1))
-    assert [sorted(record.views) for record in records(tmp_path)] == [
+    assert [sorted(record.shown) for record in records(tmp_path)] == [
         ["sma"],
         ["sma"],
         ["sma", "sma4"],
@@ -504,10 +506,10 @@ def test_a_fast_dev_run_measures_once_and_writes_nothing(tmp_path):
     module, raw = Regression(), _RawAfterStep()
     own = trainer(tmp_path, raw, merging, fast_dev_run=3)
     own.fit(module, rows(), rows(10, seed=1))
-    assert len(seen.weights) == 3  # raw and two views, at the first step only
+    assert len(seen.weights) == 4  # raw, two views and the mean of a forecast, at the first step only
     for name, value in seen.weights[0].items():  # the window was filled with this one model
         torch.testing.assert_close(seen.weights[1][name], value, rtol=2**-22, atol=0.0)
-    assert sorted(merging.last_record.views) == ["sma3", "wma"]
+    assert sorted(merging.last_record.shown) == ["sma3", "wma"]
     assert "merge/sma3/val_loss" in own.callback_metrics
     assert same_bits(weights(module), own.raw)
     assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("merged*")) == []

@@ -1,6 +1,7 @@
 """`EarlyStopping` and `ModelCheckpoint` on merged metrics: they look when there is something new to see."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +13,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from pretrain_merge import ModelMerging
 from pretrain_merge.callbacks.monitors import Monitors
-from pretrain_merge.records import read_records
+from pretrain_merge.records import MergeRecord, read_records
 
 pytestmark = LIGHTNING_REMARKS
 
 METRIC = "merge/sma/own/x"
+RECORD = MergeRecord("merge", 4, 0, 0, 2, 0.1, {"x": 1.0}, {"sma": {"x": 1.0}})
 EVERY_STEP = {"val_check_interval": 1 / 6}  # of an epoch of six batches
 
 
@@ -191,13 +193,17 @@ class _Watching(pl.Callback):
         self.calls.append("epoch")
 
 
+def _trainer_with(*callbacks: Any) -> Any:
+    return SimpleNamespace(callbacks=callbacks, lr_scheduler_configs=[], fit_loop=SimpleNamespace(epoch_loop=None))
+
+
 def test_each_hook_runs_once_for_each_new_value():
     callback = _Watching("merge/sma/x")
-    monitors = Monitors([callback], "merge/")
+    monitors = Monitors(_trainer_with(callback), "merge/")
     with monitors.waiting():
         callback.on_validation_end(None, None)
         for _ in range(2):
-            monitors.new_values()
+            monitors.new_values(RECORD)
             for _ in range(2):
                 callback.on_validation_end(None, None)
                 callback.on_train_epoch_end(None, None)
@@ -214,8 +220,8 @@ def test_a_check_that_raises_is_made_again():
                 raise OSError("disk full")
 
     callback = Fails("merge/sma/x")
-    monitors = Monitors([callback], "merge/")
-    monitors.new_values()
+    monitors = Monitors(_trainer_with(callback), "merge/")
+    monitors.new_values(RECORD)
     with monitors.waiting():
         with pytest.raises(OSError, match="disk full"):
             callback.on_validation_end(None, None)
@@ -226,7 +232,7 @@ def test_a_check_that_raises_is_made_again():
 @pytest.mark.parametrize("monitor", [None, "val_loss", "merged/sma/x", "late/sma/x"])
 def test_other_metrics_are_not_ours(monitor):
     callback = _Watching(monitor)
-    with Monitors([callback, pl.Callback()], "merge/").waiting():
+    with Monitors(_trainer_with(callback, pl.Callback()), "merge/").waiting():
         callback.on_validation_end(None, None)
     assert callback.calls == ["validation"]
 

@@ -34,6 +34,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 
 from pretrain_merge import ModelMerging
@@ -899,6 +900,34 @@ def test_an_evaluator_that_calls_backward_leaves_the_gradients_that_accumulate(t
 
     evaluators = {"sharpness": sharpness}
     assert on_and_off(tmp_path, gradients_that_live_across_merges, evaluators=evaluators) == []
+
+
+def _empties(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0)
+
+
+def _frees(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
+LEFT_BEHIND = {
+    "another dtype": nn.Module.double,
+    "no memory": _empties,
+    "memory that was freed": _frees,
+    "the meta device": lambda module: module.to("meta"),
+    "a parametrization": lambda module: parametrizations.weight_norm(module.net[0]),
+    "a pruned layer": lambda module: prune.l1_unstructured(module.net[0], "weight", 0.5),
+    "another layer": lambda module: module.net.__setitem__(0, nn.Linear(4, 6)),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_BEHIND)
+def test_whatever_an_evaluator_leaves_behind_is_undone_before_gradients_come_back(what, tmp_path, without):
+    evaluators = {"leaves": lambda module: (LEFT_BEHIND[what](module), {"x": 1.0})[1]}
+    left = merged_run(tmp_path, gradients_that_live_across_merges, evaluators=evaluators)
+    assert differences(left, without(gradients_that_live_across_merges)) == []
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_a_run_that_left_nothing_leaves_no_identity_however_often_it_starts(tmp_
     kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
     for _ in range(3):
         fit(tmp_path, kept, max_steps=1)
-        assert sorted(path.name for path in tmp_path.glob("merge*")) == ["merges.run.json"]
+        assert sorted(path.name for path in tmp_path.glob("merge*")) == ["merges.config.yaml", "merges.run.json"]
     fit(tmp_path, seed=2)  # another run begins, and leaves records
     others = (tmp_path / "merges.jsonl").read_text()
     fit(tmp_path, kept, ckpt_path=tmp_path / "kept" / "last.ckpt")
@@ -175,11 +175,15 @@ def test_many_fits_leave_one_wrapper_of_save_checkpoint(tmp_path):
 
 
 def test_a_run_that_keeps_every_checkpoint_says_what_its_window_takes(tmp_path, caplog):
-    caplog.set_level("INFO", logger="pretrain_merge")
+    caplog.set_level("INFO")
     fit(tmp_path, ModelCheckpoint(tmp_path / "kept", save_top_k=-1))
     said = [text for text in caplog.messages if "save_top_k=-1" in text]
     assert len(said) == 1
-    assert "1.48e-07 GB each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+    assert "148 B each, at most 3 new ones" in said[0]  # 37 numbers of four bytes
+    assert "keep_windows" in said[0]
+    caplog.clear()
+    fit(tmp_path / "bounded", ModelCheckpoint(tmp_path / "kept", save_top_k=-1), options={"keep_windows": 2})
+    assert not [text for text in caplog.messages if "save_top_k=-1" in text]
 
 
 @pytest.mark.parametrize("name", ["merged", "window", "Merged.1", "merges.jsonl"])

@@ -122,7 +122,12 @@ def test_the_configuration_that_was_planned_is_printed_to_be_pasted(call, tmp_pa
 
 def test_the_tokens_of_a_run_say_how_many_merges_it_makes_and_what_a_window_spans(call):
     printed = " ".join(call("7B", "--window", 11, "--every", "8B tokens", "--total_tokens", "2T").split())
-    for row in ("snapshots in the run 250 2T tokens / interval", "merges in the run 249", "a window spans 4.0%"):
+    for row in (
+        "with save_top_k=-1, at most 7 TB 250 snapshots in the run; keep_windows bounds it",
+        "snapshots in the run 250 2T tokens / interval",
+        "merges in the run 249",
+        "a window spans 4.0%",
+    ):
         assert row in printed
 
 

@@ -135,9 +135,9 @@ def test_tuples_are_lists():
         ({"windw": 3}, ["windw: unknown key", "did you mean 'window'?", "Known keys: window, every"]),
         ({"zzz": 3}, ["zzz: unknown key. Known keys:"]),
         ({5: 3}, ["5: unknown key. Known keys:"]),
-        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "every, keep, best, mode, at_end"]),
+        ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "keep, best, mode, raw, at_end"]),
         ({"breaks": {"learning_rate": False}}, ["breaks.learning_rate: unknown key", "Known keys: lr"]),
-        ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, at_end"]),
+        ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, raw, at_end"]),
         ({"breaks": False}, ["breaks: False is not a mapping", "Allowed: a mapping with keys of lr"]),
         ({"window": "many"}, ["window: ", "'many'", "Integer"]),
         ({"window": 2.5}, ["window: ", "'2.5'", "Integer"]),
@@ -231,13 +231,25 @@ def test_evaluators_that_are_no_functions_by_name_are_refused(evaluators):
         ModelMerging(evaluators=evaluators)
 
 
-def test_lightning_cli_names_a_misspelt_key(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"windw": 3}, "windw: unknown key; did you mean 'window'?"),
+        ({"window": "five"}, "window: Value 'five' of type 'str' could not be converted"),
+        ({"window": 0}, "window: 0 is out of range. Allowed: an integer from 2 to 10000."),
+        ({"save": {"bst": "val_loss"}}, "save.bst: unknown key; did you mean 'best'?"),
+        ({"views": ["smaa"]}, "views"),
+    ],
+)
+def test_p40_lightning_cli_ends_with_our_sentence_first(tmp_path, capsys, keys, sentence):
     cli = pytest.importorskip("lightning.pytorch.cli")
-    callback = {"class_path": "pretrain_merge.ModelMerging", "init_args": {"windw": 3}}
+    callback = {"class_path": "pretrain_merge.ModelMerging", "init_args": keys}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"trainer": {"callbacks": [callback]}}))
     with pytest.raises(SystemExit):
         cli.LightningCLI(BoringModel, args=["--config", str(tmp_path / "config.yaml")], run=False)
-    assert "Option 'windw' is not accepted" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert f"\nerror: {sentence}" in said
 
 
 def test_blocks_that_no_sample_falls_into_are_refused():
@@ -315,19 +327,19 @@ def test_the_nearest_name_is_offered_only_where_one_is_near():
 
 def test_shorthands_of_views_are_spelt_out():
     assert views_of("sma", "sma4", "wma", "ema", "ema6", "wsm") == (
-        View("sma", "sma"),
+        View("sma", "sma", span=0.06),
         View("sma4", "sma", 4),
-        View("wma", "wma"),
-        View("ema", "ema", None, {"alpha": 0.2}),
+        View("wma", "wma", span=0.06),
+        View("ema", "ema", None, {"alpha": 0.2}, 0.06),
         View("ema6", "ema", 6, {"alpha": 0.2}),
-        View("wsm", "decay", None, {"shape": "1-sqrt"}),
+        View("wsm", "decay", None, {"shape": "1-sqrt"}, 0.06),
     )
 
 
 def test_a_mapping_names_a_view_its_kind_its_length_and_its_parameters():
     assert views_of({"name": "cos4", "kind": "decay", "last": 4, "shape": "cosine"}, {"name": "wma"}) == (
         View("cos4", "decay", 4, {"shape": "cosine"}),
-        View("wma", "wma"),
+        View("wma", "wma", span=0.06),
     )
 
 
@@ -361,7 +373,7 @@ def test_merges_follow_snapshots_and_nothing_is_saved_unless_asked_for():
 
 def forecast_of(**options):
     config = build(MergeConfig, {"window": 11, "every": 100, "forecast": {"ours": options}})
-    return config, parse_forecasts(config)["ours"]
+    return config, parse_forecasts(config)["ours"].config
 
 
 def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_spans():
@@ -369,7 +381,7 @@ def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_span
     assert (forecast.shape, forecast.kind, forecast.metric, forecast.coverage) == (
         "linear",
         "forecast",
-        "val_loss",
+        None,
         0.9,
     )
     assert num_intervals(config, forecast) == 10
@@ -379,7 +391,7 @@ def test_a_forecast_without_keys_is_of_a_linear_anneal_over_what_the_window_span
 def test_the_length_of_a_forecast_is_counted_like_snapshots():
     options = {"every": "2M tokens", "forecast": {"ours": {"steps": "5M tokens"}}}
     config = build(MergeConfig, options)
-    assert num_intervals(config, parse_forecasts(config)["ours"]) == 2.5
+    assert parse_forecasts(config)["ours"].num_intervals == 2.5
 
 
 @pytest.mark.parametrize(
@@ -404,3 +416,20 @@ def test_the_length_of_a_forecast_is_counted_like_snapshots():
 def test_a_forecast_that_cannot_be_made_is_refused_with_its_path(forecast, message):
     with pytest.raises(ConfigError, match=message):
         build(MergeConfig, {"window": 11, "every": 100, "forecast": forecast})
+
+
+@pytest.mark.parametrize("given", [0.2, "20%", "20 %"])
+def test_a_share_of_the_run_is_a_number_or_a_percentage(given):
+    config = build(MergeConfig, {"span": given, "views": ["sma", "sma4", {"name": "all", "kind": "wma", "span": None}]})
+    assert [view.span for view in parse_views(config)] == [0.2, None, None]
+
+
+@pytest.mark.parametrize("given", [0, -0.1, 1.5, 12, "12", "120%", "0%", "x", True, [], float("nan"), 10**400])
+def test_what_is_not_a_share_of_a_run_is_refused_with_the_ways_to_write_one(given):
+    with pytest.raises(ConfigError, match=r"^span: .* Allowed: above 0 and up to 1, or null .* 0\.06 or '6%'\.$"):
+        build(MergeConfig, {"span": given})
+
+
+def test_a_view_has_a_number_of_snapshots_or_a_share_of_the_run():
+    with pytest.raises(ConfigError, match=r"^views\[0\]\.span: 0\.2, and the view is of exactly 4 snapshots\."):
+        build(MergeConfig, {"views": [{"name": "both", "kind": "sma", "last": 4, "span": 0.2}]})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pretrain_merge import ModelMerging, load_merged
+from pretrain_merge import ModelMerging, RollingMerger, load_merged
 from pretrain_merge.cli.main import report
 from pretrain_merge.config import MergeConfig, build
 from pretrain_merge.demo import run
@@ -21,7 +21,7 @@ from pretrain_merge.records.read_run import read_run
 
 SHORT = Experiment(num_steps=40, warmup_steps=10, batch_size=4, block_length=32, num_validation_blocks=16)
 MERGING = {"window": 3, "every": 5, "start": 10, "merge_every": 10, "views": ["sma", "sma2"], "save": {"at_end": True}}
-BRANCH = Branch(start=30, num_steps=10, validate_every=5)
+BRANCH = Branch(start=30, num_steps=10, validate_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_summary_holds_raw_merged_annealed_steps_and_seconds(finished):
     assert written["steps"] == 40
     assert written["raw"] == summary.raw
     assert 0 < written["seconds_train"] < written["seconds"]
-    assert [int(step) for step in written["anneal_curve"]] == [30, 35, 40]
+    assert [int(step) for step in written["anneal_curve"]] == list(range(30, 41))
 
 
 def test_every_merge_point_is_a_record_and_the_last_one_is_the_summary(finished):
@@ -106,6 +106,15 @@ def test_the_merged_weights_load_back_and_have_the_loss_that_was_reported(finish
     with torch.no_grad():
         loss = module.model(input_ids=blocks, labels=blocks).loss.item()
     assert loss == pytest.approx(summary.merged["sma"], rel=1e-5)
+
+
+def test_of_a_mixture_of_experts_the_routers_are_compared(finished):
+    summary, out = finished
+    written = json.loads((out / "summary.json").read_text())["routing"]
+    assert (summary.routing is None) == (written is None) == ("Llama" in summary.model)
+    if written:
+        assert 0 < written["drift"] < written["drift_of_training"] < 1  # a mean lies between its ends
+        assert [sum(layer) for layer in written["merged"]["load"]] == pytest.approx([1.0, 1.0])
 
 
 def test_the_picture_is_a_png_and_the_w_and_b_run_holds_raw_merged_and_annealed(finished):
@@ -198,16 +207,27 @@ def test_a_run_that_does_not_fit_its_merging_is_refused_before_anything_is_touch
 
 def test_the_shipped_configuration_fits_the_default_experiment():
     config = ModelMerging.from_config(run.MERGE_YAML).config
+    assert config.every == "1%"
     branch = last_window(Experiment(), config)
-    assert branch == Branch(start=2200, num_steps=200, validate_every=20)
-    assert branch.start % config_steps(config.merge_every) == 0  # so that the branch's first point is measured
-    assert config_steps(config.start) == Experiment().warmup_steps
+    assert branch.start + branch.num_steps == Experiment().num_steps
+    assert Experiment().num_steps % branch.validate_every == 0
+    assert 0.09 < branch.num_steps / (Experiment().num_steps - Experiment().warmup_steps) < 0.1  # ten intervals of 1%
 
 
-def config_steps(text):
-    number, unit = str(text).split()
-    assert unit == "steps"
-    return int(number)
+def test_the_branch_begins_at_a_merge_point_so_that_its_first_point_and_a_forecast_are_measured():
+    config = ModelMerging.from_config(run.MERGE_YAML).config
+    branch = last_window(Experiment(), config)
+    assert last_window(Experiment(num_steps=branch.start), config).num_steps > 0  # a run that ended there would fit
+
+
+def test_the_branch_of_a_growing_interval_is_what_the_merger_merges():
+    config = ModelMerging.from_config(run.MERGE_YAML).config
+    merger, module = RollingMerger(window=config.window, every=config.every, views=["sma"]), torch.nn.Linear(1, 1)
+    for step in range(1, Experiment().num_steps + 1):
+        merger.observe(module, step, lr=min(1.0, step / Experiment().warmup_steps))
+    with merger.merged(module, "sma") as recipe:
+        assert recipe.steps[-1] == Experiment().num_steps
+        assert recipe.steps[0] == last_window(Experiment(), config).start
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):

@@ -21,8 +21,8 @@ import torch
 from harness.models import same_bits
 from torch import Tensor, nn
 
-from pretrain_merge.evaluation import memento as module_under_test
 from pretrain_merge.evaluation.memento import Memento
+from pretrain_merge.evaluation.memento import memento as module_under_test
 from pretrain_merge.runtime.log import WarnOnce
 
 LEVEL = 1
@@ -282,12 +282,13 @@ class Prefetcher:
     """Fills a queue from a thread of its own."""
 
     def __init__(self, *, lazily: bool) -> None:
-        self.rows, self.thread = [0], None
+        self.rows, self.thread, self.is_running = [0], None, False
         if not lazily:
             self.start()
 
     def start(self) -> None:
         self.rows.append(1)
+        self.is_running = True
         self.thread = threading.Thread(target=int)
 
 
@@ -305,6 +306,7 @@ def test_a_thread_that_was_started_meanwhile_keeps_its_owner():
     module.data = Prefetcher(lazily=True)
     kept(module, lambda module: module.data.thread or module.data.start())
     assert module.data.thread is not None
+    assert module.data.is_running  # as its thread will find it
     module.lock = None
     kept(module, lambda module: setattr(module, "lock", threading.Lock()))
     assert module.lock is not None
@@ -351,7 +353,7 @@ def test_copies_are_bounded_smallest_first_and_a_change_beyond_is_said_once(capl
         memento = kept(module, lambda module: (module.small.add_(1), module.large.data.add_(1), _raise(module)))
     assert module.small.sum() == 0
     assert module.large.sum() == 2000
-    assert [block._saved.numel() for block in memento._blocks] == [50]
+    assert [block._saved.nbytes for block in memento._blocks] == [200]
     said = [line for line in caplog.messages if line.startswith("module.large was changed by a hook")]
     assert len(said) == 1
     assert len([line for line in caplog.messages if line.startswith("module.rows was changed by a hook")]) == 1

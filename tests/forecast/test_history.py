@@ -166,6 +166,17 @@ def test_one_merge_more_reads_one_record_more(monkeypatch):
     assert read == list(range(50, 5001, 50))
 
 
+def test_a_resumed_run_computes_the_means_of_the_points_that_stay_only(monkeypatch):
+    monkeypatch.setattr(points, "MOST", 8)
+    read, means = [], module._means
+    monkeypatch.setattr(module, "_means", lambda record, metric: read.append(record.step) or means(record, metric))
+    records = [short(step) for step in range(50, 50 * 1025, 50)]
+    history = read_history(records, "val_loss")
+    assert len(read) <= 60  # of 1,024: eight, and half as many for each doubling
+    assert steps(history)[-1] == 50 * 1024
+    assert spans(history) == [50]
+
+
 def test_a_slow_decay_of_the_rate_is_left_where_it_adds_up_to_another_rate():
     records = [short(step, lr=(1e-3 * (1 - 4e-6 * step),)) for step in range(50, 1001, 50)]
     history = read_history(records, "val_loss")

@@ -26,7 +26,7 @@ def observed(merging, module, steps, **options):
 
 
 def test_the_window_spans_a_tenth_of_the_run_at_every_merge_point():
-    merging, module = RollingMerger(every="1%", window=10), nn.Linear(1, 1)
+    merging, module = RollingMerger(every="1%", window=10, span=None), nn.Linear(1, 1)
     for step in range(1, 2001):
         _, merges = observed(merging, module, [step])
         if merges and step >= 100:
@@ -53,7 +53,7 @@ def test_after_a_break_the_interval_grows_from_there():
 
 def test_tokens_may_be_what_grows_and_coefficients_see_them():
     views = [{"name": "slow", "kind": "ema", "half_life": 1000}]
-    merging, module = RollingMerger(every="5% of tokens", window=4, views=views), nn.Linear(1, 1)
+    merging, module = RollingMerger(every="5% of tokens", window=4, views=views, span=None), nn.Linear(1, 1)
     observed(merging, module, range(1, 400))
     with merging.merged(module, "slow") as recipe:
         gaps = [100 * (b - a) for a, b in zip(recipe.steps, recipe.steps[1:], strict=False)]

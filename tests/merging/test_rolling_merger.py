@@ -179,9 +179,9 @@ def test_whatever_the_window_a_merge_is_the_oracle_and_raw_comes_back(size, ever
 
 
 def test_a_recipe_names_steps_and_coefficients_oldest_first():
-    merging = RollingMerger(window=4, every=10, views=["wma"])
+    merging = RollingMerger(window=4, every=10, views=["wma4"])
     module, _ = counting(merging, range(1, 61))
-    with merging.merged(module, "wma") as recipe:
+    with merging.merged(module, "wma4") as recipe:
         assert recipe.steps == (30, 40, 50, 60)
         assert recipe.coefficients == coefficients.wma(4)
         assert module.weight.item() == pytest.approx(0.1 * 30 + 0.2 * 40 + 0.3 * 50 + 0.4 * 60)
@@ -226,7 +226,7 @@ def test_a_decay_view_of_a_real_run_is_where_its_updates_lead_when_replayed_with
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     views = [{"name": "annealed", "kind": "decay", "shape": shape}]
-    merging, visited = RollingMerger(window=8, every=every, views=views), []
+    merging, visited = RollingMerger(window=8, every=every, views=views, span=None), []
     for step in range(1, 12 * every + 1):
         x = torch.randn(16, 6, dtype=torch.float64)
         loss = (module(x) - x.sum(1, keepdim=True).sin()).square().mean()
@@ -750,7 +750,7 @@ def test_a_model_that_trains_other_parameters_starts_over():
 
 @pytest.mark.parametrize(("sample_every", "last"), [(1, [31, 40]), (3, [33, 39]), (7, [35, 35]), (10, [40, 40])])
 def test_a_block_is_the_mean_of_the_models_sampled_after_the_last_multiple_up_to_this_one(sample_every, last):
-    merging = RollingMerger(window=4, every=10, average="block", sample_every=sample_every)
+    merging = RollingMerger(window=4, every=10, average="block", sample_every=sample_every, span=None)
     module, taken = counting(merging, range(1, 41))
     assert taken == [10, 20, 30, 40]
     sampled = [[step for step in range(k + 1, k + 11) if step % sample_every == 0] for k in (0, 10, 20, 30)]

@@ -107,3 +107,55 @@ def test_a_merge_that_the_user_asks_for_does_not_hide_why_a_view_is_not_ready():
     with pytest.raises(WindowNotReadyError) as caught, merging.merged(module, "sma9"):
         pass
     assert str(caught.value) == merging.why_not("sma9")
+
+
+# --- how much of the run a view spans ---
+
+
+def spans(every, last_step, views=("sma",), **options):
+    """Of each view at each snapshot from the second on: by step, how many snapshots and over how many steps."""
+    merging, module, found = RollingMerger(every=every, views=list(views), **options), nn.Linear(2, 1), {}
+    for step in range(every, last_step + 1, every):
+        merging.observe(module, step)
+        if merging.why_not(merging.views[0]) is None:
+            recipes, _ = merge_point(merging, module)
+            found[step] = {view: (len(item.steps), item.steps[-1] - item.steps[0]) for view, item in recipes.items()}
+    return found
+
+
+def test_a_view_spans_a_share_of_the_run_at_most_or_two_snapshots():
+    for step, views in spans(100, 4000).items():
+        number, span = views["sma"]
+        assert span <= 0.06 * step or number == 2
+        assert number == 10 or span + 100 > 0.06 * step  # and not fewer than fit
+
+
+def test_a_number_of_snapshots_is_taken_as_it_was_given_and_so_is_a_window_without_a_limit():
+    views = ["sma10", {"name": "all", "kind": "sma", "span": None}, {"name": "wide", "kind": "wma", "span": "50%"}]
+    at_end = spans(100, 1000, views)[1000]
+    assert at_end == {"sma10": (10, 900), "all": (10, 900), "wide": (6, 500)}
+    assert spans(100, 1000, span=None)[1000] == {"sma": (10, 900)}
+    assert spans(100, 1000, ["sma", "sma3"], span=0.35)[1000] == {"sma": (4, 300), "sma3": (3, 200)}
+
+
+def test_a_young_run_is_merged_as_if_there_were_no_limit():
+    assert spans(1, 12)[12] == {"sma": (10, 9)}
+    assert spans(5, 20)[20] == {"sma": (4, 15)}
+    assert spans(8, 40)[40] == {"sma": (2, 8)}
+
+
+def test_blocks_begin_one_interval_before_the_first_snapshot_and_it_counts():
+    merging, module = RollingMerger(every=50, average="block"), nn.Linear(2, 1)
+    for step in range(1, 1001):
+        merging.observe(module, step)
+    assert merge_point(merging, module)[0]["sma"].steps == (950, 1000)  # of ((900, 950], (950, 1000]]
+
+
+def test_the_share_is_of_the_steps_since_the_last_break_and_a_resumed_run_takes_the_same(tmp_path):
+    merging, module, again = RollingMerger(every=10), nn.Linear(2, 1), RollingMerger(every=10)
+    for step in range(1, 1401):
+        merging.observe(module, step, lr=0.1 if step <= 1000 else 0.2)
+    again.restore(merging.manifest(module, tmp_path), module, tmp_path)
+    steps = merge_point(merging, module)[0]["sma"].steps
+    assert steps == (1380, 1390, 1400)  # 20 of 399 steps, not 80 of 1,400
+    assert merge_point(again, module)[0]["sma"].steps == steps

@@ -1,6 +1,5 @@
 """`merges.jsonl`: lines that read back in order, cut where a run resumes, and never held together in memory."""
 
-import dataclasses
 import json
 import os
 import tracemalloc
@@ -9,31 +8,12 @@ from typing import Any
 
 import pytest
 from harness import strategies
+from harness.records import RECORD, at, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until, read_records
-
-RECORD = MergeRecord(
-    name="merge",
-    step=400,
-    samples=3200,
-    tokens=0,
-    window=4,
-    spread=0.25,
-    raw={"val_loss": 2.0},
-    views={"sma": {"val_loss": 1.5}, "sma2": {"val_loss": 1.75}},
-    recipes={"sma": Recipe((100, 200, 300, 400), (0.25, 0.25, 0.25, 0.25))},
-    skipped={"sma8": "needs 8"},
-    lr=(3e-4,),
-    phase="long context",
-    timing={"merge": 0.01},
-)
-
-
-def at(step):
-    return dataclasses.replace(RECORD, step=step)
+from pretrain_merge.records import append_record, keep_records_until, read_records
 
 
 def written(tmp_path, *steps):
@@ -41,11 +21,6 @@ def written(tmp_path, *steps):
     for step in steps:
         append_record(path, at(step))
     return path
-
-
-def plain(value):
-    """A record as nested plain values in which NaN equals NaN."""
-    return repr(dataclasses.asdict(value))
 
 
 @given(st.lists(strategies.records, max_size=4))

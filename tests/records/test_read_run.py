@@ -29,6 +29,7 @@ def record(step):
             "sma2": Recipe(snapshots[1:], (0.5, 0.5)),
             "wsm": Recipe(snapshots, (0.5, 0.3, 0.2)),
         },
+        forecasts={"now": {"val_loss": Expected(1.5, 1.4, 1.6, step + 7)}},
         lr=(1e-3,),
     )
 
@@ -44,8 +45,7 @@ def what_an_export_knows(item):
 
 def logged(logger):
     for item in RECORDS:
-        with_forecast = dataclasses.replace(item, forecasts={"now": {"val_loss": Expected(1.5, 1.4, 1.6, item.step)}})
-        Tracker().publish([logger], with_forecast)
+        Tracker().publish([logger], item)
         logger.log_metrics({"train_loss": 3.0}, step=item.step + 1)
     logger.save()
 

@@ -18,9 +18,9 @@ def name(step):
 class Run:
     """A run that keeps its checkpoints: each needs its own snapshot and the one before."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
         self.folder = folder
-        self.window = WindowFolder(folder)
+        self.window = WindowFolder(folder, **options)
         self.there = {}
         self.asked = []
 
@@ -143,3 +143,35 @@ def test_a_list_that_cannot_be_written_says_where_and_what_to_do(tmp_path, monke
     with pytest.raises(CheckpointError, match=r"cannot write the list of needs .* window_folder"):
         window.register("step=7.ckpt", [name(7)])
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_windows_of_so_many_saves_are_kept_where_every_checkpoint_is(tmp_path):
+    run = Run(tmp_path, keep=2)
+    for step in range(1, 8):
+        held = run.save(step)
+        run.window.register("last.ckpt", held, run.there.get("last.ckpt"))  # needs the same: counts once
+        run.there["last.ckpt"] = f"last of step {step}"
+        run.window.prune(held, run.fingerprint_of, thoroughly=False)
+        assert snapshots(tmp_path) <= {name(number) for number in range(step - 2, step + 1)}
+    assert snapshots(tmp_path) == {name(5), name(6), name(7)}
+    assert listed(tmp_path).keys() == {"step=6.ckpt", "step=7.ckpt", "last.ckpt"}
+    assert not run.window.knows("step=5.ckpt")
+    run.asked.clear()
+    run.window.prune(held, run.fingerprint_of, thoroughly=False)
+    assert set(run.asked) == listed(tmp_path).keys()  # those that were forgotten are looked at no more
+
+
+def test_a_bound_that_is_set_later_frees_what_older_saves_kept_but_nothing_of_a_damaged_list(tmp_path):
+    run = Run(tmp_path)
+    for step in range(1, 6):
+        run.save(step)
+    run.window.close()
+    bounded = WindowFolder(tmp_path, keep=1)
+    bounded.prune([name(4), name(5)], run.fingerprint_of)
+    assert snapshots(tmp_path) == {name(4), name(5)}
+    bounded.close()
+    (tmp_path / "checkpoints.json").write_text("{")
+    damaged = WindowFolder(tmp_path, keep=1)
+    damaged.register("step=9.ckpt", [name(9)])
+    damaged.prune([], run.fingerprint_of)
+    assert snapshots(tmp_path) == {name(4), name(5)}

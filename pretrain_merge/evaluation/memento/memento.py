@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain_merge.evaluation.graph import enter, places
-from pretrain_merge.evaluation.kinds import VALUES
-from pretrain_merge.evaluation.memory import BytesState, TensorState, blocks_of
-from pretrain_merge.evaluation.states import State
+from pretrain_merge.evaluation.memento.graph import enter, places
+from pretrain_merge.evaluation.memento.kinds import VALUES
+from pretrain_merge.evaluation.memento.memory import BytesState
+from pretrain_merge.evaluation.memento.states import State
+from pretrain_merge.evaluation.memento.tensors import TensorState, blocks_of
 from pretrain_merge.runtime.log import WarnOnce
 
 MOST_OBJECTS = 100_000
@@ -26,7 +27,7 @@ MOST_ITEMS = 10_000  # of one container whose items are searched: rows of a data
 MOST_REFERENCES = 4_000_000  # in all containers: those of lists that are shuffled in place
 MOST_BYTES = 64 << 20
 
-_PLAIN = (dict, list, set, OrderedDict)
+_PLAIN = frozenset({dict, list, set, OrderedDict})
 
 
 class Memento:

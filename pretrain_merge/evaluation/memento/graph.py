@@ -1,6 +1,7 @@
 """What each type of object refers to, and which state of it is kept: one function a type, for a `Memento` to call.
 
-This module knows the insides of containers, functions, classes and attributes. It has no bounds and writes nothing.
+This module knows the insides of containers and attributes; those of functions and classes are `code`'s. It has no
+bounds and writes nothing.
 """
 
 from array import array
@@ -8,7 +9,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import count, cycle
-from types import CellType, CodeType, FunctionType, GeneratorType, MappingProxyType, MethodType, ModuleType
+from types import FunctionType, GeneratorType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
@@ -16,18 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain_merge.evaluation import kinds, states
-from pretrain_merge.evaluation.memory import (
-    BytesState,
-    CountState,
-    GeneratorState,
-    IteratorState,
-    TensorState,
-    draws,
-)  # fmt: skip
+from pretrain_merge.evaluation.memento import kinds, names, states
+from pretrain_merge.evaluation.memento.code import enter_class, enter_function
+from pretrain_merge.evaluation.memento.memory import BytesState
+from pretrain_merge.evaluation.memento.positions import CountState, GeneratorState, IteratorState, draws
+from pretrain_merge.evaluation.memento.tensors import TensorState
 
 if TYPE_CHECKING:
-    from pretrain_merge.evaluation.memento import Memento
+    from pretrain_merge.evaluation.memento.memento import Memento
 
 _POSITIONS: tuple[Any, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
 _MOVING = (count, cycle, GeneratorType)
@@ -46,7 +43,7 @@ def _enter_for(cls: Any) -> "_Enter":
     if known is not None:
         return known
     if issubclass(cls, type):
-        return _enter_class
+        return enter_class
     if draws(cls):
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
@@ -127,8 +124,8 @@ def _enter_reference(memento: "Memento", index: int, item: Any) -> None:
 
 
 def _enter_descriptor(memento: "Memento", index: int, item: Any) -> None:
-    names = ("__func__", "fget", "fset", "fdel")
-    memento.reach(index, [getattr(item, name) for name in names if hasattr(item, name)])
+    parts = ("__func__", "fget", "fset", "fdel")
+    memento.reach(index, [getattr(item, part) for part in parts if hasattr(item, part)])
 
 
 def _enter_position(memento: "Memento", index: int, item: Any) -> None:
@@ -164,7 +161,7 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
         return
     is_merged = not memento.merged.isdisjoint(places(item))
     memento.add(index, TensorState(item, has_values=not is_merged))
-    if item.grad_fn is None and item.grad is not None:
+    if item.grad_fn is None and item.grad is not None and not is_merged:  # gradients of merged ones are out of reach
         memento.reach(index, [item.grad])
 
 
@@ -179,49 +176,6 @@ def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
     _enter_object(memento, index, item)
 
 
-def _enter_function(memento: "Memento", index: int, item: Any) -> None:
-    module = item.__globals__.get("__name__") or ""
-    if kinds.is_ours(module):
-        return
-    cells = item.__closure__ or ()
-    memento.reach(index, [cell.cell_contents for cell in cells if cell != CellType()])
-    if kinds.is_library(module):
-        return
-    memento.reach(index, [*(item.__defaults__ or ()), item.__kwdefaults__, item.__dict__])
-    if cells:
-        memento.add(index, states.cell_state(cells))
-    names = set(_names(item.__code__))
-    waiting, met = [item.__globals__], memento.namespaces
-    while waiting:
-        namespace = waiting.pop()
-        known = met.setdefault(id(namespace), (namespace, set()))[1]
-        new = names - known
-        known |= new
-        if not new:
-            continue
-        state = states.names_state(namespace, sorted(new))
-        memento.add(index, state)
-        memento.reach(index, state.values)
-        modules = (value for value in state.values if isinstance(value, ModuleType))
-        waiting += [vars(module) for module in modules if not kinds.is_library(module.__name__)]
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if type(constant) is CodeType:
-            yield from _names(constant)
-
-
-def _enter_class(memento: "Memento", index: int, item: Any) -> None:
-    if kinds.is_library(str(vars(item).get("__module__", ""))):
-        return
-    state = states.class_state(item)
-    memento.add(index, state)
-    memento.reach(index, state.values)
-    memento.reach(index, item.__bases__)
-
-
 def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     """Attributes of `__dict__` and `__slots__`, past whatever the class makes of getting and setting them.
 
@@ -233,10 +187,9 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
         return False
     found: list[Any] = []
     if kind.has_dict:
-        attributes = object.__getattribute__(item, "__dict__")
-        found.append(states.DictState(attributes, owner=None if kind.may_own else item))
+        found.append(states.AttributesState(item, may_own=kind.may_own))
     if kind.slots:
-        found.append(states.slots_state(item, kind.slots))
+        found.append(names.slots_state(item, kind.slots))
     values = [value for state in found for value in state.values]
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
         if kind.is_users:
@@ -268,7 +221,7 @@ _ENTER: dict[type, _Enter] = {
     tuple: _enter_tuple,
     frozenset: _enter_tuple,
     MappingProxyType: _enter_proxy,
-    FunctionType: _enter_function,
+    FunctionType: enter_function,
     MethodType: _enter_method,
     partial: _enter_partial,
     ReferenceType: _enter_reference,
@@ -276,7 +229,7 @@ _ENTER: dict[type, _Enter] = {
     staticmethod: _enter_descriptor,
     classmethod: _enter_descriptor,
     defaultdict: _enter_defaultdict,
-    type: _enter_class,
+    type: enter_class,
     deque: _enter_deque,
     set: _enter_set,
     OrderedDict: _enter_ordered,

@@ -1,0 +1,58 @@
+"""What code refers to: closures, globals that a function names, a class's own attributes.
+
+This module knows functions and classes, of users only: libraries are not searched. It has no bounds and writes nothing.
+"""
+
+from collections.abc import Iterator
+from types import CellType, CodeType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pretrain_merge.evaluation.memento import kinds, names
+
+if TYPE_CHECKING:
+    from pretrain_merge.evaluation.memento.memento import Memento
+
+
+def enter_function(memento: "Memento", index: int, item: Any) -> None:
+    """What a function closes over, its defaults, and the globals that it names, through modules of the user's own."""
+    module = item.__globals__.get("__name__") or ""
+    if kinds.is_ours(module):
+        return
+    cells = item.__closure__ or ()
+    memento.reach(index, [cell.cell_contents for cell in cells if cell != CellType()])
+    if kinds.is_library(module):
+        return
+    memento.reach(index, [*(item.__defaults__ or ()), item.__kwdefaults__, item.__dict__])
+    if cells:
+        memento.add(index, names.cell_state(cells))
+    named = set(_names(item.__code__))
+    waiting, met = [item.__globals__], memento.namespaces
+    while waiting:
+        namespace = waiting.pop()
+        known = met.setdefault(id(namespace), (namespace, set()))[1]
+        new = named - known
+        known |= new
+        if not new:
+            continue
+        state = names.names_state(namespace, sorted(new))
+        memento.add(index, state)
+        memento.reach(index, state.values)
+        modules = (value for value in state.values if isinstance(value, ModuleType))
+        waiting += [vars(module) for module in modules if not kinds.is_library(module.__name__)]
+
+
+def enter_class(memento: "Memento", index: int, item: Any) -> None:
+    """What a class and those above it hold."""
+    if kinds.is_library(str(vars(item).get("__module__", ""))):
+        return
+    state = names.class_state(item)
+    memento.add(index, state)
+    memento.reach(index, state.values)
+    memento.reach(index, item.__bases__)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if type(constant) is CodeType:
+            yield from _names(constant)

@@ -1,0 +1,81 @@
+"""The memory of one array of any library but torch, by its bytes.
+
+This module knows NumPy, `array`, `bytearray` and what other processes share. It knows no containers and no tensors.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+SAMPLE = 256  # elements of an array that is too large to be copied, and only watched
+
+
+class BytesState:
+    """The memory of an array of any library but torch."""
+
+    __slots__ = ("item", "nbytes", "sample", "saved")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.nbytes = item, _num_bytes(item)
+        self.saved: bytes | None = None
+        self.sample = b""
+
+    def keep(self) -> None:
+        """Copy it."""
+        self.saved = _bytes_of(self.item)
+
+    def watch(self) -> None:
+        """Too large to be copied: note some of it."""
+        self.sample = _some_bytes(self.item)
+
+    def is_same(self) -> bool:
+        """Byte by byte where it was copied."""
+        if _num_bytes(self.item) != self.nbytes:
+            return False
+        return _some_bytes(self.item) == self.sample if self.saved is None else _bytes_of(self.item) == self.saved
+
+    def put_back(self) -> None:
+        """The same bytes in the same memory; raises where they are too many."""
+        item, saved = self.item, self.saved
+        if saved is None:
+            self.watch()  # said once, not at every pass
+            raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
+        if issubclass(type(item), np.ndarray):
+            plain = item.view(np.ndarray)
+            plain[...] = np.frombuffer(saved, item.dtype).reshape(item.shape)
+        elif isinstance(item, bytearray):
+            item[:] = saved
+        elif hasattr(type(item), "frombytes"):
+            del item[:]
+            item.frombytes(saved)
+        else:
+            ctypes.memmove(_address(item), saved, self.nbytes)
+
+
+def _num_bytes(item: Any) -> int:
+    if issubclass(type(item), np.ndarray):
+        return int(item.nbytes)
+    if isinstance(item, bytearray):
+        return len(item)
+    return len(item) * item.itemsize if hasattr(type(item), "frombytes") else ctypes.sizeof(_raw(item))
+
+
+def _bytes_of(item: Any) -> bytes:
+    if issubclass(type(item), np.ndarray) or hasattr(type(item), "frombytes"):
+        return bytes(item.tobytes())
+    return bytes(item) if isinstance(item, bytearray) else ctypes.string_at(_address(item), _num_bytes(item))
+
+
+def _some_bytes(item: Any) -> bytes:
+    if issubclass(type(item), np.ndarray):
+        return bytes(item.flat[:: max(1, item.size // SAMPLE)].tobytes())
+    return bytes(item[:: max(1, len(item) // SAMPLE)]) if hasattr(type(item), "__len__") else b""
+
+
+def _raw(item: Any) -> Any:
+    return item.get_obj() if hasattr(type(item), "get_obj") else item
+
+
+def _address(item: Any) -> int:
+    return ctypes.addressof(_raw(item))

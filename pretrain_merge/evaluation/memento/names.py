@@ -1,0 +1,110 @@
+"""The state of named places of which each holds one object: slots, closure cells, globals, attributes of classes.
+
+This module knows how each kind of place is read and written. It searches nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from types import CellType
+from typing import Any
+
+from pretrain_merge.evaluation.memento.kinds import lives
+from pretrain_merge.evaluation.memento.states import ABSENT
+
+
+class PlacesState:
+    """Named places of which each holds one object: slots, closure cells, globals that functions name, a class's own."""
+
+    __slots__ = ("get", "item", "places", "set", "values")
+
+    def __init__(
+        self,
+        item: Any,
+        places: Iterable[Any],
+        get: Callable[[Any, Any], Any],
+        set_: Callable[[Any, Any, Any], object],
+    ) -> None:
+        self.item, self.places, self.get, self.set = item, tuple(places), get, set_
+        self.values = [get(item, place) for place in self.places]
+
+    def is_same(self) -> bool:
+        """By identity."""
+        item, get = self.item, self.get
+        return all(get(item, place) is value for place, value in zip(self.places, self.values, strict=True))
+
+    def put_back(self) -> None:
+        """Only what changed is written, and nothing over what has come to life."""
+        for place, value in zip(self.places, self.values, strict=True):
+            now = self.get(self.item, place)
+            if now is not value and not lives(type(now)):
+                self.set(self.item, place, value)
+
+
+def slots_state(item: Any, slots: Iterable[Any]) -> PlacesState:
+    """Attributes of `__slots__`, by their descriptors."""
+    return PlacesState(item, slots, _get_slot, _set_slot)
+
+
+def cell_state(cells: Iterable[CellType]) -> PlacesState:
+    """What a function closes over."""
+    return PlacesState(None, cells, _get_cell, _set_cell)
+
+
+def names_state(namespace: dict[str, Any], names: Iterable[str]) -> PlacesState:
+    """Globals by name, those that do not exist yet among them."""
+    return PlacesState(namespace, names, _get_name, _set_name)
+
+
+def class_state(cls: type) -> PlacesState:
+    """A class's own attributes, but for those that Python or an abstract base put there."""
+    names = [name for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"]
+    return PlacesState(cls, names, _get_attribute, _set_attribute)
+
+
+def _get_slot(item: Any, slot: Any) -> Any:
+    try:
+        return slot.__get__(item)
+    except AttributeError:
+        return ABSENT
+
+
+def _set_slot(item: Any, slot: Any, value: Any) -> None:
+    if value is ABSENT:
+        slot.__delete__(item)
+    else:
+        slot.__set__(item, value)
+
+
+def _get_cell(_: Any, cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _set_cell(_: Any, cell: CellType, value: Any) -> None:
+    if value is ABSENT:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = value
+
+
+def _get_name(namespace: dict[str, Any], name: str) -> Any:
+    return namespace.get(name, ABSENT)
+
+
+def _set_name(namespace: dict[str, Any], name: str, value: Any) -> None:
+    if value is ABSENT:
+        del namespace[name]
+    else:
+        namespace[name] = value
+
+
+def _get_attribute(cls: type, name: str) -> Any:
+    return vars(cls).get(name, ABSENT)
+
+
+def _set_attribute(cls: type, name: str, value: Any) -> None:
+    if value is ABSENT:
+        type.__delattr__(cls, name)
+    else:
+        type.__setattr__(cls, name, value)  # not the metaclass's own

@@ -1,0 +1,116 @@
+"""Where something stands that moves when it is used: random generators, iterators, counters, running generators.
+
+This module knows how each is asked, and how those that can be are set back. It knows no containers and no memory.
+"""
+
+import copy
+import random
+from collections.abc import Mapping
+from types import GeneratorType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+
+
+def draws(cls: type) -> bool:
+    """Whether objects of a type draw random numbers and can be set back."""
+    return issubclass(cls, _GENERATORS)
+
+
+class GeneratorState:
+    """Where a random generator of any library stands."""
+
+    __slots__ = ("item", "state")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.state = item, _position(item)
+
+    def is_same(self) -> bool:
+        """Whether it drew nothing."""
+        return _same_position(_position(self.item), self.state)
+
+    def put_back(self) -> None:
+        """Back to where it was."""
+        item, state = self.item, copy.deepcopy(self.state)
+        if issubclass(type(item), random.Random):
+            random.Random.setstate(item, state)
+        elif issubclass(type(item), np.random.Generator):
+            item.bit_generator.state = state
+        elif issubclass(type(item), np.random.BitGenerator):
+            item.state = state
+        else:
+            item.set_state(state)
+
+
+def _position(item: Any) -> Any:
+    if issubclass(type(item), random.Random):
+        return random.Random.getstate(item)
+    if issubclass(type(item), np.random.Generator):
+        return item.bit_generator.state
+    if issubclass(type(item), np.random.BitGenerator):
+        return item.state
+    return item.get_state()
+
+
+def _same_position(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, Mapping):
+        return all(_same_position(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same_position, a, b))
+    return bool(a == b)
+
+
+class IteratorState:
+    """How far an iterator over a list, tuple or range is."""
+
+    __slots__ = ("index", "item")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.index = item, _index(item)
+
+    def is_same(self) -> bool:
+        """Whether nothing was taken."""
+        return bool(_index(self.item) == self.index)
+
+    def put_back(self) -> None:
+        """Back to where it was; one that is exhausted has forgotten what it read."""
+        self.item.__setstate__(self.index)
+        if _index(self.item) != self.index:
+            raise ValueError("an iterator that was read to its end cannot be set back")
+
+
+def _index(iterator: Any) -> Any:
+    reduced = iterator.__reduce__()
+    return reduced[2] if len(reduced) > 2 else None
+
+
+class CountState:
+    """Where something stands that can be seen to move and not be set back: `itertools.count`, a running generator."""
+
+    __slots__ = ("item", "seen")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.seen = item, _seen(item)
+
+    def is_same(self) -> bool:
+        """Whether it has not moved."""
+        return bool(_seen(self.item) == self.seen)
+
+    def put_back(self) -> None:
+        """Not possible."""
+        raise ValueError("it cannot be set back; hold a number instead, or the list that it goes through")
+
+
+def _seen(item: Any) -> Any:
+    if type(item) is not GeneratorType:
+        return repr(item)
+    frame = item.gi_frame
+    return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))

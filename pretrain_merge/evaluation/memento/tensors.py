@@ -1,0 +1,173 @@
+"""The memory of one tensor by its bits, and the bits of many together.
+
+This module knows what can be kept of a tensor, and where it lies. It knows no objects around it, and no merging.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain_merge.evaluation.memento.memory import SAMPLE
+from pretrain_merge.parameters import bits
+
+_BLOCK = 4 << 20  # bytes that are compared at once: what is gathered for it is small beside a run's memory
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+# of whole bytes, so that any of them is read as such; torch compares integers of 8 bytes fastest
+_DTYPES = frozenset(
+    {
+        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128, torch.bool,
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    }
+)  # fmt: skip
+
+
+class TensorState:
+    """A tensor's memory, and whether it takes part in backward; its bits where it is not plain memory.
+
+    The bits of plain tensors are kept together, in `Block`s.
+
+    Args:
+        item: The tensor.
+        has_values: Whether its values are kept here; those of merged tensors are the merger's, but for their place.
+    """
+
+    __slots__ = ("copy", "has_values", "item", "memory", "nbytes", "place", "requires_grad", "sample", "version")
+
+    def __init__(self, item: Tensor, *, has_values: bool) -> None:
+        self.item, self.has_values = item, has_values
+        self.requires_grad = item.requires_grad
+        self.nbytes = item.numel() * item.element_size() if has_values else 0
+        self.copy: Tensor | None = None
+        self.sample: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.place: Any = None
+        self.version: int | None = None
+
+    def keep(self) -> Tensor | None:
+        """Keep the bits; of plain memory give its bytes instead, to be kept in a `Block`."""
+        view = self._watch_memory()
+        if not self.has_values or (view is None and _is_released(self.item)):
+            return None
+        if view is None:
+            self.copy = bits.copy_of(self.item)
+        return view
+
+    def watch(self) -> None:
+        """Too large to be copied: note where it lies, how often it was written, and some of its bits."""
+        view = self._watch_memory()
+        self.sample = _sample(view) if view is not None else None
+
+    def is_same(self) -> bool:
+        """Whether it is the same memory, with the same bits where this keeps them: versions tell too little (P31)."""
+        item = self.item
+        if item.requires_grad != self.requires_grad or (self.place is not None and _place(item) != self.place):
+            return False
+        if self.copy is not None:
+            return bits.same_bits(item, self.copy)
+        return self.sample is None or self._has_sample()
+
+    def put_back(self) -> None:
+        """The same memory, with the same bits where this keeps them; raises where they are too many."""
+        item = self.item
+        if item.requires_grad != self.requires_grad:
+            item.requires_grad_(self.requires_grad)
+        if self.memory is not None and _place(item) != self.place:
+            if _is_released(self.memory):
+                self.memory.untyped_storage().resize_(_extent(self.memory))
+            item.data, self.place = self.memory, _place(self.memory)
+        if self.copy is not None and not bits.same_bits(item, self.copy):
+            bits.write_back(item, self.copy)
+            self.put_back_version()
+        if self.sample is not None and not self._has_sample():
+            self.watch()  # said once, not at every pass
+            raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
+
+    def put_back_version(self) -> None:
+        """Or a graph that training holds across batches could no longer be walked backward."""
+        if self.version is not None:
+            torch._C._autograd._unsafe_set_version_counter((self.item,), (self.version,))
+
+    def _watch_memory(self) -> Tensor | None:
+        """Note where it lies; its bytes, or None where it is not plain memory without gaps."""
+        item = self.item
+        self.version = None if item.is_inference() else item._version
+        if not _is_plain(item) or _is_released(item):
+            return None
+        self.place, self.memory = _place(item), item.detach()
+        if not item.is_contiguous() or item.is_conj() or item.is_neg() or item.dtype not in _DTYPES:
+            return None
+        return self.memory.view(-1).view(torch.uint8)
+
+    def _has_sample(self) -> bool:
+        view = self._watch_memory_again()
+        return view is not None and self.sample is not None and bits.same_bits(_sample(view), self.sample)
+
+    def _watch_memory_again(self) -> Tensor | None:
+        return None if self.item.is_inference() or self.item._version != self.version else self._watch_memory()
+
+
+class Block:
+    """The bits of many plain tensors of one device, compared with one call: mostly nothing changed.
+
+    Args:
+        parts: States, and the bytes of their tensors.
+    """
+
+    def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
+        self._states, self._views = zip(*parts, strict=True)
+        num_bytes = sum(view.numel() for view in self._views)
+        self._tail = self._views[0].new_zeros(-num_bytes % torch.int64.itemsize)
+        self._saved = self._bits()
+
+    def put_back(self) -> None:
+        """Write the tensors whose bits changed."""
+        if torch.equal(self._bits(), self._saved):
+            return
+        *saved, _ = torch.split(self._saved.view(torch.uint8), [*map(len, self._views), len(self._tail)])
+        for state, view, before in zip(self._states, self._views, saved, strict=True):
+            if not torch.equal(view, before):
+                view.copy_(before)
+                state.put_back_version()
+
+    def _bits(self) -> Tensor:
+        # as integers: NaN is not itself, and 0.0 is -0.0
+        return torch.cat((*self._views, self._tail)).view(torch.int64)
+
+
+def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:
+    """Blocks of one device each."""
+    groups: dict[Any, list[tuple[TensorState, Tensor]]] = {}
+    sizes: dict[torch.device, int] = {}
+    for state, view in parts:
+        device = view.device
+        sizes[device] = sizes.get(device, 0) + view.numel()
+        groups.setdefault((device, sizes[device] // _BLOCK), []).append((state, view))
+    return [Block(group) for group in groups.values()]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    )
+
+
+def _is_released(tensor: Tensor) -> bool:
+    """Whether it has a shape and no memory, as FSDP2 leaves what it gathered (P18): to read it ends the process."""
+    return _is_plain(tensor) and tensor.untyped_storage().nbytes() < _extent(tensor)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the start of its storage to the end of its last element."""
+    num_elements = tensor.numel()
+    if num_elements and not tensor.is_contiguous():
+        num_elements = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((tensor.storage_offset() + num_elements) * tensor.element_size()) if num_elements else 0
+
+
+def _place(tensor: Tensor) -> Any:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _sample(view: Tensor) -> Tensor:
+    return view[:: view.numel() // SAMPLE | 1].clone()  # odd: not always the same byte of an element
