@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain_merge.merged_models.merged import save_merged as save_merged
     from pretrain_merge.merging.rolling_merger import RollingMerger as RollingMerger
     from pretrain_merge.offline.merge import merge_checkpoints as merge_checkpoints
+    from pretrain_merge.offline.sweep import sweep_checkpoints as sweep_checkpoints
     from pretrain_merge.runtime.evaluating import is_evaluating_merge as is_evaluating_merge
 
 _MODULE_OF = {
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "load_merged": "pretrain_merge.merged_models.merged",
     "merge_checkpoints": "pretrain_merge.offline.merge",
     "save_merged": "pretrain_merge.merged_models.merged",
+    "sweep_checkpoints": "pretrain_merge.offline.sweep",
     "forecast_anneal": "pretrain_merge.forecast",
     "is_evaluating_merge": "pretrain_merge.runtime.evaluating",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "load_merged",
     "merge_checkpoints",
     "save_merged",
+    "sweep_checkpoints",
 ]
 
 

@@ -4,7 +4,8 @@ import itertools
 import json
 from collections.abc import Sequence
 
-_FLAGS = {"merge": ("--plan", "--quiet"), "report": ("--all",)}  # of the commands whose first argument is a list
+# of the commands whose first argument is a list
+_FLAGS = {"merge": ("--plan", "--quiet"), "sweep": ("--plan", "--quiet"), "report": ("--all",)}
 
 
 def as_one_list(arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pretrain_merge.cli.forecast import forecast
 from pretrain_merge.cli.merge import merge
 from pretrain_merge.cli.plan import plan
 from pretrain_merge.cli.report import report
+from pretrain_merge.cli.sweep import sweep
 from pretrain_merge.cli.wandb_view import wandb_view
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
 
@@ -42,7 +43,7 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
-        commands = (demo, report, forecast, plan, merge, export, wandb_view)
+        commands = (demo, report, forecast, plan, merge, sweep, export, wandb_view)
         auto_cli(
             {command.__name__.replace("_", "-"): command for command in commands},
             args=as_one_list(sys.argv[1:]),

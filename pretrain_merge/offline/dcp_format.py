@@ -114,13 +114,16 @@ def open_folder(place: str) -> Source:
     optimizer = _optimizer_names(parts)
     names = {own: name for name, own in (model | optimizer).items()}
     files = sorted({file for of_tensor in chunks.values() for _, _, (file, _, _) in of_tensor})
+    meta = _lightning_meta(place)
+    step = meta.get("global_step")
     return Source(
         place,
         "dcp",
         {own: kinds[name] for name, own in model.items()},
         lambda own: _blocks(chunks[names[own]], kinds[names[own]]),
         tuple(files),
-        step=_lightning_step(place),
+        step=step if type(step) is int else None,
+        lr=torch_format.learning_rates(meta),
         optimizer={own: kinds[name] for name, own in optimizer.items()},
     )
 
@@ -237,12 +240,12 @@ def _blocks(chunks: Sequence[_Chunk], kind: Kind) -> list[Block]:
     return found
 
 
-def _lightning_step(place: str) -> int | None:
+def _lightning_meta(place: str) -> Mapping[str, Any]:
+    """What Lightning keeps beside its sharded checkpoints: counters and schedulers. Empty for others' folders."""
     path = join(place, _LIGHTNING_META)
     size = size_of(path)
     if size is None:
-        return None
+        return {}
     with Files() as files:
         content = torch_format.open_archive(path, files, 0, size).content
-    step = content.get("global_step") if isinstance(content, Mapping) else None
-    return step if type(step) is int else None
+    return content if isinstance(content, Mapping) else {}

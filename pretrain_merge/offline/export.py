@@ -3,23 +3,21 @@
 This module knows what a Lightning checkpoint is made of. Folders are written as a merge of one checkpoint is.
 """
 
-import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
 from pretrain_merge.files import atomic
 from pretrain_merge.offline import recognise, safetensors_format, torch_format
-from pretrain_merge.offline.files import Files, is_remote, size_of
-from pretrain_merge.offline.merge import local_path, merge_sources
-from pretrain_merge.offline.pieces import Piece, Reader
-from pretrain_merge.offline.tensors import Kind, Source, plain_name
+from pretrain_merge.offline.files import Files, size_of
+from pretrain_merge.offline.mapped import MappedTensors
+from pretrain_merge.offline.merge import merge_sources
+from pretrain_merge.offline.options import new_folder
+from pretrain_merge.offline.tensors import Source, plain_name
 
 Target = Literal["ckpt", "hf", "safetensors"]
 _OPTIMIZER_FILE = "optimizer"
@@ -57,9 +55,7 @@ def export_checkpoint(
     """
     if to not in ("ckpt", "hf", "safetensors"):
         raise ConfigError(f"to: {to!r} is not known. Allowed: 'ckpt', 'hf', 'safetensors'.")
-    target = local_path(out).absolute()
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists and is never overwritten. Move it away, or write elsewhere.")
+    target = new_folder(out)
     source = recognise.find_one(folder)
     based = recognise.find_one(base) if base is not None else None
     if to == "ckpt":
@@ -113,7 +109,8 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
         content = _loaded(base.place, files)
         state = content["state_dict"]
         prefix = str(source.about.get("prefix") or "")
-        found = _tensors(source, source.tensors, files)
+        tensors = MappedTensors(source, files)
+        found = {name: tensors[name] for name in source.tensors}
         found |= {alias: found[name] for alias, name in source.ties.items()}
         in_base = {plain_name(name): name for name in state}  # of a compiled model, for instance
         new = {in_base.get(f"{prefix}{name}", f"{prefix}{name}"): tensor for name, tensor in found.items()}
@@ -156,10 +153,11 @@ def _average_optimizer(source: Source, content: dict[str, Any], files: Files) ->
         name: kind.shape for name, kind in averaged.tensors.items()
     }:
         raise MergeInputError(f"{folder} has optimizer states of another model than the base. Name a base of the run.")
-    for name, tensor in _tensors(averaged, averaged.tensors, files).items():
+    tensors = MappedTensors(averaged, files)
+    for name in averaged.tensors:
         _, number, key, item = name.split("/", 3)
         state = content["optimizer_states"][int(number)]["state"]
-        state[next(own for own in state if str(own) == key)][item] = tensor
+        state[next(own for own in state if str(own) == key)][item] = tensors[name]
 
 
 def _loaded(path: str, files: Files) -> dict[str, Any]:
@@ -167,35 +165,6 @@ def _loaded(path: str, files: Files) -> dict[str, Any]:
     torch_format.open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return dict(content)
-
-
-def _tensors(source: Source, kinds: Mapping[str, Kind], files: Files) -> dict[str, Tensor]:
-    """Whole tensors, mapped from their files where they lie in one piece."""
-    reader, mapped = Reader(source, files), _Mapped()
-    found = {}
-    for name, kind in kinds.items():
-        blocks = source.locate(name)
-        if len(blocks) == 1 and blocks[0].strides is None and not is_remote(blocks[0].file) and kind.num_bytes:
-            found[name] = mapped.tensor(blocks[0].file, blocks[0].start, kind)
-            continue
-        found[name] = torch.empty(kind.shape, dtype=kind.dtype)
-        if kind.num_bytes:
-            shape = kind.shape or (1,)
-            reader.read_into([Piece(name, (), (0, shape[0]), shape)], [found[name].view(shape)])
-    return found
-
-
-class _Mapped:
-    def __init__(self) -> None:
-        self._pages: dict[str, mmap.mmap] = {}
-
-    def tensor(self, file: str, start: int, kind: Kind) -> Tensor:
-        if file not in self._pages:
-            with open(file, "rb") as opened:
-                # private: torch wants memory it could write
-                self._pages[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(self._pages[file], dtype=kind.dtype, count=kind.num_elements, offset=start)
-        return flat.view(kind.shape)
 
 
 def _save(content: Mapping[str, Any], target: Path) -> None:

@@ -4,7 +4,7 @@ This module knows names and renames, and which earlier work may be gone on with:
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pretrain_merge.offline import shards
 from pretrain_merge.offline.files import is_remote, size_of
 from pretrain_merge.runtime import ranks
 
-_PLAN = "plan.json"
+PLAN = "plan.json"
 
 
 def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
         CheckpointError: It cannot be written.
     """
     text = json.dumps(identity, indent=1, sort_keys=True)
-    plan = partial / _PLAN
+    plan = partial / PLAN
     try:
         if not plan.exists() or plan.read_bytes() != text.encode():
             atomic.delete(partial)
@@ -60,26 +60,35 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def removed_if_empty(partial: Path) -> Iterator[None]:
-    """After an error nothing stays but finished files, which the next try goes on behind."""
+def removed_if_empty(partial: Path, finished: str = f"*{shards.NOTE}") -> Iterator[None]:
+    """After an error nothing stays but a folder with finished work, which the next try goes on behind.
+
+    Args:
+        partial: The folder.
+        finished: Pattern of files that are there once there is such work.
+    """
     try:
         yield
     except BaseException:
-        if ranks.rank() == 0 and not shards.notes(partial):
+        if ranks.rank() == 0 and not any(partial.glob(finished)):
             atomic.delete(partial)
         raise
 
 
-def publish(partial: Path, out: Path) -> None:
+def publish(partial: Path, out: Path, *, without: Sequence[Path] = ()) -> None:
     """Flush everything, and give the folder its name.
+
+    Args:
+        partial: The folder.
+        out: Its name.
+        without: What is deleted first: only the making needed it. A kill behind that begins anew.
 
     Raises:
         CheckpointError: The disk refuses, or something is at that name by now.
     """
     try:
-        for note in shards.notes(partial):
-            note.unlink()
-        (partial / _PLAN).unlink()
+        for path in without:
+            path.unlink()
         atomic.remove_leftovers(partial)
         for path in sorted(partial.iterdir()):
             sync(path)

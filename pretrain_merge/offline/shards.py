@@ -21,7 +21,7 @@ from pretrain_merge.offline.tensors import Kind
 
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
-_NOTE = ".done.json"
+NOTE = ".done.json"
 _BLOCK = 2**20
 
 
@@ -88,7 +88,7 @@ def finished(folder: Path, shard: Shard) -> Written | None:
 
 def notes(folder: Path) -> list[Path]:
     """What says which files are finished; none in a published folder."""
-    return sorted(folder.glob(f"*{_NOTE}"))
+    return sorted(folder.glob(f"*{NOTE}"))
 
 
 class ShardWriter:
@@ -98,14 +98,15 @@ class ShardWriter:
         descriptor: Of the file.
         path: The name that it will have.
         shard: What it holds.
+        is_checked: Whether it is read back.
 
     Attributes:
         spread: Of its tensors; to be set before the end.
     """
 
-    def __init__(self, descriptor: int, path: Path, shard: Shard) -> None:
+    def __init__(self, descriptor: int, path: Path, shard: Shard, *, is_checked: bool) -> None:
         self.spread = Spread(0.0, 0.0)
-        self._descriptor, self._path = descriptor, path
+        self._descriptor, self._path, self._is_checked = descriptor, path, is_checked
         starts, end = {}, 0
         for name, kind in shard.kinds.items():
             starts[name] = (kind, end)
@@ -125,7 +126,7 @@ class ShardWriter:
         sent = 0
         while sent < len(data):
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
-        for start in range(0, len(data), _BLOCK):
+        for start in range(0, len(data) if self._is_checked else 0, _BLOCK):
             block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
             found = os.pread(self._descriptor, len(block), self._done + start)
             if found != block:
@@ -140,16 +141,25 @@ class ShardWriter:
 
 
 @contextmanager
-def written(folder: Path, shard: Shard) -> Iterator[ShardWriter]:
+def written(folder: Path, shard: Shard, *, is_kept: bool = True) -> Iterator[ShardWriter]:
     """A file that takes its name, and gets its note, when the block ends.
+
+    Args:
+        folder: Where.
+        shard: What it holds.
+        is_kept: Else the file is not flushed and not read back, and gets no note.
 
     Raises:
         CheckpointError: The disk refuses.
     """
     path = folder / shard.file
     try:
+        if not is_kept:
+            with path.open("xb") as file:
+                yield ShardWriter(file.fileno(), path, shard, is_checked=False)
+            return
         with atomic.draft(path) as draft:
-            writer = ShardWriter(draft.file.fileno(), path, shard)
+            writer = ShardWriter(draft.file.fileno(), path, shard, is_checked=True)
             yield writer
         atomic.write(_note_of(path), json.dumps(asdict(writer.result())))
     except OSError as error:
@@ -168,7 +178,7 @@ def index_of(shards: Sequence[Shard]) -> str:
 
 
 def _note_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_NOTE}")
+    return path.with_name(f"{path.name}{NOTE}")
 
 
 def _checksum(path: Path) -> int:

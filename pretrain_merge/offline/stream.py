@@ -4,7 +4,6 @@ This module knows threads and memory. While a batch of pieces is merged, the nex
 written, so there are two buffers for each source and two for the output, whatever the size of the model.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,18 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain_merge.errors import MergeInputError
-from pretrain_merge.kernels.weighted_sum import Spread, weighted_sum_
+from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.pieces import Buffer, Piece, Reader, batches
 from pretrain_merge.offline.shards import Shard, Written, written
+from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source
 
 BUFFERS = 96 * 2**20  # bytes of all buffers together
 _LARGEST_PIECE = 2**20  # elements of a batch: more are not faster, and fall out of the cache between read and sum
 _SMALLEST_PIECE = 2**12
-_PROBE = 1024  # elements that are compared before a whole piece is
 
 
 def batch_length(num_sources: int) -> int:
@@ -68,15 +66,21 @@ class Streamer:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def write(self, folder: Path, shard: Shard, outputs: Mapping[str, Output]) -> Written:
+    def write(self, folder: Path, shard: Shard, outputs: Mapping[str, Output], *, is_kept: bool = True) -> Written:
         """Make one file.
+
+        Args:
+            folder: Where.
+            shard: Its tensors.
+            outputs: Where these come from.
+            is_kept: Whether it must survive a crash, and be what was meant.
 
         Raises:
             CheckpointError: A source cannot be read, or the file cannot be written.
             MergeInputError: A tensor is not finite.
         """
         total = Spread(0.0, 0.0)
-        with written(folder, shard) as writer:
+        with written(folder, shard, is_kept=is_kept) as writer:
             planned = list(batches(shard.kinds, batch_length(len(self._coefficients))))
             reading = self._start_reading(planned[0], outputs, 0) if planned else []
             writing: Future[None] | None = None
@@ -107,7 +111,7 @@ class Streamer:
         for index, reader in enumerate(self._readers):
             wanted = [piece for piece in batch if self._is_read(outputs[piece.name], index)]
             if wanted:
-                dtypes = [self._dtype(index, piece.name) for piece in wanted]
+                dtypes = [self._sources[index].kind(piece.name).dtype for piece in wanted]
                 targets = buffers.inputs[index].tensors(wanted, dtypes)
                 buffers.read[index] = dict(zip(wanted, targets, strict=True))
                 started.append(self._pool.submit(_read, reader, wanted, targets))
@@ -116,62 +120,21 @@ class Streamer:
     def _is_read(self, output: Output, index: int) -> bool:
         return index == output.origin or (output.origin is None and index < len(self._coefficients))
 
-    def _dtype(self, index: int, name: str) -> torch.dtype:
-        source = self._sources[index]
-        kind = source.tensors.get(source.ties.get(name, name)) or source.optimizer[name]
-        return kind.dtype
-
     def _merge(self, batch: Sequence[Piece], outputs: Mapping[str, Output], number: int) -> tuple[Spread, memoryview]:
         buffers = self._sets[number % 2]
         dtypes = [outputs[piece.name].kind.dtype for piece in batch]
         targets = buffers.output.tensors(batch, dtypes, is_packed=True)
-        merged: list[tuple[Piece, Tensor, list[Tensor]]] = []
+        rows = []
         for piece, target in zip(batch, targets, strict=True):
             origin = outputs[piece.name].origin
             if origin is not None:
                 target.copy_(buffers.read[origin][piece])
-                continue
-            rows = [buffers.read[index][piece] for index in range(len(self._coefficients))]
-            if _are_equal(rows):
-                target.copy_(rows[-1])  # a constant or a frozen weight stays as it is, to the last bit
             else:
-                merged.append((piece, target, rows))
-        part = self._sum(merged) if merged else Spread(0.0, 0.0)
+                parts = [buffers.read[index][piece] for index in range(len(self._coefficients))]
+                rows.append(Row(piece.name, target, parts))
+        part = sum_rows(rows, self._sources[: len(self._coefficients)], self._coefficients, self._device)
         num_bytes = sum(target.nbytes for target in targets)
         return part, buffers.output.packed(num_bytes)
-
-    def _sum(self, merged: Sequence[tuple[Piece, Tensor, list[Tensor]]]) -> Spread:
-        out = [target for _, target, _ in merged]
-        snapshots = [list(column) for column in zip(*(rows for _, _, rows in merged), strict=True)]
-        if self._device.type == "cpu":
-            part = weighted_sum_(out, snapshots, self._coefficients, spread=True)
-        else:
-            there = [[row.to(self._device, non_blocking=True) for row in column] for column in snapshots]
-            sums = [torch.empty(target.shape, dtype=target.dtype, device=self._device) for target in out]
-            part = weighted_sum_(sums, there, self._coefficients, spread=True)
-            for target, total in zip(out, sums, strict=True):
-                target.copy_(total)
-        assert part is not None
-        is_finite = math.isfinite(part.squared_distance) and math.isfinite(part.squared_norm)
-        # the only dtype that is narrower in range than what a mean of others needs
-        narrow = [target for target in out if target.dtype is torch.float16]
-        if not is_finite or not all(bool(target.isfinite().all()) for target in narrow):
-            self._refuse_non_finite(merged)
-        return part
-
-    def _refuse_non_finite(self, merged: Sequence[tuple[Piece, Tensor, list[Tensor]]]) -> None:
-        for piece, target, rows in merged:
-            for source, row in zip(self._sources, rows, strict=False):
-                if not row.isfinite().all():
-                    raise MergeInputError(
-                        f"{piece.name} of {source.place} is not finite: that checkpoint is of a run that diverged. "
-                        f"Leave it out."
-                    )
-            if not target.isfinite().all():
-                raise MergeInputError(
-                    f"{piece.name} of the merge is not finite: it is beyond what {target.dtype} holds. Write another "
-                    f"dtype."
-                )
 
 
 class _Buffers:
@@ -186,18 +149,6 @@ class _Buffers:
 def _read(reader: Reader, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> int:
     reader.read_into(pieces, targets)
     return sum(target.nbytes for target in targets)
-
-
-def _are_equal(rows: Sequence[Tensor]) -> bool:
-    """Whether all are the same bits; mostly told by the first ones."""
-    first = rows[0].view(-1)
-    if any(row.dtype is not first.dtype for row in rows):
-        return False
-    for length in (_PROBE, first.numel()):
-        bits = [row.view(-1)[:length].view(torch.uint8) for row in rows]
-        if not all(torch.equal(bits[0], other) for other in bits[1:]):
-            return False
-    return True
 
 
 def _wait(futures: Sequence["Future[int] | Future[None]"]) -> None:

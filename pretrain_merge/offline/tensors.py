@@ -75,6 +75,7 @@ class Source:
         files: Every file with tensors in it.
         ties: Other names of a tensor in `tensors`.
         step: At which it was saved, as its content says; None: it does not say.
+        lr: Learning rates of the step to come, per parameter group; empty: it does not say.
         optimizer: Tensors of optimizer states, by a name that says where each belongs.
         companions: Files beside the weights that belong to the model (`config.json`, a tokenizer).
         about: What else its own provenance says.
@@ -87,6 +88,11 @@ class Source:
     files: tuple[str, ...]
     ties: Mapping[str, str] = field(default_factory=dict)
     step: int | None = None
+    lr: tuple[float, ...] = ()
     optimizer: Mapping[str, Kind] = field(default_factory=dict)
     companions: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def kind(self, name: str) -> Kind:
+        """Of a tensor of the model or of an optimizer, by any of its names."""
+        return self.tensors.get(self.ties.get(name, name)) or self.optimizer[name]

@@ -22,6 +22,7 @@ from pretrain_merge.offline.tensors import Block, Kind, Source
 
 _LONGEST_PICKLE = 2**30
 _LOCAL_HEADER = 30
+_LARGEST_RATE = 1e9
 # where a file that is not one flat state dict keeps the model; the first that is there is taken
 _MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -65,6 +66,7 @@ def open_file(path: str) -> Source:
         (path,),
         ties=ties,
         step=step if type(step) is int else None,
+        lr=learning_rates(content) if is_lightning else (),
         optimizer=states if is_lightning else {},
     )
 
@@ -114,13 +116,32 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
 def optimizer_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of a Lightning checkpoint's optimizer states, by where they belong."""
     found: dict[str, Tensor] = {}
-    states = content.get("optimizer_states")
-    for number, optimizer in enumerate(states if isinstance(states, list) else []):
-        for key, values in (optimizer.get("state", {}) if isinstance(optimizer, dict) else {}).items():
+    for number, optimizer in enumerate(_dicts(content, "optimizer_states")):
+        state = optimizer.get("state")
+        for key, values in state.items() if isinstance(state, dict) else ():
             for name, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, Tensor):
                     found[f"optimizer_states/{number}/{key}/{name}"] = value
     return found
+
+
+def learning_rates(content: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of a Lightning checkpoint: those of its optimizers, else those that its schedulers set last."""
+    groups = [group for state in _dicts(content, "optimizer_states") for group in _dicts(state, "param_groups")]
+    found: list[Any] = [group.get("lr") for group in groups]
+    if not found:  # sharded checkpoints keep the states of optimizers elsewhere
+        found = [rate for state in _dicts(content, "lr_schedulers") for rate in _listed(state.get("_last_lr"))]
+    # a rate that is a tensor has no value here
+    are_rates = all(type(rate) in (int, float) and abs(rate) < _LARGEST_RATE for rate in found)
+    return tuple(map(float, found)) if are_rates else ()
+
+
+def _dicts(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    return [item for item in _listed(content.get(key)) if isinstance(item, dict)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []  # a crafted file has anything there
 
 
 def _state_dict(path: str, content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from harness.forks import run_forked
 from offline import writers
+from safetensors.torch import load_file
 
-from pretrain_merge import merge_checkpoints
+from pretrain_merge import merge_checkpoints, sweep_checkpoints
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic
 from pretrain_merge.offline import shards
+from pretrain_merge.offline.candidates import FolderBench
 from pretrain_merge.offline.merge import merge_checkpoints as merge
+from pretrain_merge.records import jsonl
 
 SIZE = 400  # bytes of a file, so that there are several
 
@@ -54,6 +57,63 @@ def merge_and_die(folder, moment, number):
 
     setattr(owner, name, dying)
     merge(places(Path(folder)), Path(folder) / "out", largest_file=SIZE)
+
+
+def loss_of(folder):
+    return {"val_loss": sum(value.square().sum().item() for value in load_file(folder / "model.safetensors").values())}
+
+
+def sweep_and_die(folder, moment, number):
+    """Sweeps, and is killed before or behind the so-and-so-many-th of what changes its folder."""
+    owner, name = {"append": (jsonl.atomic, "append"), "rename": (Path, "rename"), "measure": (FolderBench, "measure")}[
+        moment.split()[1]
+    ]
+    real, left = getattr(owner, name), [int(number)]
+
+    def dying(*arguments, **options):
+        if name == "rename" and arguments[1].name != "swept":  # of a model that is evaluated
+            return real(*arguments, **options)
+        left[0] -= 1
+        if left[0] == 0 and moment.startswith("before"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if left[0] == 0 and moment.startswith("amid"):  # half a line
+            arguments = (arguments[0], arguments[1][: len(arguments[1]) // 2])
+        done = real(*arguments, **options)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    setattr(owner, name, dying)
+    sweep_checkpoints(places(Path(folder)), Path(folder) / "swept", loss_of, views=["sma"])
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "left"),
+    [
+        ("before measure", 3, 2),
+        ("amid append", 2, 2),
+        ("behind append", 1, 2),
+        ("before rename", 1, 0),
+        ("behind rename", 1, None),
+    ],
+)
+def test_a_killed_sweep_leaves_no_folder_and_its_rerun_ends_with_equal_bytes(folder, moment, number, left):
+    code, output = run_forked(sweep_and_die, str(folder), moment, str(number))
+    assert code == -signal.SIGKILL, output
+    assert (folder / "swept").exists() == (left is None)
+    evaluated = []
+    if left is not None:
+
+        def evaluate(place):
+            evaluated.append(place)
+            return loss_of(place)
+
+        sweep_checkpoints(places(folder), folder / "swept", evaluate, views=["sma"])
+        assert len(evaluated) == left
+    sweep_checkpoints(places(folder), folder / "other", loss_of, views=["sma"])
+    assert contents(folder / "swept") == contents(folder / "other")
+    # a process that was killed behind its last rename leaves an empty lock, which hinders nobody
+    assert left is None or [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 def contents(folder):

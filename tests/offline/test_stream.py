@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offline import writers
 
 from pretrain_merge import merge_checkpoints
+from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline import pieces, shards, stream
 from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.files import Files
@@ -66,7 +67,7 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
 
     monkeypatch.setattr(stream, "Buffer", Counted)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
-    monkeypatch.setattr(stream, "_are_equal", lambda rows: True)
+    monkeypatch.setattr(stream, "sum_rows", lambda *_: Spread(0.0, 0.0))
     monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 4))
     monkeypatch.setattr(shards.ShardWriter, "result", lambda writer: shards.Written(0, 0, *writer.spread))
     outputs = {name: Output(kind) for name, kind in kinds.items()}
