@@ -22,7 +22,7 @@ text, lm = Text(), TinyLM()
 model, optimizer = fabric.setup(lm, torch.optim.AdamW(lm.parameters(), lr=lm.lr))
 train, validation = fabric.setup_dataloaders(text.train_dataloader(), text.val_dataloader())
 run = Path("runs/fabric")
-merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=run / "window", keep_states=2)
+merger = RollingMerger(window=5, every="2.5K tokens", start="25K tokens", window_folder=run / "window", keep_windows=2)
 merger.watch(model, [optimizer])
 state = {"model": model, "optimizer": optimizer, "merger": merger, "step": 0, "tokens": 0}
 if (run / "last.ckpt").exists():
@@ -51,9 +51,6 @@ for batch in itertools.islice(batches, 200):
     state["tokens"] += batch["input_ids"].numel() * fabric.world_size
     merger.observe(model, Progress(state["step"], tokens=state["tokens"]), lr=optimizer.param_groups[0]["lr"])
     if merger.merge_is_due():
-        with merger.swap(model) as merge_view:  # raw weights and random numbers are back when the block ends
-            raw = validation_loss()
-            merge_view("sma")
-            merged = validation_loss()
-        fabric.print(f"{state['tokens']:7d} tokens  raw {raw:.4f}  merged {merged:.4f}")
+        losses = merger.evaluate(model, validation_loss)  # raw weights and random numbers are as before when it ends
+        fabric.print(f"{state['tokens']:7d} tokens  raw {losses['raw']:.4f}  merged {losses['sma']:.4f}")
 fabric.save(run / "last.ckpt", state)

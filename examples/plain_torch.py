@@ -29,9 +29,5 @@ for step, batch in enumerate(itertools.islice(batches, 200), start=1):
 
     merger.observe(model, step, lr=optimizer.param_groups[0]["lr"])
     if merger.merge_is_due():
-        with merger.swap(model) as merge_view:  # raw weights and random numbers are back when the block ends
-            losses = {"raw": validation_loss()}
-            for view in merger.views:
-                merge_view(view)
-                losses[view] = validation_loss()
+        losses = merger.evaluate(model, validation_loss)  # raw weights and random numbers are as before when it ends
         print(f"step {step:4d}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))

@@ -6,6 +6,7 @@ where its record goes, is the callback's business.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,7 @@ def measured(
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
+    isolate: Callable[..., AbstractContextManager[evaluate.Measure]] = evaluate.isolated,
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -48,6 +50,7 @@ def measured(
         notices: What the user was told already.
         keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
             may be missing, since an evaluation failed.
+        isolate: How a Trainer of this kind evaluates; Lightning's is `evaluate.isolated`.
 
     Returns:
         The record; None where a signal ended the evaluation early.
@@ -62,7 +65,7 @@ def measured(
     metrics: dict[str, dict[str, float]] = {}
     known: dict[Recipe, dict[str, float]] = {}
     stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
-    isolated = evaluate.isolated(
+    isolated = isolate(
         trainer,
         module,
         evaluators=failures.guarded(evaluators, module),

@@ -168,6 +168,10 @@ class MergedModels:
         """Save the view that is in the module now, for good."""
         return self._save(module, view, progress, recipe, {}, ["at_end"])
 
+    def path_of(self, view: str, progress: Progress) -> Path:
+        """Where a view of this step is, if it was saved."""
+        return self.folder / f"step-{progress.step:08d}-{view}"
+
     def _score(self, metrics: Mapping[str, float], may_lack_best: bool) -> float | None:
         """The metric of `save.best`, lower is better; None where there is none that can be the best."""
         best = self._config.best
@@ -237,7 +241,7 @@ class MergedModels:
         metrics: Mapping[str, float],
         reasons: Sequence[str],
     ) -> Path:
-        target = self.folder / f"step-{progress.step:08d}-{view}"
+        target = self.path_of(view, progress)
         provenance = {
             "view": view,
             **asdict(progress),

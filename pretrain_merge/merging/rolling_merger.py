@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.swap import WindowSpread, swapped
 from pretrain_merge.merging.views import Merge, Views
 from pretrain_merge.parameters import Given, Masters, Modules, is_sharded
-from pretrain_merge.records import Recipe
+from pretrain_merge.records import RAW, Recipe
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.saved_window import SavedWindow
 from pretrain_merge.resume.states import States
@@ -30,6 +30,8 @@ from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
 from pretrain_merge.window.stored import StoredWindow
 from pretrain_merge.window.window import Window
+
+_T = TypeVar("_T")
 
 
 class RollingMerger:
@@ -43,7 +45,7 @@ class RollingMerger:
         masters: Gives the float32 original that an optimizer keeps of a parameter in 16 bits, and None for one that
             has none. Snapshots then hold originals, and a merge is rounded once. None: they hold the parameters.
         window_folder: Where `state_dict` keeps the snapshots that a checkpoint needs; of this run alone.
-        keep_states: Of how many of the newest states the snapshots stay in that folder; None: of all, so that a run
+        keep_windows: Of how many of the newest states the snapshots stay in that folder; None: of all, so that a run
             can go on from any of its checkpoints, at the cost of up to `window` snapshots for each.
         on_missing: When `load_state_dict` finds no such window: "error", or "refill", which starts an empty one.
         **options: The keys of `pretrain_merge.config.WindowConfig`: `window`, `every`, `start`, `merge_every`,
@@ -73,7 +75,7 @@ class RollingMerger:
         *,
         masters: Masters | None = None,
         window_folder: str | PathLike[str] | None = None,
-        keep_states: int | None = None,
+        keep_windows: int | None = None,
         on_missing: str = "error",
         **options: Any,
     ) -> None:
@@ -94,7 +96,7 @@ class RollingMerger:
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot
         self._spread = WindowSpread()  # of the whole window, as it was measured last
-        self._states = States(Path(window_folder) if window_folder is not None else None, keep_states)
+        self._states = States(Path(window_folder) if window_folder is not None else None, keep_windows)
         self._on_missing, self._notices = on_missing, notices
         self._modules = Given()  # the model that was passed last
 
@@ -256,6 +258,25 @@ class RollingMerger:
         """
         self._views.span(shares)
 
+    def evaluate(self, module: Modules, measure: Callable[[], _T]) -> dict[str, _T]:
+        """What a function finds with the raw weights in the model, and with those of every view that is ready.
+
+        Args:
+            module: The model that was observed.
+            measure: Measures the live model. Each time it draws the same random numbers, none of them the run's.
+
+        Returns:
+            By name: "raw", and those of the views.
+        """
+        with self.swap(module) as merge_view:
+            found = {RAW: measure()}
+            for view in self.views:
+                if self.why_not(view) is None:
+                    merge_view(view)
+                    with signals.keyboard_interrupt_allowed():
+                        found[view] = measure()
+        return found
+
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
         self._breaks.at_phase(self._progress, name)
@@ -264,7 +285,7 @@ class RollingMerger:
         """All that is needed to go on from here exactly, as any checkpoint takes it: one text.
 
         The snapshots themselves become durable files in `window_folder`, each once; those that no state needs any more
-        (`keep_states`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
+        (`keep_windows`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
         the merger is a part of what they save. Where the model is sharded every rank must call it at the same point.
 
         Raises:

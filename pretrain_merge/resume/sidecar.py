@@ -78,11 +78,6 @@ class WindowFolder:
             self._needs.update([(checkpoint, [*kept, sorted(names)])], outlives_run=True)
         self._unwritten[checkpoint] = _Registered(before, times + 1)
 
-    @property
-    def checkpoints(self) -> tuple[str, ...]:
-        """All that were registered and have not been gone since, the ones registered last at the end."""
-        return self._needs.checkpoints
-
     def knows(self, checkpoint: str) -> bool:
         """Whether a checkpoint was registered, and not been gone since."""
         return checkpoint in self._needs

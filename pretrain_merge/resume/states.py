@@ -30,7 +30,7 @@ class States:
 
     def __init__(self, folder: Path | None, keep: int | None) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise ConfigError(f"keep_states: {keep!r} is not a number of states. Allowed: 1 and up, or None for all.")
+            raise ConfigError(f"keep_windows: {keep!r} is not a number of states. Allowed: 1 and up, or None for all.")
         self._folder = folder.absolute() if folder is not None else None  # for good, should the run change directory
         self._keep = keep
         self._sidecar: WindowFolder | None = None  # claimed by the first state that has files
@@ -85,7 +85,7 @@ class States:
         absent = next(file.name for file in manifest.files if not (places[0] / file.name).exists())
         raise CheckpointError(
             f"{absent} is not there. Looked in {', '.join(map(str, places))}. Set window_folder to the folder that has "
-            f"it; keep_states says of how many states the files stay."
+            f"it; keep_windows says of how many states the files stay."
         )
 
     def go_on_from(self, manifest: Manifest) -> None:
@@ -109,9 +109,9 @@ class States:
 
     def _note(self, folder: Path, manifest: Manifest) -> None:
         is_first = self._sidecar is None
-        sidecar = self._sidecar = self._sidecar or WindowFolder(folder)
+        sidecar = self._sidecar = self._sidecar or WindowFolder(folder, keep=self._keep)
         names = [file.name for file in manifest.files]
         # padded: the list is sorted on the disk, and this way its order is that of the run
         sidecar.register(f"state-{manifest.progress.step:020d}", names)
-        newest = None if self._keep is None else set(sidecar.checkpoints[-self._keep :])
-        sidecar.prune(names, lambda state: "there" if newest is None or state in newest else None, thoroughly=is_first)
+        # which states are still there nobody knows, so the bound alone says which may go
+        sidecar.prune(names, lambda state: "there", thoroughly=is_first)

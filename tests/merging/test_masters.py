@@ -121,3 +121,15 @@ def test_a_window_of_masters_resumes_exactly(tmp_path):
 def test_what_is_no_master_is_refused(masters, message):
     with pytest.raises(UnsupportedModelError, match=message):
         RollingMerger(window=3, every=1, masters=masters).observe(Mixed(), 1)
+
+
+def test_masters_noted_on_the_parameters_as_megatron_does_are_found_in_chunks():
+    chunks = [Mixed(), Mixed()]
+    for chunk in chunks:
+        chunk.body.weight.main_param = chunk.body.weight.detach().float().add_(1e-4)
+    merger = RollingMerger(window=3, every=1, masters=lambda parameter: getattr(parameter, "main_param", None))
+    for step in range(1, 4):
+        merger.observe(chunks, step)
+    with merger.merged(chunks, "sma"):
+        for chunk in chunks:
+            assert torch.equal(chunk.body.weight, chunk.body.weight.main_param.bfloat16())

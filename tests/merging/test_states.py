@@ -60,10 +60,8 @@ class Loop:
 
     @torch.no_grad()
     def measure(self):
-        with self.merger.swap(self.model) as merge_view:
-            raw = self.validate()
-            recipe = merge_view("sma")
-            self.measured.append((recipe.steps, raw, self.validate()))
+        losses = self.merger.evaluate(self.model, self.validate)
+        self.measured.append((self.step, losses["raw"], losses["sma"]))
 
     def validate(self):
         loss = torch.stack([self.model(batch) for (batch,) in self.validation]).mean()
@@ -187,16 +185,16 @@ def test_a_state_is_one_text_and_its_snapshots_are_files_beside(tmp_path):
 
 
 def test_old_files_go_with_the_states_that_needed_them(tmp_path):
-    loop, states = Loop(merger=merger_of(tmp_path, keep_states=2)), {}
+    loop, states = Loop(merger=merger_of(tmp_path, keep_windows=2)), {}
     for step in range(6, 31, 6):
         states[step] = loop.run(step).state()
         assert len(files(tmp_path)) <= 6  # two windows
     loop.merger.close()
     for step in (24, 30):
-        again = Loop(merger=merger_of(tmp_path, keep_states=2)).load(states[step])
+        again = Loop(merger=merger_of(tmp_path, keep_windows=2)).load(states[step])
         assert [item.progress.step for item in again.merger.window.valid] == [step - 4, step - 2, step]
         again.merger.close()
-    with pytest.raises(CheckpointError, match=r"snapshot-.* is not there.*window_folder.*keep_states.*refill"):
+    with pytest.raises(CheckpointError, match=r"snapshot-.* is not there.*window_folder.*keep_windows.*refill"):
         Loop(merger=merger_of(tmp_path)).load(states[6])
 
 
@@ -211,10 +209,10 @@ def test_without_a_limit_every_state_can_be_gone_on_from(tmp_path):
 
 
 def test_the_state_that_a_run_went_back_to_counts_as_the_newest(tmp_path):
-    loop = Loop(merger=merger_of(tmp_path, keep_states=2))
+    loop = Loop(merger=merger_of(tmp_path, keep_windows=2))
     states = {step: loop.run(step).state() for step in (6, 12)}
     loop.merger.close()
-    again = Loop(merger=merger_of(tmp_path, keep_states=2)).load(states[6])
+    again = Loop(merger=merger_of(tmp_path, keep_windows=2)).load(states[6])
     again.run(18).state()
     again.merger.close()
     kept = Loop(merger=merger_of(tmp_path)).load(states[6])
@@ -261,8 +259,8 @@ def test_a_state_needs_a_folder_and_a_model_that_is_known(tmp_path):
         with pytest.raises(CheckpointError, match=r"Resume from another checkpoint"):
             Loop(merger=merger_of(tmp_path / "other")).merger.load_state_dict(damaged)
     for keep in (0, True, "all"):
-        with pytest.raises(ConfigError, match=r"keep_states: .* Allowed: 1 and up, or None"):
-            merger_of(tmp_path, keep_states=keep)
+        with pytest.raises(ConfigError, match=r"keep_windows: .* Allowed: 1 and up, or None"):
+            merger_of(tmp_path, keep_windows=keep)
     with pytest.raises(ConfigError, match="on_missing: 'ignore'"):
         merger_of(tmp_path, on_missing="ignore")
 
@@ -279,3 +277,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_a_merger_is_not_pickled_by_accident(tmp_path):
     with pytest.raises(CheckpointError, match=r"Put merger\.state_dict\(\) into the checkpoint"):
         pickle.dumps(merger_of(tmp_path))
+
+
+def test_an_evaluation_leaves_out_views_that_are_not_ready(tmp_path):
+    loop = Loop(merger=merger_of(tmp_path, window=4, views=["sma", "sma4"])).run(4)
+    raw = weights(loop)
+    found = loop.merger.evaluate(loop.model, lambda: weights(loop))
+    assert list(found) == ["raw", "sma"]
+    assert torch.equal(found["raw"], raw)
+    assert not torch.equal(found["sma"], raw)
+    assert torch.equal(weights(loop), raw)

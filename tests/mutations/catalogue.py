@@ -42,6 +42,7 @@ _BLOCK = "tests/window/test_block_mean.py"
 _MERGER = "tests/merging/test_rolling_merger.py"
 _SNAPSHOT = "tests/parameters/test_live.py"
 _STATES = "tests/merging/test_states.py"
+_HUGGING_FACE = "tests/integrations/test_hugging_face.py"
 _SEVERAL = "tests/merging/test_several_modules.py"
 _MASTERS = "tests/merging/test_masters.py"
 _SWAP = "tests/merging/test_swap.py"
@@ -598,8 +599,8 @@ FAULTS = (
     Fault(
         "files of old states stay for ever",
         "resume/states.py",
-        '"there" if newest is None or state in newest else None',
-        '"there"',
+        "WindowFolder(folder, keep=self._keep)",
+        "WindowFolder(folder)",
         _STATES,
     ),
     Fault(
@@ -608,6 +609,42 @@ FAULTS = (
         "            self._note(self._folder, manifest)\n\n    def close",
         "            pass\n\n    def close",
         _STATES,
+    ),
+    # in Hugging Face's Trainer
+    Fault(
+        "the log that was due does not come",
+        "integrations/trainer_run.py",
+        "        self._trainer.control.should_log = should_log",
+        "        pass",
+        _HUGGING_FACE,
+    ),
+    Fault(
+        "other callbacks hear of the evaluation",
+        "integrations/trainer_evaluation.py",
+        "        isolation.replaced(trainer.callback_handler, callbacks=[]),\n",
+        "",
+        _HUGGING_FACE,
+    ),
+    Fault(
+        "the run's control object stays as the evaluation left it",
+        "integrations/trainer_evaluation.py",
+        "                kept.callback(memento.put_back)\n",
+        "",
+        _HUGGING_FACE,
+    ),
+    Fault(
+        "the rate is that of the epoch's beginning",
+        "integrations/hugging_face.py",
+        "    def on_optimizer_step(",
+        "    def on_epoch_begin(",
+        _HUGGING_FACE,
+    ),
+    Fault(
+        "the window of a checkpoint goes with the next one",
+        "integrations/trainer_checkpoints.py",
+        "        self._sidecar.register(checkpoint, self._held, self._fingerprint(checkpoint))\n",
+        "",
+        _HUGGING_FACE,
     ),
     # evaluation
     Fault(
