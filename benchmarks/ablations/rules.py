@@ -15,6 +15,8 @@ from benchmarks.ablations.gains import find, nested, raw, unit
 from benchmarks.ablations.merges import LIMIT, WINDOW, Plan
 from benchmarks.ablations.records import Result, Row
 from benchmarks.ablations.setups import BETWEEN, INTERVALS, STAGES
+from pretrain_merge.merging.best_span import best_span
+from pretrain_merge.merging.best_span import nested as nested_numbers
 
 Choice = Callable[[Sequence[Row], Sequence[float], int], Row]
 
@@ -68,9 +70,17 @@ def newest(number: int) -> Choice:
     return lambda rows, losses, step: next(row for row in rows if row.asked == number)
 
 
-def smallest(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
-    """The span with the smallest loss on the half that may be looked at."""
-    return rows[int(np.argmin(losses))]
+def parabola(*numbers: int) -> Choice:
+    """What the view `auto` chooses from means of so many snapshots; of all, where no number is given."""
+
+    def choose(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
+        read = {row.span: loss for row, loss in zip(rows, losses, strict=True) if not numbers or row.asked in numbers}
+        best = best_span(read)
+        assert best is not None
+        # judged on the measured mean that is nearest: the text was read for no other
+        return min(rows, key=lambda row: abs(math.log(row.span / best.span)))
+
+    return choose
 
 
 def seen(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
@@ -79,7 +89,9 @@ def seen(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
 
 
 CHOICES: Mapping[str, Choice] = {
-    "the best of the nested means": smallest,
+    "parabola through nested means of 2 to 90": parabola(),
+    "auto, window 10": parabola(*nested_numbers(WINDOW, "last")),
+    "auto, window 42": parabola(7, 12, 23, 42),  # its whole, a half, a quarter, an eighth
     "the best of the nested means, seen on both halves": seen,  # no rule: what the comparison itself costs
     "every: 1%, N = 10, at most 6%": newest(7),  # the default, which is for small rates, too
     "every: 1%, N = 10": newest(10),

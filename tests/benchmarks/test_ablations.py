@@ -108,7 +108,7 @@ def test_a_rule_loses_what_its_span_costs():
     result = planted()
     found = {row["rule"]: row for row in rules.table(rules.regrets([result], rules.CHOICES))}
     assert found["the best of the nested means, seen on both halves"]["max"] == 0.0
-    assert found["the best of the nested means"]["max"] == 0.0
+    assert found["parabola through nested means of 2 to 90"]["max"] < 0.01  # the nearest measured span
     # ten snapshots span 8.4%; the nearest measured span is 10.2% or the like
     assert 0 < found["every: 1%, N = 10"]["mean"] < 0.1
     assert found["raw"]["mean"] == pytest.approx(4.0, abs=0.01)
