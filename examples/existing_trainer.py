@@ -9,7 +9,7 @@ L.seed_everything(0)
 trainer = L.Trainer(
     max_steps=200,
     val_check_interval=50,
-    callbacks=[ModelMerging(window=5, every="10 steps", start="100 steps")],  # new
+    callbacks=[ModelMerging(window=10, every="1%")],  # new
 )
 trainer.fit(TinyLM(), Text())
 show(trainer)

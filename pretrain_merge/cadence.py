@@ -156,6 +156,19 @@ class Share:
             )
         return cls(percent, _unit(match["unit"]))
 
+    @classmethod
+    def spanning(cls, share: float, intervals: int, unit: Unit = "steps") -> "Share":
+        """The largest one of one digit with which so many intervals reach over at most this part of the run.
+
+        >>> Share.spanning(0.06, 9), Share.spanning(0.12, 9).percent
+        (Share(percent=0.6, unit='steps', stride=1), 1.0)
+        """
+        percent = 100.0 * share / intervals
+        digit = 10.0 ** math.floor(math.log10(percent))
+        # the quotient of 0.6 and 0.1 is below 6
+        exact = round(math.floor(percent / digit + 1e-9) * digit, 12)
+        return cls(min(max(exact, _LEAST_PERCENT), _MOST_PERCENT), unit)
+
     def index(self, count: int) -> int:
         """How many points lie behind a count; 0 at the origin and before it."""
         share = self.percent / 100.0

@@ -24,6 +24,8 @@ from pretrain_merge.coefficients import (
     mean_age,
     n_eff,
     qam,
+    registry,
+    replays,
     sma,
     wma,
 )
@@ -62,6 +64,10 @@ PARAMETERS = {
     "ema": lambda n: st.one_of(
         st.fixed_dictionaries({"alpha": st.floats(0.0, 1.0, exclude_min=True)}),
         st.fixed_dictionaries({"half_life": st.floats(1e-3, 1e6)}),
+    ),
+    "power": lambda n: st.one_of(
+        st.fixed_dictionaries({"gamma": st.floats(0.0, 100.0)}),
+        st.fixed_dictionaries({"relative_width": st.floats(0.01, 0.28)}),
     ),
     "decay": lambda n: st.fixed_dictionaries({"shape": shapes}),
     "qam": lambda n: st.fixed_dictionaries({"shape": shapes}),
@@ -307,7 +313,7 @@ def test_a_linear_decay_at_even_spacing_is_a_simple_average(n):
 
 
 @law
-@given(merge=merges(), shift=st.integers(-(10**12), 10**12))
+@given(merge=merges(tuple(set(KINDS) - {"power"})), shift=st.integers(-(10**12), 10**12))
 def test_when_the_clock_started_does_not_matter(merge, shift):
     name, n, times, parameters = merge
     shifted = [time + shift for time in times]
@@ -458,7 +464,10 @@ def test_every_number_must_be_finite_and_a_number(bad):
         (lambda: decay_curve([]), ["coefficients has length 0", "at least 1"]),
         (lambda: n_eff([0.5, 0.6]), ["sum to 1.1"]),
         (lambda: mean_age([0.5, 0.5], times=[0, 1, 2]), ["times has length 3", "must have 2"]),
-        (lambda: compute("smaa", 3), ["kind: 'smaa'", "sma, wma, ema, decay, qam, custom", "Did you mean 'sma'?"]),
+        (
+            lambda: compute("smaa", 3),
+            ["kind: 'smaa'", "sma, wma, ema, power, custom", "Did you mean 'sma'?"],
+        ),
         (lambda: compute("DECAY", 3), ["Did you mean 'decay'?"]),
         (lambda: compute("zzz", 3), ["'zzz'", "sma, wma", "Use one of those"]),
         (lambda: compute("1-sqrt", 3), ["'1-sqrt' is a shape", "use kind 'decay' with shape='1-sqrt'"]),
@@ -500,13 +509,13 @@ def test_lists_of_a_yaml_file_are_taken():
 @given(merge=merges())
 def test_compute_calls_the_kind_and_hands_times_only_to_kinds_that_take_them(merge):
     name, n, times, parameters = merge
-    takes_times = {"times": times} if name in ("ema", "decay", "qam") else {}
+    takes_times = {"times": times} if name in ("ema", "power", "decay", "qam") else {}
     assert compute(name, n, times=times, **parameters) == KINDS[name](n, **parameters, **takes_times)
 
 
 @pytest.fixture
 def scratch_kinds(monkeypatch):
-    monkeypatch.setattr(module, "KINDS", dict(KINDS))
+    monkeypatch.setattr(registry, "KINDS", dict(KINDS))
 
 
 @pytest.mark.usefixtures("scratch_kinds")
@@ -553,12 +562,12 @@ def test_coefficients_load_neither_numpy_nor_torch():
 
 
 def test_qam_is_computed_once_for_snapshots_that_move_on_evenly():
-    module._chances_of_steps.cache_clear()
+    replays._chances_of_steps.cache_clear()
     for newest in range(3000, 3050):
         compute("qam", 300, shape="cosine", times=range(10 * (newest - 299), 10 * newest + 1, 10))
-    assert module._chances_of_steps.cache_info().misses == 1
+    assert replays._chances_of_steps.cache_info().misses == 1
     compute("qam", 300, shape="linear")
-    assert module._chances_of_steps.cache_info().misses == 2
+    assert replays._chances_of_steps.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("name", ["ema", "qam"])
@@ -578,7 +587,7 @@ def test_coefficients_of_a_long_window_take_linear_time_in_python(name):
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True, "3", None])
 def test_no_kind_sees_an_impossible_number(n, monkeypatch):
-    monkeypatch.setattr(module, "KINDS", dict(KINDS))
+    monkeypatch.setattr(registry, "KINDS", dict(KINDS))
 
     @kind
     def seen(n):
@@ -589,7 +598,7 @@ def test_no_kind_sees_an_impossible_number(n, monkeypatch):
 
 
 def test_a_kind_of_ones_own_sees_times_as_they_may_be_and_must_sum_to_one(monkeypatch):
-    monkeypatch.setattr(module, "KINDS", dict(KINDS))
+    monkeypatch.setattr(registry, "KINDS", dict(KINDS))
     asked = []
 
     @kind
@@ -606,3 +615,50 @@ def test_a_kind_of_ones_own_sees_times_as_they_may_be_and_must_sum_to_one(monkey
         newest(2, times=[1, 0])
     with pytest.raises(CoefficientError, match="must have 3"):
         newest(3, times=[0, 1])
+
+
+# --- horizons that grow with the run ---
+
+
+def test_a_half_life_may_be_a_share_of_the_time_since_the_run_began():
+    times = (70.0, 80.0, 95.0, 100.0)
+    assert module.ema(4, half_life="5%", times=times) == module.ema(4, half_life=5.0, times=times)
+    assert module.ema(1, half_life="5%") == (1.0,)
+
+
+@pytest.mark.parametrize("given", ["5", "0%", "101%", "x%", "-5%", ""])
+def test_a_half_life_in_words_is_a_percentage(given):
+    with pytest.raises(CoefficientError, match=r"half_life is .* Write it as '5%'\."):
+        module.ema(3, half_life=given)
+
+
+@pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94), (12.0**-0.5, 0.0)])
+def test_a_relative_width_gives_the_exponent_of_the_paper(width, gamma):
+    times = tuple(float(step) for step in range(5, 105, 5))
+    wide = module.power(20, relative_width=width, times=times)
+    assert wide == pytest.approx(module.power(20, gamma=gamma, times=times), abs=1e-4)
+    # an independent reading of the width: the standard deviation of the profile itself
+    fine = tuple((step + 1) / 4000 for step in range(4000))
+    profile = module.power(4000, relative_width=width, times=fine)
+    mean = math.fsum(c * (t - 1 / 8000) for c, t in zip(profile, fine, strict=True))
+    variance = math.fsum(c * (t - 1 / 8000 - mean) ** 2 for c, t in zip(profile, fine, strict=True))
+    assert math.sqrt(variance) == pytest.approx(width, rel=1e-3)
+
+
+@given(st.floats(0.0, 50.0), st.lists(st.floats(0.5, 20.0), min_size=2, max_size=12))
+def test_a_power_law_is_integrated_over_the_time_that_each_snapshot_stands_for(gamma, gaps):
+    times = [math.fsum(gaps[: index + 1]) for index in range(len(gaps))]
+    begin = max(0.0, times[0] - (times[-1] - times[0]) / (len(times) - 1))
+    edges = [begin, *times]
+    masses = [(b / times[-1]) ** (gamma + 1) - (a / times[-1]) ** (gamma + 1) for a, b in itertools.pairwise(edges)]
+    expected = [mass / math.fsum(masses) for mass in masses]
+    assert module.power(len(times), gamma=gamma, times=times) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"gamma": 1.0, "relative_width": 0.1}, {"gamma": -1.0}, {"relative_width": 0.3}, {"relative_width": 0}],
+)
+def test_a_power_law_out_of_range_is_refused(given):
+    with pytest.raises(CoefficientError, match=r"Set|Larger"):
+        module.power(3, **given, times=[1.0, 2.0, 3.0])

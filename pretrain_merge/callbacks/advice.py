@@ -27,7 +27,7 @@ def why_too_wide(settings: WindowSettings, num_steps: float) -> str | None:
             continue
         reach = _reach(settings, view)
         fixed = math.floor(at_most * num_steps / reach)
-        fits = f'"{_rounded_down(100.0 * at_most / reach):g}%"' + (f", or {fixed} steps" if fixed else "")
+        fits = f'"{Share.spanning(at_most, reach).percent:g}%"' + (f", or {fixed} steps" if fixed else "")
         lags = f"A mean lags behind the run beyond about {at_most:.0%} of the steps so far"
         meanwhile = "and so will this one" if view.span is None else "so it takes the newest within these (`span`)"
         return (
@@ -47,9 +47,3 @@ def _share_spanned(settings: WindowSettings, view: View, num_steps: float) -> fl
     if isinstance(every, Share):
         return reach * every.percent / 100.0
     return reach * every.amount / num_steps if isinstance(every, Quantity) and every.unit == "steps" else None
-
-
-def _rounded_down(percent: float) -> float:
-    """To one digit, since a tenth of a run is no more exact than that."""
-    unit = 10.0 ** math.floor(math.log10(percent))
-    return round(math.floor(percent / unit + 1e-9) * unit, 12)

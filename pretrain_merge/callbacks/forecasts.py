@@ -14,6 +14,7 @@ from pretrain_merge.cadence import Quantity
 from pretrain_merge.config import Forecast, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
+from pretrain_merge.merging.best_span import nested
 from pretrain_merge.records import FORECAST, Expected, MergeRecord, metric_names
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
@@ -47,7 +48,7 @@ class RunForecasts:
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """Means that only the forecasts need: nested spans of the window, measured under their name and not saved."""
+        """Means that only forecasts and `auto` need: nested spans, under the forecasts' name, not saved."""
         config = self._settings.config
         measured = {num_in_full_window(view, config) for view in self._settings.views if view.kind == "sma"}
         needed = {
@@ -55,11 +56,20 @@ class RunForecasts:
             for forecast in self._settings.forecasts.values()
             for number in _numbers(forecast, window=config.window, average=config.average)
         }
+        needed |= set(nested(config.window, config.average)) if self._chooses_spans else set()
         return tuple(View(f"{FORECAST}/sma{number}", "sma", number) for number in sorted(needed - measured))
 
     def reads(self, record: MergeRecord | None) -> bool:
         """Whether a forecast may read what is measured at merge points like this one; None: none was measured yet."""
-        return record is None or any(self._metric(item, record) for item in self._settings.forecasts.values())
+        return (
+            record is None
+            or self._chooses_spans
+            or any(self._metric(item, record) for item in self._settings.forecasts.values())
+        )
+
+    @property
+    def _chooses_spans(self) -> bool:
+        return any(view.is_auto for view in self._settings.views)
 
     def of_a_run(self) -> "RunForecasts":
         """The same forecasts, of a run that has no records yet."""

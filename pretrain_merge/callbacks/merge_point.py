@@ -85,7 +85,7 @@ def measured(
                 for view in ready:
                     recipes[view] = merge_view(view)
                     stopwatch.lap(f"merge_{view}")
-                    # a limited `sma` and a forecast's `sma4` are often one merge; a user's evaluator sees each view
+                    # a limited `sma` and a forecast's mean are often one merge; a user's evaluator sees each view
                     same = known.get(recipes[view]) if view in besides else None
                     metrics[view] = dict(same) if same is not None else failures.measured(measure, view)
                     known[recipes[view]] = metrics[view]

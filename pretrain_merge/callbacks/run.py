@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain_merge.callbacks import advice, merge_point
 from pretrain_merge.callbacks.announcements import Announcements, last_step, why_no_merge
+from pretrain_merge.callbacks.auto_spans import AutoSpans
 from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
@@ -64,7 +65,7 @@ class Run:
         state, folder = start.state, start.folder
         self._last_merge = state.last_merge  # step of the last record; what is younger is owed
         forecasts = fit.forecasts.of_a_run()
-        self._forecasts = forecasts
+        self._forecasts, self._auto = forecasts, AutoSpans(fit.settings)
         self._not_saved = {view.name for view in forecasts.views}  # views that only forecasts need
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
@@ -119,7 +120,7 @@ class Run:
         Raises:
             CheckpointError: The disk refuses.
         """
-        merger, newest = self.merger, self.merger.window.newest
+        merger, newest = self._with_chosen_spans(), self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self.module) as merge_view:
@@ -135,6 +136,8 @@ class Run:
         self._publisher.finish()
         self._merged_models.drop_unused()
         self._announcements.end(self.last_record, self.best_model_path)
+        if best_here := ranks.gather(self._auto.advice())[0]:
+            self._fit.notices.warn("auto", best_here)
         if not self._last_merge:
             why, step = why_no_merge(self.merger, self.clock), self.clock.progress.step
             self._fit.notices.warn("no merge", f"training ended at step {step} without a merge: {why}")
@@ -197,6 +200,7 @@ class Run:
 
             def read(record: MergeRecord) -> None:
                 forecasts.append(record)
+                self._auto.append(record)
                 history.append(record)
 
             self._identity = start.open_folder(files, until=until, read=read)
@@ -239,6 +243,7 @@ class Run:
             if record is None and not ranks.any_rank(self._fit.trainer.received_sigterm):
                 record = self._measure()  # after a signal that lets the run go on
             if record is not None:
+                record = self._auto.with_choices(record)
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
                 self._announcements.merged(self.last_record)
                 self._on_publish.collect()
@@ -254,13 +259,17 @@ class Run:
             fit.config,
             fit.trainer,
             fit.module,
-            self.merger,
+            self._with_chosen_spans(),
             views=self._views_to_measure(),
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
             besides=self._not_saved,
         )
+
+    def _with_chosen_spans(self) -> RollingMerger:
+        self.merger.span(self._auto.shares(self.merger.window.since))
+        return self.merger
 
     def _views_to_measure(self) -> list[str]:
         reads = self._forecasts.reads(self.last_record)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.cli.results import console_beside, write_result
-from pretrain_merge.config import WindowConfig, build, parse_views
+from pretrain_merge.config import SPAN, WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
     HARDWARE,
@@ -161,10 +161,14 @@ def _yaml(options: Mapping[str, Any]) -> str:
     """The configuration that was planned with, to be pasted; what is at its default is left out."""
     defaults = {item.name: item for item in fields(WindowConfig)}
     lines = ["# the callback's configuration, as a YAML file"]
+    reach = options["window"] - (options["average"] == "last")
+    grows = Share.spanning(SPAN, reach).percent
     for key, value in options.items():
         default = defaults[key].default if defaults[key].default is not MISSING else None
         if value != default or key in ("window", "every", "views"):
             lines.append(f"{key}: {json_format.dumps(value)}")
+        if key == "every":
+            lines.append(f'# every: "{grows:g}% of tokens"  # instead: it grows with the run')
     return "\n".join(lines)
 
 

@@ -2,21 +2,23 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Share, parse_interval
 from pretrain_merge.config.reading import did_you_mean
-from pretrain_merge.config.schema import WindowConfig
+from pretrain_merge.config.schema import SPAN, WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.records import FORECAST, RAW
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")  # names of folders, to which more is added
 _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ema": ("ema", {"alpha": 0.2}),  # the better of PMA's two values, early and late
+    "power": ("power", {"relative_width": 0.05}),  # about the width of a plain mean over a sixth of the run
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
 }
+_AUTO = "auto"
 _RESERVED = (RAW, FORECAST)
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%", re.ASCII)
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
@@ -32,6 +34,8 @@ class View:
         last: Exactly this many of the newest valid snapshots; None: all that are valid, from 2 up.
         params: Parameters of the kind.
         span: Of these, the newest that span at most this share of the steps since the last break; None: all of them.
+        is_auto: Whether the share is chosen anew at each merge point, beginning with `span`.
+        metric: By which it is chosen; None: the loss that the run measures.
     """
 
     name: str
@@ -39,6 +43,8 @@ class View:
     last: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     span: float | None = None
+    is_auto: bool = False
+    metric: str | None = None
 
 
 def parse_views(config: WindowConfig) -> tuple[View, ...]:
@@ -80,6 +86,8 @@ def parse_view(value: object, key: str, span: float | None = None) -> View:
     kind, last = value.get("kind", value["name"]), value.get("last")
     if last is None and kind == "custom" and isinstance(params.get("weights"), list):
         last = len(params["weights"])
+    if kind == _AUTO:
+        return _auto(View(value["name"], "sma", last, params), key, parse_span(value.get("span", span), f"{key}.span"))
     if "span" in value:
         span = parse_span(value["span"], f"{key}.span")
         if last is not None and span is not None:
@@ -109,22 +117,36 @@ def parse_span(value: object, key: str) -> float | None:
     return float(share)
 
 
+def _auto(view: View, key: str, span: float | None) -> View:
+    metric = view.params.get("metric")
+    if view.last is not None or view.params.keys() - {"metric"} or not isinstance(metric, str | None):
+        raise ConfigError(
+            f"{key}: view {view.name!r} chooses its span by itself. Allowed: `metric`, the name of the loss that it "
+            f"chooses by, and `span`, the share that it begins with. Remove what is given besides."
+        )
+    return replace(view, params={}, span=span or SPAN, is_auto=True, metric=metric)
+
+
 def num_in_full_window(view: View, config: WindowConfig) -> int | None:
     """How many snapshots a view merges of a full window; None where that depends on the age of the run."""
     every = parse_interval(config.every)
     reach = config.window - (config.average == "last")  # intervals
-    fits = view.span is None or (isinstance(every, Share) and reach * every.percent / 100.0 <= view.span)
-    return view.last or (config.window if fits else None)
+    if view.span is None:
+        return view.last or config.window
+    fits = isinstance(every, Share) and reach * every.percent / 100.0 <= view.span
+    return config.window if fits and not view.is_auto else None
 
 
 def _parse_shorthand(text: str, key: str, span: float | None) -> View:
     letters = text.rstrip("0123456789")
     digits = text[len(letters) :]
+    if text == _AUTO:
+        return _auto(View(text, "sma"), key, span)
     if len(digits) > _MOST_DIGITS:
         raise ConfigError(f"{key}: {text!r} is not a view; no window holds so many snapshots.")
     last = int(digits) if digits else None
     kind, params = _SHORTHANDS.get(letters, (letters, {}))
-    known = list(dict.fromkeys([*coefficients.KINDS, *_SHORTHANDS]))
+    known = list(dict.fromkeys([*coefficients.KINDS, *_SHORTHANDS, _AUTO]))
     if kind not in coefficients.KINDS:
         raise ConfigError(
             f"{key}: {text!r} is not a view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}."

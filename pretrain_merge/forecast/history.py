@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 from pretrain_merge.forecast.points import Mean, Points
-from pretrain_merge.records import MergeRecord, Recipe, span_of
+from pretrain_merge.records import MergeRecord, is_plain, span_of
 
 _LR_TOLERANCE = 1e-3
 _RISE = 0.002  # of a loss over the whole stretch: more is not noise of a merged model
-_EVEN = 1e-9  # coefficients of a plain mean differ by rounding only
 _NO_LOSS = re.compile(
     r"(^|[^a-z])(acc|accuracy|f1|auc|auroc|bleu|rouge|ppl|perplexity|score|em)([^a-z]|$)", re.IGNORECASE
 )
@@ -170,18 +169,11 @@ def _listed(rates: Sequence[float]) -> str:
 def _means(record: MergeRecord, metric: str) -> list[Mean]:
     found: dict[float, Mean] = {}
     for view, recipe in record.recipes.items():
-        if metric in record.views.get(view, {}) and _is_plain(recipe):
+        if metric in record.views.get(view, {}) and is_plain(recipe):
             span, number = span_of(recipe.steps, record.average), len(recipe.steps)
             kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
             found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)
     return sorted(found.values())
-
-
-def _is_plain(recipe: Recipe) -> bool:
-    if len(recipe.steps) < 2:
-        return False
-    even = 1.0 / len(recipe.steps)
-    return even - min(recipe.coefficients) < _EVEN and max(recipe.coefficients) - even < _EVEN
 
 
 def _refuse_what_is_not_a_loss(history: History, metric: str) -> None:

@@ -248,6 +248,14 @@ class RollingMerger:
         """
         return swapped(self._modules.as_one(module), self._capture, self._spread, self._resolve)
 
+    def span(self, shares: Mapping[str, float]) -> None:
+        """From now on `auto` views merge the snapshots that span these shares of the steps since the last break.
+
+        A merger measures nothing: whoever measures nested means chooses, say by `merging.best_span`. A view that is not
+        named spans what its configuration begins with.
+        """
+        self._views.span(shares)
+
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
         self._breaks.at_phase(self._progress, name)

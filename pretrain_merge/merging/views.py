@@ -4,7 +4,7 @@ This module knows names, counts and coefficients. It knows no tensors and no sto
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pretrain_merge import coefficients
@@ -45,6 +45,7 @@ class Views:
         self._views = {view.name: view for view in views}
         self._cadence = cadence
         self._average = average
+        self._shares: Mapping[str, float] = {}  # of views that choose their span
         self._resolved: dict[str, Merge | str] = {}
         self._state: tuple[object, ...] = ()  # of the window and the counters that `_resolved` is of
 
@@ -52,6 +53,11 @@ class Views:
     def names(self) -> tuple[str, ...]:
         """Of all views, as they were configured."""
         return tuple(self._views)
+
+    def span(self, shares: Mapping[str, float]) -> None:
+        """From now on `auto` views span these shares of the steps since the last break; if not named, `span`."""
+        if shares != self._shares:
+            self._shares, self._state = dict(shares), ()
 
     def resolve(self, name: str, window: Window, now: Progress, *, num_lost: int = 0) -> Merge:
         """The merge that a view is now.
@@ -85,25 +91,35 @@ class Views:
         view = self._views[name]
         if len(valid) < self._num_needed(name):
             return self._why_too_few(name, valid, now, window, num_lost)
-        chosen = self._within(view.span, valid[-(view.last or window.size) :], window.since)
-        times = [item.progress.count(self._cadence.every.unit) for item in chosen]
+        chosen = self._within(view, valid[-(view.last or window.size) :], window.since)
+        # counted from the last break, of which some kinds take a share
+        unit = self._cadence.every.unit
+        times = [item.progress.count(unit) - window.since.count(unit) for item in chosen]
         try:
             weights = coefficients.compute(view.kind, len(chosen), times=times, **view.params)
         except CoefficientError as error:  # a kind that asks for even spacing, say
             return f"view {name!r}: {error}"
         return Merge(chosen, Recipe(tuple(item.progress.step for item in chosen), weights))
 
-    def _within(self, share: float | None, valid: tuple[Snapshot, ...], since: Progress) -> tuple[Snapshot, ...]:
+    def _within(self, view: View, valid: tuple[Snapshot, ...], since: Progress) -> tuple[Snapshot, ...]:
         """The newest snapshots that span at most a share of the steps since the last break, two at least.
 
         A function of steps alone, so that a resumed run chooses as the run before would have.
         """
-        if share is None:
+        if view.span is None:
             return valid
         steps = [item.progress.step for item in valid]
-        at_most = max(share * (steps[-1] - since.step), ALWAYS_ALLOWED)
-        candidates = range(len(steps) - _SMALLEST)
-        first = bisect_left(candidates, True, key=lambda index: span_of(steps[index:], self._average) <= at_most)
+        age = steps[-1] - since.step
+        chosen = self._shares.get(view.name)
+        at_most = max(view.span * age, ALWAYS_ALLOWED) if chosen is None else chosen * age
+
+        def spanned(index: int) -> float:
+            return span_of(steps[index:], self._average)
+
+        first = bisect_left(range(len(steps) - _SMALLEST), True, key=lambda index: spanned(index) <= at_most)
+        # a limit is kept; what was chosen as the best is met as nearly as snapshots allow, the losses being alike
+        if chosen is not None and first and spanned(first - 1) * spanned(first) < at_most**2:
+            first -= 1
         return valid[first:]
 
     def _why_too_few(self, name: str, valid: tuple[Snapshot, ...], now: Progress, window: Window, num_lost: int) -> str:

@@ -115,4 +115,4 @@ def _in_order(sources: Sequence[Source], *, keep_order: bool) -> tuple[list[Sour
 
 
 def _needs_times(view: View) -> bool:
-    return view.kind in ("decay", "qam") or "half_life" in view.params
+    return view.kind in ("decay", "qam", "power") or "half_life" in view.params

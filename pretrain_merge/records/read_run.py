@@ -193,7 +193,8 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
     raw = measured.pop(RAW)
     spans = {view: _counter(values, SPAN, _LARGEST_STEP) for view, values in measured.items() if SPAN in values}
     for values in measured.values():
-        values.pop(SPAN, None)  # told from the steps of a recipe
+        for told_of_recipes in (SPAN, "best_span", "regret"):
+            values.pop(told_of_recipes, None)
     numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
     return MergeRecord(
         name=name,

@@ -20,6 +20,7 @@ EVALUATION = "evaluation"
 SPAN = "span"
 _END = "step"  # of a forecast: where its anneal ends
 _TYPES = {"name": str, "step": int, "raw": dict, "views": dict}  # what a line must have to be read as a record
+_EVEN = 1e-9  # coefficients of a plain mean differ by rounding only
 _LARGEST = 2**63  # of a counter; Python would read any number of digits
 Metrics = Mapping[str, float]
 
@@ -64,6 +65,25 @@ class Expected:
     step: int
 
 
+def is_plain(recipe: Recipe) -> bool:
+    """Whether it is a plain mean of two snapshots or more."""
+    even = 1.0 / len(recipe.steps) if recipe.steps else 0.0
+    return len(recipe.steps) >= 2 and all(abs(coefficient - even) < _EVEN for coefficient in recipe.coefficients)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What nested means say of the span, for a view that chooses its own at the next merge point.
+
+    Attributes:
+        span: Over which a plain mean is best, in steps.
+        regret: By how much of the loss the mean over the whole window is above the best one.
+    """
+
+    span: float
+    regret: float
+
+
 @dataclass(frozen=True)
 class MergeRecord:
     """Everything that is known of one merge point.
@@ -80,6 +100,7 @@ class MergeRecord:
         skipped: Views that were not made at this point, forecasts (`forecast/<name>`), and evaluations that failed
             (`evaluation/<view>`, or `evaluation/<view>/<evaluator>`), with the reason.
         forecasts: What forecasts expect, by their name and the metric.
+        choices: For each view that chooses its span, what this merge point says of it.
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
         refused: Non-finite snapshots refused since the start of the run.
@@ -101,6 +122,7 @@ class MergeRecord:
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     forecasts: Mapping[str, Mapping[str, Expected]] = field(default_factory=dict)
+    choices: Mapping[str, Choice] = field(default_factory=dict)
     lr: tuple[float, ...] = ()
     phase: str = ""
     refused: int = 0
@@ -129,6 +151,9 @@ class MergeRecord:
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
         for view, recipe in self.recipes.items():
             named[metric_name(self.name, view, SPAN)] = span_of(recipe.steps, self.average)
+        for view, choice in self.choices.items():
+            named[metric_name(self.name, view, "best_span")] = choice.span
+            named[metric_name(self.name, view, "regret")] = choice.regret
         for forecast, expected in self.forecasts.items():
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)
@@ -166,10 +191,10 @@ class MergeRecord:
             name: {metric: Expected(**read(value)) for metric, value in expected.items()}
             for name, expected in values.pop("forecasts", {}).items()
         }
+        chosen = {view: Choice(**read(choice)) for view, choice in values.pop("choices", {}).items()}
         numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        record = cls(
-            **values | numbers | {"recipes": recipes, "forecasts": forecasts, "lr": tuple(numbers.get("lr", ()))}
-        )
+        nested = {"recipes": recipes, "forecasts": forecasts, "choices": chosen}
+        record = cls(**values | numbers | nested | {"lr": tuple(numbers.get("lr", ()))})
         if not _is_sound(record):
             raise ValueError("a value is of another type than ours, or out of range")
         return record
@@ -218,6 +243,8 @@ def _is_sound(record: MergeRecord) -> bool:
     numbers = [record.spread, *record.lr, *record.raw.values(), *record.timing.values()]
     for metrics in record.views.values():
         numbers += metrics.values()
+    for choice in record.choices.values():
+        numbers += (choice.span, choice.regret)
     for item in expected:
         counters.append(item.step)
         numbers += (item.mean, item.low, item.high)

@@ -82,7 +82,8 @@ def test_every_merge_point_is_a_record_and_the_last_one_is_the_summary(finished)
     records = read_records(out / "merges.jsonl")
     assert [record.step for record in records if record.views] == [20, 30, 40]
     assert records[-1].raw["val_loss"] == summary.raw
-    assert {view: metrics["val_loss"] for view, metrics in records[-1].views.items()} == summary.merged
+    measured = {view: metrics["val_loss"] for view, metrics in records[-1].views.items()}
+    assert {view: measured[view] for view in ("sma", "sma2")} == summary.merged  # and what a forecast reads besides
     assert records[-1].recipes["sma"].steps == (30, 35, 40)  # the stretch that is annealed
     assert records[-1].tokens == summary.tokens == 40 * 4 * 32
 
@@ -222,7 +223,8 @@ def test_the_branch_begins_at_a_merge_point_so_that_its_first_point_and_a_foreca
 
 def test_the_branch_of_a_growing_interval_is_what_the_merger_merges():
     config = ModelMerging.from_config(run.MERGE_YAML).config
-    merger, module = RollingMerger(window=config.window, every=config.every, views=["sma"]), torch.nn.Linear(1, 1)
+    merger = RollingMerger(window=config.window, every=config.every, span=config.span, views=["sma"])
+    module = torch.nn.Linear(1, 1)
     for step in range(1, Experiment().num_steps + 1):
         merger.observe(module, step, lr=min(1.0, step / Experiment().warmup_steps))
     with merger.merged(module, "sma") as recipe:

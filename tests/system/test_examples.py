@@ -55,7 +55,7 @@ def test_existing_trainer(monkeypatch, run_folder, capsys):
     run(monkeypatch, "existing_trainer.py")
     assert_merging_helped(run_folder)
     metrics = shown(capsys.readouterr().out)
-    assert metrics["merge/step"] == 200
+    assert 180 < metrics["merge/step"] <= 200  # the last time that the run had grown by a tenth
     assert metrics["merge/sma/val_loss"] < metrics["merge/raw/val_loss"]
 
 

@@ -1,0 +1,69 @@
+"""Over which span a plain mean of snapshots is best, from the losses of a few nested means.
+
+This module knows spans and losses. It knows no snapshots, no records and no run.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_SHARES = (0.125, 0.25, 0.5, 1.0)  # of the window: halved three times, as the loss is smooth in the log of the span
+
+
+class BestSpan(NamedTuple):
+    """Where the loss of a plain mean is smallest, as far as nested means tell.
+
+    Attributes:
+        span: In the unit of the spans that were given.
+        loss: What the mean over it is expected to have.
+    """
+
+    span: float
+    loss: float
+
+
+def nested(window: int, average: str) -> list[int]:
+    """How many snapshots the means must hold that `best_span` reads: over a window, a half, a quarter, an eighth.
+
+    Args:
+        window: Snapshots that are kept.
+        average: "last" or "block".
+
+    >>> nested(10, "last"), nested(3, "last")
+    ([2, 3, 5, 10], [2, 3])
+    """
+    more = int(average == "last")  # n snapshots span n - 1 intervals, n block means span n
+    return sorted({max(2, round((window - more) * share) + more) for share in _SHARES})
+
+
+def best_span(losses: Mapping[float, float]) -> BestSpan | None:
+    """The minimum of the parabola, in the logarithm of the span, through the best mean and its two neighbours.
+
+    Through three and not a fit of all: the loss rises like a square of the span where it is too wide and slowly where
+    it is too narrow, so that means far off would bend the parabola. Where the shortest or the longest mean is the best
+    one, it is the answer: nothing was measured beyond.
+
+    Args:
+        losses: Loss of the plain mean by span; spans above 0. What is not finite is left out.
+
+    Returns:
+        None where there is no loss at all.
+
+    >>> round(best_span({1.0: 2.5, 2.0: 2.0, 4.0: 2.5, 8.0: 4.0}).span, 9)
+    2.0
+    """
+    known = sorted((math.log(span), loss) for span, loss in losses.items() if span > 0 and math.isfinite(loss))
+    if not known:
+        return None
+    lowest = min(range(len(known)), key=lambda index: known[index][1])
+    at, loss = known[lowest]
+    if not 0 < lowest < len(known) - 1:
+        return BestSpan(math.exp(at), loss)
+    (before, higher), (after, highest) = known[lowest - 1], known[lowest + 1]
+    # slopes of the two chords; both are steeper than level by the choice of `lowest`, so the parabola opens upwards
+    down, up = (loss - higher) / (at - before), (highest - loss) / (after - at)
+    bend = (up - down) / (after - before)
+    if not bend > 0.0:  # a plateau: all three are equal
+        return BestSpan(math.exp(at), loss)
+    vertex = (before + at) / 2.0 - down / (2.0 * bend)
+    return BestSpan(math.exp(vertex), loss - bend * (at - vertex) ** 2)

@@ -1,0 +1,105 @@
+"""`auto`: the span that nested means said was best at the merge point before, the same in a resumed run."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from harness.models import LIGHTNING_REMARKS, rows, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pretrain_merge import ModelMerging
+from pretrain_merge.cadence import Progress
+from pretrain_merge.callbacks.auto_spans import AutoSpans
+from pretrain_merge.config import parse_settings
+from pretrain_merge.errors import ConfigError
+from pretrain_merge.records import MergeRecord, Recipe, read_records
+
+pytestmark = LIGHTNING_REMARKS
+
+BY_PROBE = {"name": "auto", "kind": "auto", "metric": "probe/loss"}
+
+
+class Counting(pl.LightningModule):
+    """Its weight is the number of steps, so that a mean tells its span: twice its distance from the newest."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return -self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def probe(module):
+    """A loss that is least for a mean over a fifth of the steps so far."""
+    step = module.trainer.global_step
+    span = 2 * (step - module.weight.item())
+    return {"loss": 2.0 + math.log(span / (0.2 * step)) ** 2 if span else 9.0}
+
+
+def merged(folder, **options):
+    """A run's records."""
+    merging = ModelMerging(window=41, every=1, views=[BY_PROBE, "sma"], evaluators={"probe": probe}, merge_every=10)
+    keeps = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_train_steps=10**6)
+    ckpt_path = options.pop("ckpt_path", None)
+    own = trainer(folder, merging, keeps, enable_checkpointing=True, **options)
+    own.fit(Counting(), rows(400), ckpt_path=ckpt_path)
+    own.save_checkpoint(folder / "end.ckpt")
+    return {record.step: record for record in read_records(folder / "merges.jsonl")}
+
+
+def test_the_span_is_that_which_was_best_at_the_merge_point_before_and_a_resumed_run_goes_on_with_it(tmp_path):
+    whole = merged(tmp_path / "whole", max_steps=120)
+    for step in range(70, 121, 10):
+        record = whole[step]
+        assert record.choices["auto"].span == pytest.approx(0.2 * step, rel=0.02)
+        assert record.metrics()["merge/auto/span"] == pytest.approx(0.2 * step, abs=1.0)
+        expected = probe_of(max(40.0, 0.2 * step), step) / 2.0 - 1.0
+        assert record.choices["auto"].regret == pytest.approx(expected, abs=2e-3)
+    merged(tmp_path / "halves", max_steps=75)
+    halves = merged(tmp_path / "halves", max_steps=120, ckpt_path=tmp_path / "halves/end.ckpt")
+    assert {step: record.recipes for step, record in halves.items()} == {
+        step: record.recipes for step, record in whole.items()
+    }
+
+
+def probe_of(span, step):
+    return 2.0 + math.log(span / (0.2 * step)) ** 2
+
+
+def record(step, losses, since=0):
+    """A merge point with nested means of a window of ten, every ten steps."""
+    recipes = {
+        f"forecast/sma{number}": Recipe(tuple(range(step - 10 * (number - 1), step + 1, 10)), (1 / number,) * number)
+        for number in losses
+    }
+    views = {f"forecast/sma{number}": {"val/loss": loss} for number, loss in losses.items()}
+    return MergeRecord("merge", step, 0, 0, 10, 0.1, {"val/loss": 3.0}, views, recipes, since=since)
+
+
+def test_a_choice_holds_for_its_stretch_only_and_the_run_ends_with_advice():
+    spans = AutoSpans(parse_settings({"window": 10, "every": 10, "views": ["auto"]}))
+    assert spans.shares(Progress()) == {}
+    for step in range(200, 700, 100):
+        made = spans.with_choices(record(step, {2: 2.2, 3: 2.1, 5: 2.0, 10: 2.3}))
+        assert MergeRecord.from_json(made.to_json()) == made
+        assert 20 < made.choices["auto"].span < 90
+    assert spans.shares(Progress()) == {"auto": made.choices["auto"].span / 600}
+    assert spans.shares(Progress(step=600)) == {}  # a break
+    assert "spans of 0.058 to 0.17 of the steps since the last break were best here" in spans.advice()
+
+
+def test_where_nothing_was_measured_nothing_is_chosen_or_advised():
+    spans = AutoSpans(parse_settings({"views": ["auto"]}))
+    made = spans.with_choices(MergeRecord("merge", 100, 0, 0, 2, 0.1, {}, {}))
+    assert (made.choices, spans.shares(Progress()), spans.advice()) == ({}, {}, None)
+
+
+@pytest.mark.parametrize("given", [{"last": 4}, {"metric": 3}, {"alpha": 0.2}])
+def test_what_a_view_that_chooses_its_span_is_not_given(given):
+    with pytest.raises(ConfigError, match=r"^views\[0\]: view 'auto' chooses its span by itself\."):
+        parse_settings({"views": [{"name": "auto", "kind": "auto", **given}]})
