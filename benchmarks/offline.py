@@ -8,12 +8,14 @@ nowhere and a synced copy of one: what any merge must move. Files are in the pag
 the whole process, `cpu_seconds` those of all its threads, `peak_mib` its largest resident set, imports included. With
 `--mergekit` (the path of its `mergekit-yaml`) that merges the same folders by `linear`.
 
-With `--kills` a merge is killed (SIGKILL) at random moments and run again until it ends: no folder may look complete
-and not be, and the bytes must be those of an undisturbed merge. Exits with 1 where that fails.
+With `--kills` a merge, and a sweep, is killed (SIGKILL) at random moments and run again until it ends: no folder may
+look complete and not be, and the bytes must be those of an undisturbed one. Exits with 1 where that fails. `--rounds 0`
+times nothing.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -25,17 +27,19 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import machine, new_parser, show, write_json
+from pretrain_merge import merge_checkpoints, sweep_checkpoints
 
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["benchmarks.offline", "pretrain_merge.offline.sweep", "pretrain_merge.kernels.cpu"])
 ROOT = Path(__file__).resolve().parent.parent
 _MERGE = "import sys; sys.argv[0] = 'pretrain-merge'; from pretrain_merge.cli.main import main; main()"
 _CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
@@ -61,10 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         elements = _write_checkpoints(folder, quick=options.quick)
-        rows = [row | about | {"elements": elements} for row in _timed(folder, options)]
-        show(f"8 checkpoints of {elements / 1e6:.0f}M parameters, median of {options.rounds}", rows, COLUMNS)
+        rows: list[dict[str, Any]] = []
+        if options.rounds:
+            rows += [row | about | {"elements": elements} for row in _timed(folder, options)]
+            show(f"8 checkpoints of {elements / 1e6:.0f}M parameters, median of {options.rounds}", rows, COLUMNS)
         if options.kills:
-            rows.append(_killed(folder, options.kills) | about | {"elements": elements})
+            rows += [row | about | {"elements": elements} for row in _killed(folder, options.kills)]
     write_json(options.json, rows)
     return rows
 
@@ -105,37 +111,56 @@ def _timed(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _killed(folder: Path, num_kills: int) -> dict[str, Any]:
-    """Kills at moments that are spread over a whole merge, in shards of a tenth of it."""
-    drawn = random.Random(0)
-    size = sum(path.stat().st_size for path in (folder / "hf/checkpoint-100").iterdir()) // 10
-    out, reference = folder / "killed", folder / "reference"
-    options = [str(folder / "hf"), "--largest_file", str(size), "--quiet", "--out"]
+def _killed(folder: Path, num_kills: int) -> list[dict[str, Any]]:
+    """Kills at moments that are spread over a whole merge, in shards of a tenth of it, and over a whole sweep."""
+    return [_killed_in(job, folder, num_kills) for job in (_merge_once, _sweep_once)]
+
+
+def _killed_in(job: Callable[[str, str], object], folder: Path, num_kills: int) -> dict[str, Any]:
+    """Processes are forked from one that has imported everything, so that most moments are within the work."""
+    drawn, name = random.Random(0), job.__name__.strip("_").partition("_")[0]
+    out, reference = folder / f"killed-{name}", folder / f"reference-{name}"
+    assert _forked(job, folder, reference, after=None) == 0
     start = time.monotonic()
-    subprocess.run(_merge(*options, str(reference)), check=True, capture_output=True, env=_environment())
+    assert _forked(job, folder, folder / f"timed-{name}", after=None) == 0
     whole = time.monotonic() - start
     expected, num_wrong, num_done, num_killed = _contents(reference), 0, 0, 0
     while num_killed < num_kills:
-        process = subprocess.Popen(
-            _merge(*options, str(out)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment()
-        )
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(drawn.uniform(0.2, 1.1) * whole)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == -signal.SIGKILL:
-            num_killed += 1
-        elif process.returncode != 0:
-            print(errors.decode()[-500:])
-            num_wrong += 1
+        code = _forked(job, folder, out, after=drawn.uniform(0.0, 1.1) * whole)
+        num_killed += code == -signal.SIGKILL
+        num_wrong += code not in (0, -signal.SIGKILL)
         if out.exists():
             num_done += 1
             num_wrong += _contents(out) != expected
             shutil.rmtree(out)
-    print(f"{num_killed} kills, {num_done} merges ended between them, {num_wrong} wrong")
+    print(f"{name}: {num_killed} kills, {num_done} ended between them, {num_wrong} wrong")
     if num_wrong:
         sys.exit(1)
-    return {"what": "kills", "kills": num_killed, "ended": num_done, "wrong": num_wrong}
+    return {"what": f"kills of {name}", "kills": num_killed, "ended": num_done, "wrong": num_wrong}
+
+
+def _forked(job: Callable[[str, str], object], folder: Path, out: Path, *, after: float | None) -> int:
+    """The exit code of a process that does the job, and is killed after so many seconds unless it has ended."""
+    process = _SERVER.Process(target=job, args=(str(folder), str(out)))
+    process.start()
+    process.join(after)
+    if process.exitcode is None:
+        process.kill()
+    process.join()
+    return process.exitcode or 0
+
+
+def _merge_once(folder: str, out: str) -> None:
+    size = sum(path.stat().st_size for path in Path(folder, "hf/checkpoint-100").iterdir()) // 10
+    merge_checkpoints([Path(folder, "hf")], out, largest_file=size)
+
+
+def _sweep_once(folder: str, out: str) -> None:
+    sweep_checkpoints([Path(folder, "hf")], out, _norm_of, window=4, views=["sma", "sma2"])
+
+
+def _norm_of(folder: Path) -> dict[str, float]:
+    return {"val_loss": load_file(folder / "model.safetensors")["model.norm.weight"].double().square().sum().item()}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -65,6 +65,7 @@ def agree(
         holders = [own[name] for own in known if name in own]
         if name in common_ties(sources):
             continue
+        # with on_missing='error' no tensor is short of holders by now
         copied = any(fnmatch(name, pattern) for pattern in newest) or len(holders) < len(sources)
         merged = not copied and kind.dtype in MERGED_DTYPES
         if merged and _BATCH_NORM.fullmatch(name) and not any(fnmatch(name, pattern) for pattern in average):
@@ -76,6 +77,7 @@ def agree(
             _refuse_mixed(name, sources, holders, dtype)
         elif not copied:
             _refuse_quantised(name, kind)
+        # what is copied keeps its bits, so its dtype
         target = Kind(kind.shape, dtype) if merged and dtype is not None else kind
         found[name] = Output(target, None if merged else len(sources) - 1)
     for name, kind in _with_aliases(base).items() if base is not None else ():

@@ -116,6 +116,7 @@ class Program:
         Raises:
             EvaluationError: It fails, or prints no JSON object of numbers.
         """
+        # no shell: a folder's name is one word whatever is in it
         words = [word.replace(_PLACE, str(folder)) for word in self._words]
         try:
             # the bar is ours, so what it says of itself is shown only where it fails

@@ -91,6 +91,7 @@ def compare(records: Sequence[MergeRecord], metric: str, *, larger_is_better: bo
     if not views:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} was not measured of a merge. Measured: {', '.join(known) or 'nothing'}.")
+    # a view that is ready late would else be judged on later, lower losses
     points = [record for record in measured if set(views) <= set(_holding(record, metric))]
     gains = {
         view: difference([sign * (record.views[view][metric] - record.raw[metric]) for record in points])

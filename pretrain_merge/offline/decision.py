@@ -87,6 +87,7 @@ class Decision:
     def identity(self) -> dict[str, Any]:
         """What must be the same for finished files to be kept: the sources, as their files are now, and the recipe."""
         files = {file: fingerprint(file) for source in self.everyone for file in source.files}
+        # a digest, since a large model has 100,000 names
         names = hashlib.sha256(
             repr([(name, str(item.kind), item.origin) for name, item in self.outputs.items()]).encode()
         )

@@ -163,6 +163,7 @@ def write_scratch(sources: Sequence[Source], folder: Path, view: ViewLike, **opt
 
 def _written(decision: Decision, out: Path, device: torch.device, progress: Progress | None) -> dict[str, Any]:
     """Write every file, then publish the folder."""
+    # beside it, so that its name is given by a rename within one file system
     partial = out.with_name(f".{out.name}.partial")
     with locked(out.with_name(f".{out.name}.lock")):
         with ranks.all_or_none(f"prepare {partial}"):
@@ -172,6 +173,7 @@ def _written(decision: Decision, out: Path, device: torch.device, progress: Prog
             own = _write(decision, partial, device, progress)
         written = {name: item for of_rank in ranks.gather(own) for name, item in of_rank.items()}
         about = merged_folder.provenance(decision, written)
+        # all ranks hear of a failure here, and none goes on with a folder that is not there
         with ranks.all_or_none(f"publish {out}"):
             if ranks.rank() == 0:
                 merged_folder.complete(partial, decision, about)
@@ -207,6 +209,7 @@ def _write(decision: Decision, partial: Path, device: torch.device, progress: Pr
 def _share(files: Sequence[Shard], num_ranks: int) -> list[list[Shard]]:
     """Files over ranks, the largest first to whoever has least."""
     shares: list[list[Shard]] = [[] for _ in range(num_ranks)]
+    # greedy is within a third of the best division, and files are few and of one size
     for shard in sorted(files, key=lambda shard: -shard.num_bytes):
         min(shares, key=lambda share: sum(item.num_bytes for item in share)).append(shard)
     return shares

@@ -60,12 +60,14 @@ def provenance(decision: Decision, written: Mapping[str, Written]) -> dict[str, 
     """
     newest = decision.recipe.sources[-1]
     spread = Spread(
+        # states of optimizers are in files of their own, and their spread says nothing of the model
         math.fsum(written[shard.file].distance for shard in decision.shards if shard.file.startswith("model")),
         math.fsum(written[shard.file].norm for shard in decision.shards if shard.file.startswith("model")),
     )
     copied = {name: item.origin for name, item in decision.outputs.items() if item.origin is not None}
     places = [source.place for source in decision.recipe.sources] + [decision.base.place if decision.base else ""]
     dtypes = {str(item.kind.dtype).removeprefix("torch.") for item in decision.outputs.values()}
+    # of a merge of merges the newest one says how far the run was
     inherited = {key: newest.about[key] for key in ("samples", "tokens", "prefix", "model") if key in newest.about}
     return {
         "model": "",
@@ -83,6 +85,7 @@ def provenance(decision: Decision, written: Mapping[str, Written]) -> dict[str, 
         "copied": {name: places[origin] for name, origin in sorted(copied.items())},
         "ties": dict(agreement.common_ties(decision.recipe.sources)),
         "dtypes": sorted(dtypes),
+        # every dtype that can be read here can be written, so none goes in as integers
         "as_integers": {},
         "files": {name: [item.num_bytes, item.crc32] for name, item in sorted(written.items())},
         "versions": {"pretrain-merge": __version__, "torch": version("torch")},

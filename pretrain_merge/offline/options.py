@@ -64,6 +64,7 @@ def device_of(device: str) -> torch.device:
         ConfigError: It is not a device, or not there.
     """
     try:
+        # torch's own parser: it knows every backend that is installed
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device: {device!r} is not a device. Allowed: 'cpu', 'cuda', 'cuda:1'.") from error

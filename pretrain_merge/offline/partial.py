@@ -32,6 +32,7 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
     text = json.dumps(identity, indent=1, sort_keys=True)
     plan = partial / PLAN
     try:
+        # whole texts are compared: a file that was exchanged since has another time or size
         if not plan.exists() or plan.read_bytes() != text.encode():
             atomic.delete(partial)
             atomic.make_folder(partial)
@@ -95,6 +96,7 @@ def publish(partial: Path, out: Path, *, without: Sequence[Path] = ()) -> None:
         sync(partial)
         if out.exists():
             raise CheckpointError(f"{out} exists by now and is never overwritten. {partial} is complete: rename it.")
+        # POSIX renames over an empty folder, so the check before is what refuses
         partial.rename(out)
         sync(out.parent)
     except OSError as error:

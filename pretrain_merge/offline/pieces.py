@@ -148,6 +148,7 @@ def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> No
     part = target[first - piece.rows[0] : last - piece.rows[0]]
     for dim, (offset, size) in enumerate(zip(rest_offsets, rest, strict=True), 1):
         part = part.narrow(dim, offset, size)
+    # indices within the block
     own = tuple(index - o for index, o in zip((*piece.lead, first), offsets, strict=False))
     if block.strides is not None:
         part.copy_(_strided(files, block, own, last - first, target.dtype))

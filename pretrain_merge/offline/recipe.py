@@ -105,6 +105,7 @@ def _in_order(sources: Sequence[Source], *, keep_order: bool) -> tuple[list[Sour
     Coefficients that are spelled out belong to the checkpoints in the order in which both were named.
     """
     steps = [source.step for source in sources if source.step is not None]
+    # two of one step, or one without, have no order but that of the words
     if len(set(steps)) < len(sources):
         return list(sources), None
     if keep_order:

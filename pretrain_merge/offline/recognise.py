@@ -114,6 +114,7 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
         options["step"] = options["about"].get("step")
         options["ties"] = options["about"].get("ties") or {}
     tensor_files = [name for name in names if name.endswith(".safetensors")]
+    # an index goes first: a stray model.safetensors beside shards is an older, single save
     for index in (name for name in names if name.endswith(safetensors_format.INDEX_SUFFIX)):
         return safetensors_format.open_files(place, safetensors_format.indexed_files(place, index), **options)
     if place.endswith(".sharded"):
@@ -131,6 +132,7 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
 
 def _sharded_torch(place: str, companions: tuple[str, ...]) -> Source:
     parts = [torch_format.open_file(path) for path in safetensors_format.indexed_files(place, _TORCH_INDEX)]
+    # a name in two parts would be read from whichever comes last
     owner = {name: part for part in parts for name in (*part.tensors, *part.ties)}
     tensors = {name: kind for part in parts for name, kind in part.tensors.items()}
     if len(owner) != sum(len(part.tensors) + len(part.ties) for part in parts):

@@ -114,10 +114,12 @@ def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings
             last = window.newest
             window.add(now)
             index_of[now.step] = index
+            # counted from the snapshot before, as a merge is due where one crosses a multiple
             is_due = last is not None and settings.merge_cadence.crossed(last.progress, now, since=window.since)
             if is_due and window.num_valid >= _SMALLEST:
                 points.append(_point(window, index_of, views, callbacks))
         before = now
+    # evaluating raw alone for hours would tell what the run's own log does
     if not any(point.merges for point in points):
         raise ConfigError(_why_nothing(sources, window, points, len(index_of)))
     return points

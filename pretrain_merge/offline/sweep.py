@@ -27,7 +27,7 @@ from pretrain_merge.offline.tensors import Source
 from pretrain_merge.offline.ways import EvaluateLike, bench, described
 from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, metric_names, read_records
 from pretrain_merge.records.jsonl import keep_records_until
-from pretrain_merge.records.tables import Mode, mode_of
+from pretrain_merge.records.modes import Mode, mode_of
 
 RECORDS, SUMMARY = "merges.jsonl", "sweep.json"
 _SCRATCH = ".scratch.tmp"  # goes with what else a killed process left half written
@@ -216,6 +216,7 @@ class _Job:
 
     def _evaluate(self, folder: Path, evaluate: EvaluateLike, metric: str | None, progress: Progress) -> None:
         """Append a record for each point behind the last one that is there."""
+        # a kill amid a line leaves half of it, which this cuts off
         last = keep_records_until(folder / RECORDS, _LATEST)
         left = [point for point in self.points if self._step(point) > last]
         total = self.num_evaluations
@@ -225,6 +226,7 @@ class _Job:
         with bench(evaluate, self.outputs, ties, self.base, folder / _SCRATCH, options) as way:
             for point in left:
                 way.begin([self.sources[index] for index in point.valid])
+                # early on several views are one merge: the mean of all is that of two where two are held
                 measured: dict[_Merge, Measured] = {}
                 for merge, label in _candidates(point).items():
                     progress(done, total)
@@ -327,6 +329,7 @@ def _in_order(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[S
 def _settings(sources: Sequence[Source], keys: Mapping[str, Any]) -> WindowSettings:
     """Keys of the callback; every checkpoint is used where no interval was given."""
     given = {key: value for key, value in keys.items() if value is not None or key == "span"}
+    # each step is a multiple of their common divisor, so each checkpoint is a snapshot
     given.setdefault("every", math.gcd(*(source.step or 0 for source in sources)) or 1)
     given.setdefault("views", nested_views(given.get("window", WindowConfig.window)))
     settings = parse_window_settings(given)

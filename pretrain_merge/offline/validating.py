@@ -78,6 +78,7 @@ class ModuleBench(Bench):
         """These checkpoints are needed from now on, and no others."""
         needed = [*sources, *([self._base] if self._base is not None else [])]
         before = self._tensors
+        # those that were mapped before stay, so that each is opened once
         self._tensors = {id(item): before.get(id(item)) or MappedTensors(item, self._files) for item in needed}
 
     def measure(self, candidate: Candidate) -> Measured:

@@ -87,6 +87,7 @@ def _of_function(name: str) -> Any:
             f"evaluate: {name!r} is not there ({error}). Name a function of a module that can be imported from here, "
             f"as package.module:function."
         ) from error
+    # once: a module that is built twice would draw other weights, and data be loaded twice
     found = function()
     if isinstance(found, tuple | list) or hasattr(found, "validation_step"):
         return found
@@ -129,6 +130,7 @@ def _of_config(path: Path) -> tuple[Any, Any, Mapping[str, Any]]:
             )  # fmt: skip
     except SystemExit as error:  # jsonargparse's way to say so
         raise ConfigError(f"evaluate: {path} is refused by LightningCLI, for the reason above. Mend it.") from error
+    # not cli.trainer: its devices and strategy are the run's
     return cli.model, cli.datamodule, options
 
 
