@@ -249,7 +249,6 @@ class TrainerRun:
             evaluators=self._evaluators,
             notices=self._notices,
             keep=self._save_if_due,
-            besides=self._not_saved,
             isolate=partial(trainer_evaluation.isolated, ignored=self._ignored),
         )
 
