@@ -23,6 +23,10 @@ def test_a_window_over_nearly_half_of_the_run_is_said_with_numbers_that_fit():
     assert said(window=10, every="0.6%") is None
 
 
+def test_nothing_is_said_of_a_window_over_a_tenth_of_the_run_which_is_best_at_ordinary_rates():
+    assert said(window=10, every="1%") is None
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
