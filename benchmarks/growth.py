@@ -146,7 +146,7 @@ def _reports(quick: bool) -> Iterator[Figure]:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as printed:
             _written(Path(folder), size)
             start = time.perf_counter()
-            report(Path(folder))
+            report([Path(folder)])
             seconds = time.perf_counter() - start
         num_lines = printed.getvalue().count("\n")
         yield Figure("report", size, "merges", seconds, "s", "217" if is_last else "", "5")

@@ -182,7 +182,7 @@ class Alternating(ModelMerging):
     def _timed(self, *hook_arguments: Any) -> None:
         start = time.perf_counter()
         super().on_train_batch_end(*hook_arguments)
-        merger = self._run.merger if self._run is not None else None
+        merger = self._fits.run.merger if self._fits.run is not None else None
         newest = merger.window.newest if merger is not None else None
         if merger is not None and newest is not None and newest.progress == merger.progress:
             _wait()

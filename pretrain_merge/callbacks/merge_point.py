@@ -36,7 +36,7 @@ def measured(
     evaluators: Mapping[str, Evaluator],
     notices: WarnOnce,
     keep: Keep,
-    isolate: Callable[..., AbstractContextManager[evaluate.Measure]] = evaluate.isolated,
+    isolate: Callable[..., AbstractContextManager[evaluate.Measure]] | None = None,
 ) -> MergeRecord | None:
     """Merge and measure every view that is ready.
 
@@ -50,7 +50,7 @@ def measured(
         notices: What the user was told already.
         keep: Called with each view's name, recipe and metrics while its weights are in the module, and whether a metric
             may be missing, since an evaluation failed.
-        isolate: How a Trainer of this kind evaluates; Lightning's is `evaluate.isolated`.
+        isolate: How a Trainer of another kind evaluates; None: Lightning's.
 
     Returns:
         The record; None where a signal ended the evaluation early.
@@ -65,7 +65,7 @@ def measured(
     metrics: dict[str, dict[str, float]] = {}
     known: dict[Recipe, dict[str, float]] = {}
     stopwatch, failures = _Stopwatch(), Failures(config.on_error, notices)
-    isolated = isolate(
+    isolated = (isolate or evaluate.isolated)(
         trainer,
         module,
         evaluators=failures.guarded(evaluators, module),

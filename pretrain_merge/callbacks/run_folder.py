@@ -64,6 +64,15 @@ def _lightnings(trainer: Any) -> str:
     return os.path.join(logger.save_dir or root, str(logger.name), version)
 
 
+class _Names(yaml.SafeDumper):
+    """What YAML cannot hold, such as a shape that is a function, by its name: for whoever reads the file."""
+
+
+_Names.add_multi_representer(
+    object, lambda dumper, value: dumper.represent_str(getattr(value, "__name__", repr(value)))
+)
+
+
 class RunFolder:
     """The files of one run, locked against other runs.
 
@@ -133,11 +142,11 @@ class RunFolder:
             CheckpointError: It cannot be written.
         """
         path = self.path / _CONFIG
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        text = yaml.dump(dict(config), Dumper=_Names, sort_keys=False, allow_unicode=True)
         try:
             atomic.write(path, f"# ModelMerging.from_config({_CONFIG!r}) reads this\n{text}")
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error}. {_ELSEWHERE}") from error
+            raise CheckpointError(f"cannot write {path}: {error}. Free space there. {_ELSEWHERE}") from error
 
     def _move_aside(self, notices: WarnOnce) -> None:
         # the identity of a run that ended before its first record names nothing: one that starts again and again, as

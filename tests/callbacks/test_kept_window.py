@@ -732,6 +732,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(t
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("pretrain_merge.callbacks.run_folder.RunFolder.keep_config", lambda *_: None)
     monkeypatch.setattr("pretrain_merge.files.snapshot_file.os.fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*Free space there, or set window_folder"):
         fit(tmp_path, store="device")

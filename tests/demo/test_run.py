@@ -90,7 +90,7 @@ def test_every_merge_point_is_a_record_and_the_last_one_is_the_summary(finished)
 
 def test_a_report_reads_what_the_demo_leaves(finished, tmp_path, capsys):
     _, out = finished
-    report(out, picture=tmp_path / "report.png")
+    report([out], picture=tmp_path / "report.png")
     assert "40" in capsys.readouterr().out
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out)[-1].recipes["sma"].steps == (30, 35, 40)  # of merges.jsonl: W&B does not know them
@@ -135,6 +135,7 @@ def test_a_run_replaces_what_an_earlier_one_left(finished):
             "summary.json",
             "merges.jsonl",
             "merges.run.json",
+            "merges.config.yaml",
             "curves.png",
             "merged",
             "wandb",

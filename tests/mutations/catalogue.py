@@ -1307,7 +1307,7 @@ FAULTS = (
     Fault(
         "a name of a record ends the page's data and begins a script",
         "records/report.py",
-        '.replace("<", "\\u003c")',
+        r'.replace("<", "\\u003c")',
         "",
         "tests/records/test_report.py",
     ),

@@ -97,8 +97,10 @@ def test_hydra(monkeypatch, run_folder):
     assert not (run_folder / "outputs").exists()
 
 
-@pytest.mark.parametrize("name", ["plain_torch.py", "fabric.py"])
+@pytest.mark.parametrize("name", ["plain_torch.py", "fabric.py", "accelerate_loop.py", "huggingface_trainer.py"])
 def test_loops_of_your_own(monkeypatch, capsys, name):
+    if name in ("accelerate_loop.py", "huggingface_trainer.py"):
+        pytest.importorskip("accelerate")
     run(monkeypatch, name)
     raw, merged = re.findall(r"raw ([\d.]+)  (?:sma|merged) ([\d.]+)", capsys.readouterr().out)[-1]
     assert float(merged) < float(raw)
@@ -178,7 +180,7 @@ def test_every_example_is_in_the_list_and_tested():
     listed = (EXAMPLES / "README.md").read_text()
     tested = Path(__file__).read_text()
     scripts = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.py") if path.name != "tiny_lm.py"]
-    assert len(scripts) == 9
+    assert len(scripts) == 11
     for script in scripts:
         assert str(script.parent if script.parent.name else script) in listed
         assert f'"{script}"' in tested
