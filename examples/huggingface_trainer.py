@@ -42,6 +42,7 @@ arguments = TrainingArguments(
     save_steps=100,
     save_total_limit=2,
     logging_steps=50,
+    dataloader_pin_memory=torch.cuda.is_available(),
     report_to=[],
 )
 trainer = Trainer(

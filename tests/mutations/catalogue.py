@@ -1356,8 +1356,8 @@ FAULTS = (
     Fault(
         "the smallest accuracy is the best",
         "records/tables.py",
-        'sign = 1.0 if mode == "min" else -1.0',
-        "sign = 1.0",
+        'sign = 1.0 if mode == "min" else -1.0\n    return min(',
+        "sign = 1.0\n    return min(",
         "tests/cli/test_main.py",
     ),
     Fault(
@@ -1539,8 +1539,8 @@ FAULTS = (
     Fault(
         "a source's ties are written twice",
         "offline/agreement.py",
-        "        if name in common_ties(sources):\n            continue\n        copied",
-        "        copied",
+        "        if name in common_ties(sources):\n            continue\n",
+        "",
         "tests/offline/test_merge.py",
     ),
     Fault(
