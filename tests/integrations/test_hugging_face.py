@@ -153,6 +153,23 @@ def test_p39_early_stopping_stops_where_it_would_have(tmp_path):
     assert_untouched(*runs[::-1])
 
 
+class Notes(transformers.TrainerCallback):
+    """Writes down each evaluation that it hears of, where nobody puts anything back."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_evaluate(self, args, state, control, **_):
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{state.global_step}\n")
+
+
+def test_other_callbacks_hear_of_the_trainers_own_evaluations_only(tmp_path):
+    heard = Notes(tmp_path / "heard")
+    trained(tmp_path / "run", merging_of(), callbacks=[heard], eval_strategy="steps", eval_steps=6)
+    assert heard.path.read_text().split() == ["6", "12"]
+
+
 def test_raw_is_what_the_trainers_own_evaluation_measures_at_the_same_step(tmp_path):
     trainer = trained(tmp_path, merging_of(), eval_strategy="steps", eval_steps=2, data=Plain(16, 2))
     own = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
