@@ -118,5 +118,6 @@ def _point(record: Any) -> list[Any]:
     views = {
         name: [round(metrics["val_loss"], 6), record.recipes[name].steps[-1] - record.recipes[name].steps[0]]
         for name, metrics in record.views.items()
+        if not name.startswith("forecast/")  # a mean that nobody asked for
     }
     return [record.step, round(record.raw["val_loss"], 6), views]
