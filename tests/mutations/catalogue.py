@@ -725,6 +725,27 @@ FAULTS = (
         "tests/evaluation/test_memento.py",
     ),
     Fault(
+        "attributes that were exchanged all at once stay exchanged",
+        "evaluation/memento/states.py",
+        """        if object.__getattribute__(self.owner, "__dict__") is not self.item:\n""",
+        "        if False:\n",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "of many mappings together only the sizes are compared",
+        "evaluation/memento/together.py",
+        "            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))\n",
+        "",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "recipes of the newest record of a resumed run are not checked",
+        "records/jsonl.py",
+        "        if last is not None:\n",
+        "        if False:\n",
+        "tests/records/test_jsonl.py",
+    ),
+    Fault(
         "a worker that was started meanwhile is dropped",
         "evaluation/memento/states.py",
         "        if not self.may_own and any(map(works, self._new_values().values())):",
