@@ -1,6 +1,6 @@
 """What the callback costs a training run: steps per second with and without it, and what a snapshot and a merge cost.
 
-    python -m benchmarks.overhead [--json FILE] [--quick] [--snapshots 8] [--device cuda]
+    python -m benchmarks.overhead [--json FILE] [--quick] [--snapshots 4] [--device cuda]
 
 One run of Lightning's own demo Transformer switches the callback off and on in short blocks of steps (off, on, on, off,
 ...), so that a slow spell of the machine hits both alike. The overhead has two parts: what steps without a snapshot
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few steps only: the figures mean nothing")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--every", type=int, default=100, help="steps between snapshots")
-    parser.add_argument("--snapshots", type=int, default=8, help="taken in each run")
+    parser.add_argument("--snapshots", type=int, default=4, help="taken in each run")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=32, help="tokens in a sequence")
     return parser

@@ -54,6 +54,7 @@ def stubbed_trainer(trainer: Any) -> Iterator[None]:
     """Nothing that the evaluation does reaches the user's callbacks, loggers, profiler, clock or decision to stop."""
     with (
         muting.muted(trainer.callbacks, trainer.loggers),
+        # the user's profiler would charge his validation for our passes; the clock is that of P25
         replaced(trainer, profiler=PassThroughProfiler(), should_stop=trainer.should_stop, _last_val_time=0.0),
         stage(trainer, "validating"),
     ):
@@ -80,6 +81,7 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         **attributes: Their values meanwhile.
     """
     own = getattr(owner, "__dict__", {})
+    # `hasattr` of the object would run a property that may raise or build something
     kept_by_class = [name for name in attributes if hasattr(type(getattr_static(type(owner), name, None)), "__set__")]
     before = {name: own[name] for name in attributes if name in own}
     before |= {name: getattr(owner, name) for name in kept_by_class if hasattr(owner, name)}
@@ -104,6 +106,7 @@ def gradients_hidden(module: nn.Module) -> Iterator[None]:
     """
     gradients = [(name, parameter, parameter.grad) for name, parameter in module.named_parameters()]
     try:
+        # hidden, not zeroed: a `backward` would add to what accumulates, and zeroing loses it
         for _, parameter, _ in gradients:
             parameter.grad = None
         yield
@@ -135,6 +138,7 @@ def buffers_of_rank_0(model: Any) -> Iterator[None]:
     if not is_ddp or not model.will_sync_module_buffers():
         yield
         return
+    # as DDP itself would in its next forward, so that training sees what it would have seen
     model._sync_buffers()
     with replaced(model, require_forward_param_sync=False):
         yield

@@ -17,6 +17,16 @@ from torch.backends import cuda, cudnn, mkldnn
 _UNREADABLE: Any = object()
 
 
+def _chosen_device() -> torch.device | None:
+    """The default device, or None where nobody chose one.
+
+    Not `torch.get_default_device`, which says "cpu" then. To set that would leave a mode behind through which every
+    operation of training goes from then on: twice the Python of each, and methods that are replaced are called twice.
+    """
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return None if context is None else context.device
+
+
 def _set_filters(filters: list[Any]) -> None:
     warnings.resetwarnings()  # so that modules ask again
     warnings.filters[:] = filters  # type: ignore[index]
@@ -33,7 +43,7 @@ def _parts(*owners: Any) -> list[Any]:
 # In this order: a setting of a whole, such as the precision of products, before those of its parts.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    (_chosen_device, torch.set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),

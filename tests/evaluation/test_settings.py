@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from pretrain_merge.evaluation.settings import settings_kept
 
@@ -36,6 +37,19 @@ def test_what_a_hook_switches_is_switched_back(what):
         switch()
         assert read() != before
     assert read() == before
+
+
+@pytest.mark.parametrize("before", [None, "cpu", "meta"])
+def test_operations_go_through_the_same_modes_as_before_a_hook_chose_a_device(before):
+    torch.set_default_device(before)
+    try:
+        num_modes = len(_get_current_function_mode_stack())
+        with settings_kept():
+            torch.set_default_device("meta" if before == "cpu" else "cpu")
+        assert len(_get_current_function_mode_stack()) == num_modes == (before is not None)
+        assert torch.get_default_device() == torch.device(before or "cpu")
+    finally:
+        torch.set_default_device(None)
 
 
 def test_a_precision_that_was_set_by_its_newer_name_keeps_no_merge_from_being_measured():

@@ -796,6 +796,13 @@ FAULTS = (
         "tests/evaluation/test_memento.py",
     ),
     Fault(
+        "a default device that nobody chose stays, and with it a mode around every operation",
+        "evaluation/settings.py",
+        "    (_chosen_device, torch.set_default_device),",
+        "    (torch.get_default_device, torch.set_default_device),",
+        "tests/evaluation/test_settings.py",
+    ),
+    Fault(
         "a setting that cannot be read ends a merge",
         "evaluation/settings.py",
         "    except RuntimeError:\n",

@@ -141,7 +141,7 @@ def test_raw_is_copied_aside_exactly_where_that_was_predicted(monkeypatch, optio
     clone = torch.Tensor.clone
 
     def counted(tensor, *args, **kwargs):
-        # by what is copied: in some test processes one call comes here twice
+        # by what is copied: under a default device (a mode of torch's) one call comes here twice
         copies[tensor.data_ptr()] = copied = clone(tensor, *args, **kwargs)
         return copied
 

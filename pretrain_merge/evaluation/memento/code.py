@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def enter_function(memento: "Memento", index: int, item: Any) -> None:
     """What a function closes over, its defaults, and the globals that it names, through modules of the user's own."""
     module = item.__globals__.get("__name__") or ""
+    # a function of ours, wrapped around a user's: our own state goes on through an evaluation
     if kinds.is_ours(module):
         return
+    # searched also for libraries: a decorator of theirs closes over the user's function
     cells = item.__closure__ or ()
     memento.reach(index, [cell.cell_contents for cell in cells if cell != CellType()])
     if kinds.is_library(module):
@@ -25,7 +27,9 @@ def enter_function(memento: "Memento", index: int, item: Any) -> None:
     memento.reach(index, [*(item.__defaults__ or ()), item.__kwdefaults__, item.__dict__])
     if cells:
         memento.add(index, names.cell_state(cells))
+    # only what the code names: a script's globals hold data sets and other models, too
     named = set(_names(item.__code__))
+    # `config.level` names `level`, too, so the same names are looked up in the user's modules that are named
     waiting, met = [item.__globals__], memento.namespaces
     while waiting:
         namespace = waiting.pop()
@@ -43,6 +47,7 @@ def enter_function(memento: "Memento", index: int, item: Any) -> None:
 
 def enter_class(memento: "Memento", index: int, item: Any) -> None:
     """What a class and those above it hold."""
+    # torch's classes hold registries that every other model of the process uses
     if kinds.is_library(str(vars(item).get("__module__", ""))):
         return
     state = names.ClassState(item)
@@ -54,5 +59,6 @@ def enter_class(memento: "Memento", index: int, item: Any) -> None:
 def _names(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
+        # of functions and comprehensions inside: they name globals of the same module
         if type(constant) is CodeType:
             yield from _names(constant)

@@ -37,11 +37,13 @@ def enter(memento: "Memento", index: int, item: Any) -> None:
 
 @lru_cache(maxsize=4096)
 def _enter_for(cls: Any) -> "_Enter":
+    # exact types first: nine of ten objects are dictionaries, lists and tensors
     known = _ENTER.get(cls)
     if known is not None:
         return known
     if issubclass(cls, type):
         return enter_class
+    # before the rest: a generator's place is not in its attributes
     if draws(cls):
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
@@ -86,6 +88,7 @@ def _enter_set(memento: "Memento", index: int, item: Any) -> None:
 
 def _enter_dict(memento: "Memento", index: int, item: Any, kind: Any = dict) -> None:
     state = states.DictState(item, kind)
+    # keys, too: a user's object that serves as one may hold a counter
     if memento.items(index, [*state.values, *state.keys]):
         memento.add(index, state)
 
@@ -129,8 +132,10 @@ def _enter_array(memento: "Memento", index: int, item: Any) -> None:
 
 
 def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
+    # without memory there is nothing to copy, and to ask for its place raises
     if item.is_meta or torch.nn.parameter.is_lazy(item):
         return
+    # by memory and not by identity: `parameter.data` and views of it are other objects
     is_merged = not memento.merged.isdisjoint(places(item))
     memento.add(index, TensorState(item, has_values=not is_merged))
     if item.requires_grad and item.is_leaf:
@@ -138,12 +143,14 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
         memento.add(index, state)
         memento.reach(index, state.values)
     if item.grad_fn is None and item.grad is not None and not is_merged:  # gradients of merged ones are out of reach
+        # of a tensor inside a graph torch warns when it is asked for a gradient
         memento.reach(index, [item.grad])
 
 
 def places(tensor: Tensor) -> Iterator[Any]:
     """The memory of a tensor on this rank, by which it is told from others."""
     local = getattr(tensor, "_local_tensor", tensor)
+    # an empty tensor's place is 0, which all empty ones share
     yield local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
 
 
@@ -169,13 +176,16 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
     values = [value for state in found for value in state.values]
+    # half of it would be put back under a thread that writes the other half
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
+        # of a library's own nobody could do anything about it
         if kind.is_users:
             memento.leave(index, f"owns a {worker}")
         return False
     for state in found:
         memento.add(index, state)
     memento.reach(index, values)
+    # counters that hooks keep in class attributes: only of the user's own classes
     if kind.is_users:
         memento.reach(index, [type(item)])
     return True

@@ -29,6 +29,7 @@ MOST_ITEMS = 10_000  # of one container whose items are searched: rows of a data
 MOST_REFERENCES = 4_000_000  # in all containers: those of lists that are shuffled in place
 MOST_BYTES = 64 << 20
 
+# empty ones need no state: most of a module's dictionaries of hooks are such, and stay so
 _PLAIN = frozenset({dict, list, set, OrderedDict})
 
 
@@ -54,6 +55,7 @@ class Memento:
         self._num_references = 0
         self._left: dict[str, str] = {}
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            # a user's tensor subclass would see every question that is asked of it
             self._walk(list(roots.values()))
             self._keep_memory()
         self._mappings = mappings_of(self._states)
@@ -87,6 +89,7 @@ class Memento:
     def _put_back(self, state: State, index: int) -> None:
         try:
             state.put_back()
+        # one that cannot be put back must not keep all others from it
         except Exception as error:
             path = self._path(index)
             self._notices.warn(
@@ -116,6 +119,7 @@ class Memento:
             name = id(item)
             if name in seen:
                 continue
+            # said and not raised: a run with a large vocabulary in a dictionary trains on
             if len(objects) >= MOST_OBJECTS:
                 self.leave(parent, f"beyond the first {MOST_OBJECTS:,} objects", inside=True)
                 return
@@ -138,6 +142,7 @@ class Memento:
         if self._num_references > MOST_REFERENCES:
             self.leave(index, f"{len(items):,} items", inside=True)
             return False
+        # short ones are looked at item by item below, which costs no more than this set
         if len(items) > 32 and VALUES.issuperset(set(map(type, items))):
             return True
         if len(items) > MOST_ITEMS:
@@ -151,6 +156,7 @@ class Memento:
         of_memory = [state for state, _ in self._states if isinstance(state, BytesState | TensorState)]
         total = 0
         flat: list[tuple[TensorState, Tensor]] = []
+        # a large one taken first would leave no room for the many small counters
         for state in sorted(of_memory, key=lambda state: state.nbytes):
             total += state.nbytes
             if total <= MOST_BYTES:

@@ -42,9 +42,11 @@ class BytesState:
             self.watch()  # said once, not at every pass
             raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
         if issubclass(type(item), np.ndarray):
+            # a subclass may make something else of an assignment
             plain = item.view(np.ndarray)
             plain[...] = np.frombuffer(saved, item.dtype).reshape(item.shape)
         elif isinstance(item, bytearray):
+            # in place: a memoryview that somebody holds keeps it from being resized, not from being written
             item[:] = saved
         elif hasattr(type(item), "frombytes"):
             del item[:]

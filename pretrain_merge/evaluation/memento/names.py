@@ -35,6 +35,7 @@ class PlacesState:
         """Only what changed is written, and nothing over what has come to life."""
         for place, value in zip(self.places, self.values, strict=True):
             now = self.get(self.item, place)
+            # a logger or client that a hook opened would be lost open, and its files unfinished
             if now is not value and not lives(type(now)):
                 self.set(self.item, place, value)
 
@@ -88,12 +89,14 @@ class HooksState(PlacesState):
 
     def put_back(self) -> None:
         """Emptied and not dropped: C++ would go on calling them."""
+        # the dictionary is made by the first hook; C++ keeps a pointer to it for ever
         for name, was in zip(self.places, self.values, strict=True):
             if not was and (hooks := getattr(self.item, name)):
                 hooks.clear()
 
 
 def _own_names(cls: type) -> list[str]:
+    # `_abc_impl` caches which classes are subclasses, and Python fills it whenever it asks
     return [name for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"]
 
 

@@ -35,7 +35,9 @@ class GeneratorState:
 
     def put_back(self) -> None:
         """Back to where it was."""
+        # a copy: it is put back once for each view, and a setter may keep what it is given
         item, state = self.item, copy.deepcopy(self.state)
+        # past a user's subclass, whose own `setstate` may do more
         if issubclass(type(item), random.Random):
             random.Random.setstate(item, state)
         elif issubclass(type(item), np.random.Generator):
@@ -59,6 +61,7 @@ def _position(item: Any) -> Any:
 def _same_position(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
+    # `==` of arrays gives an array, which has no truth
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))
     if isinstance(a, Mapping):
@@ -82,6 +85,7 @@ class IteratorState:
 
     def put_back(self) -> None:
         """Back to where it was; one that is exhausted has forgotten what it read."""
+        # C iterators drop what they go through at its end, and then accept any index in silence
         self.item.__setstate__(self.index)
         if _index(self.item) != self.index:
             raise ValueError("an iterator that was read to its end cannot be set back")
@@ -114,6 +118,7 @@ class CountState:
 
 def _seen(item: Any) -> Any:
     if type(item) is GeneratorType:
+        # the instruction it waits at tells two turns of one loop apart only with its variables
         frame = item.gi_frame
         return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
     if type(item) is enumerate:
@@ -135,6 +140,7 @@ class CacheState:
 
     def put_back(self) -> None:
         """Empty it where it was empty; single results cannot be taken out."""
+        # emptied it would only be slower; half emptied is not possible
         if self.info.currsize:
             raise ValueError("single results cannot be taken out of a cache; call its cache_clear() in the hook")
         self.item.cache_clear()

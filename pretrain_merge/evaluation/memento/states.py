@@ -40,10 +40,12 @@ class ListState:
     def is_same(self) -> bool:
         """By identity: an item's own `__eq__` may do anything."""
         item, items, kind = self.item, self.items, self.kind
+        # length first: `map` stops at the shorter one
         return kind.__len__(item) == len(items) and all(map(is_, kind.__iter__(item), items))
 
     def put_back(self) -> None:
         """The very same items in the same order."""
+        # past a subclass's own methods, which may count or refuse
         self.kind.clear(self.item)
         self.kind.extend(self.item, self.items)
 
@@ -107,6 +109,7 @@ class DictState:
         """Only what changed is written. What has come to life meanwhile (a worker, a file) is never dropped."""
         item, kind = self.item, self.kind
         new = self._new_values()
+        # by identity: to look a key up calls its `__hash__` and `__eq__`
         own = {id(key) for key in self.keys}
         for key, value in list(kind.items(item)):
             if id(key) not in own and not lives(type(value)):

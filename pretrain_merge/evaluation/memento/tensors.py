@@ -136,7 +136,8 @@ class Block:
     def _bits(self) -> Tensor:
         # as integers: NaN is not itself, and 0.0 is -0.0
         if self._is_one:
-            return self._views[0].view(torch.int64)
+            one: Tensor = self._views[0].view(torch.int64)
+            return one
         return torch.cat((*self._views, self._tail)).view(torch.int64)
 
 
