@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pretrain_merge._version import __version__
-from pretrain_merge.config import WindowConfig, WindowSettings, parse_window_settings
+from pretrain_merge.config import SPAN, WindowConfig, WindowSettings, parse_window_settings
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.files import atomic
 from pretrain_merge.offline import agreement, partial
@@ -32,7 +32,7 @@ from pretrain_merge.records.modes import Mode, mode_of
 RECORDS, SUMMARY = "merges.jsonl", "sweep.json"
 _SCRATCH = ".scratch.tmp"  # goes with what else a killed process left half written
 _NAME = "merge"  # of the callback, by default
-_SPAN = WindowConfig.span
+_SPAN = SPAN  # no merge point before, whose losses it could follow, is known here
 _LATEST = 2**53  # steps; beyond, floats skip integers
 Progress: TypeAlias = Callable[[int, int], object]
 

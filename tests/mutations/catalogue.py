@@ -323,9 +323,23 @@ FAULTS = (
     Fault(
         "auto goes on with a choice from before the break",
         "callbacks/auto_spans.py",
-        "self._last.since == since.step",
-        "True",
+        "self._last is None or self._last.since != since",
+        "self._last is None",
         "tests/callbacks/test_auto_spans.py",
+    ),
+    Fault(
+        "a limit grows where the mean over half of it was better",
+        "callbacks/auto_spans.py",
+        "is_better_longer=loss < shorter",
+        "is_better_longer=loss > shorter",
+        "tests/callbacks/test_auto_spans.py",
+    ),
+    Fault(
+        "a limit runs ahead of what the window can span",
+        "merging/best_span.py",
+        "near = min(max(share, used / _ROUNDED), used * _ROUNDED)",
+        "near = share",
+        "tests/merging/test_best_span.py",
     ),
     Fault(
         "the best span lies on the other side of the best mean",
