@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pretrain_merge.cadence import Progress, Quantity, Share
-from pretrain_merge.config import LONGEST_SPAN, Settings, View
+from pretrain_merge.config import LONGEST_SPAN, SPAN, Settings, View
 from pretrain_merge.merging.best_span import best_span, followed, nested
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
 from pretrain_merge.records import FORECAST, Choice, MergeRecord, is_plain, metric_names, span_of
 from pretrain_merge.runtime import ranks
 
 HALF = f"{FORECAST}/sma"  # the view over half of what the leading one spans
+# Steps of a stretch: in a younger one the first limit does not yet bound what is always allowed. So short a mean hardly
+# differs from its half, and the run moves faster than a limit could follow.
+_FOLLOWED_FROM = round(ALWAYS_ALLOWED / SPAN)
 _LEAST_CHOICES = 5  # of fewer, the smallest and the largest say little
 _TYPICAL = (0.1, 0.9)  # quantiles that "spans of 8% to 12%" stands for
 
@@ -29,6 +32,12 @@ _TYPICAL = (0.1, 0.9)  # quantiles that "spans of 8% to 12%" stands for
 def leading(settings: Settings) -> View | None:
     """The view whose losses move the limit of all that follow: the first plain mean of them; None: none moves."""
     return next((view for view in settings.views if view.follows and view.kind == "sma"), None)
+
+
+def is_followed(settings: Settings, record: MergeRecord) -> bool:
+    """Whether a limit moves by what merge points like this one measure."""
+    is_old = record.step - record.since >= _FOLLOWED_FROM
+    return is_old and leading(settings) is not None and metric_names.the_loss(record.raw) is not None
 
 
 class AutoSpans:
@@ -94,7 +103,7 @@ class AutoSpans:
         if record.step <= record.since:
             return {}
         chosen = {view.name: self._best(view, record) for view in self._views}
-        if self._leading is not None:
+        if self._leading is not None and is_followed(self._settings, record):
             chosen[self._leading.name] = self._moved(self._leading, record)
         return {name: choice for name, choice in chosen.items() if choice is not None}
 
@@ -117,20 +126,18 @@ class AutoSpans:
 
     def _moved(self, view: View, record: MergeRecord) -> Choice | None:
         """The limit moved by whether the mean within it was better than the mean over half, or than raw."""
-        recipe, metric = record.recipes.get(view.name), _metric(view, record)
-        # two snapshots have no half: the live model is the mean over none
-        has_half = record.recipes.get(HALF, recipe) != recipe
-        shorter = (record.views[HALF] if has_half else record.raw).get(metric, math.nan)
-        loss = record.views.get(view.name, {}).get(metric, math.nan)
-        if recipe is None:
+        recipe, half, metric = record.recipes.get(view.name), record.recipes.get(HALF), _metric(view, record)
+        if recipe is None or half is None:
             return None
+        # two snapshots have no half: the live model is the mean over none
+        shorter = (record.views[HALF] if half != recipe else record.raw).get(metric, math.nan)
+        loss = record.views[view.name].get(metric, math.nan)
         age = record.step - record.since
         used = span_of(recipe.steps, record.average) / age
         share = self._now.get(view.name, used)
         if not math.isfinite(loss - shorter):  # an evaluation that failed does not start the limit anew
             return Choice(share * age, 0.0) if view.name in self._now else None
-        at_most = max(LONGEST_SPAN, ALWAYS_ALLOWED / age)
-        following = followed(share, used, is_better_longer=loss < shorter, at_most=at_most)
+        following = followed(share, used, is_better_longer=loss < shorter, at_most=LONGEST_SPAN)
         least = min(loss, shorter)
         return Choice(following * age, loss / least - 1.0 if least else 0.0)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.callbacks.auto_spans import HALF, leading
+from pretrain_merge.callbacks.auto_spans import HALF, is_followed, leading
 from pretrain_merge.config import Forecast, MergeConfig, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
@@ -68,12 +68,11 @@ class RunForecasts:
         return tuple(view for view in means if view.last is None or view.last not in measured)
 
     def reads(self, record: MergeRecord | None) -> bool:
-        """Whether a forecast may read what is measured at merge points like this one; None: none was measured yet."""
-        return (
-            record is None
-            or self._chooses_spans
-            or leading(self._settings) is not None
-            or any(self._metric(item, record) for item in self._settings.forecasts.values())
+        """Whether anything reads these means after a merge point like this one; None: none was measured yet."""
+        if self._chooses_spans or record is None:
+            return self._chooses_spans or bool(self)
+        return is_followed(self._settings, record) or any(
+            self._metric(item, record) for item in self._settings.forecasts.values()
         )
 
     @property
