@@ -34,10 +34,9 @@ def leading(settings: Settings) -> View | None:
     return next((view for view in settings.views if view.follows and view.kind == "sma"), None)
 
 
-def is_followed(settings: Settings, record: MergeRecord) -> bool:
-    """Whether a limit moves by what merge points like this one measure."""
-    is_old = record.step - record.since >= _FOLLOWED_FROM
-    return is_old and leading(settings) is not None and metric_names.the_loss(record.raw) is not None
+def is_followed(settings: Settings, age: int) -> bool:
+    """Whether a limit moves at so many steps since the last break."""
+    return leading(settings) is not None and age >= _FOLLOWED_FROM
 
 
 class AutoSpans:
@@ -103,7 +102,7 @@ class AutoSpans:
         if record.step <= record.since:
             return {}
         chosen = {view.name: self._best(view, record) for view in self._views}
-        if self._leading is not None and is_followed(self._settings, record):
+        if self._leading is not None and is_followed(self._settings, record.step - record.since):
             chosen[self._leading.name] = self._moved(self._leading, record)
         return {name: choice for name, choice in chosen.items() if choice is not None}
 

@@ -67,13 +67,18 @@ class RunForecasts:
         measured = {num_in_full_window(view, config) for view in own}
         return tuple(view for view in means if view.last is None or view.last not in measured)
 
-    def reads(self, record: MergeRecord | None) -> bool:
-        """Whether anything reads these means after a merge point like this one; None: none was measured yet."""
+    def reads(self, record: MergeRecord | None, age: int) -> bool:
+        """Whether anything reads these means at a merge point.
+
+        Args:
+            record: Of the merge point before, which says what is measured; None: a run, or a resumed one, begins.
+            age: Steps since the last break.
+        """
+        follows = is_followed(self._settings, age)
         if self._chooses_spans or record is None:
-            return self._chooses_spans or bool(self)
-        return is_followed(self._settings, record) or any(
-            self._metric(item, record) for item in self._settings.forecasts.values()
-        )
+            return self._chooses_spans or follows or bool(self)
+        has_loss = metric_names.the_loss(record.raw) is not None
+        return (follows and has_loss) or any(self._metric(item, record) for item in self._settings.forecasts.values())
 
     @property
     def _chooses_spans(self) -> bool:

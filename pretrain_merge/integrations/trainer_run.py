@@ -246,7 +246,8 @@ class TrainerRun:
 
     def _measured(self) -> MergeRecord | None:
         """Raw and every view on the same data; None where a signal ended the evaluation early."""
-        reads = self._forecasts.reads(self.last_record)
+        age = self.merger.progress.step - self.merger.window.since.step
+        reads = self._forecasts.reads(self.last_record, age)
         return merge_point.measured(
             self._config,
             self._trainer,
