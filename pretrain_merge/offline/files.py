@@ -75,17 +75,11 @@ class Files:
         return done
 
     def _read_remote(self, file: str, start: int, target: memoryview) -> int:
-        with self._lock, _errors_of_ours(file):  # one position per open file
-            handle = self._opened(file, lambda: _open_remote(file))
-            handle.seek(start)
-            done = 0
-            while done < len(target):
-                found = handle.read(len(target) - done)
-                if not found:
-                    break
-                target[done : done + len(found)] = found
-                done += len(found)
-        return done
+        with _errors_of_ours(file):
+            with self._lock:
+                handle, own_lock = self._opened(file, lambda: (_open_remote(file), threading.Lock()))
+            with own_lock:  # one position per open file; other files do not wait for this one's network
+                return _read_from(handle, start, target)
 
     def _opened(self, file: str, open_it: Any) -> Any:
         if file not in self._open:
@@ -142,8 +136,21 @@ def _open_remote(file: str) -> Any:
     return system.open(path_there, "rb")
 
 
-def _close(handle: Any) -> None:
-    if isinstance(handle, int):
-        os.close(handle)
+def _read_from(handle: Any, start: int, target: memoryview) -> int:
+    handle.seek(start)
+    done = 0
+    while done < len(target):
+        found = handle.read(len(target) - done)
+        if not found:
+            break
+        target[done : done + len(found)] = found
+        done += len(found)
+    return done
+
+
+def _close(opened: Any) -> None:
+    if isinstance(opened, int):
+        os.close(opened)
     else:
+        handle, _ = opened
         handle.close()

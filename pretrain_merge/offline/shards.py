@@ -22,7 +22,7 @@ from pretrain_merge.offline.tensors import Kind
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 NOTE = ".done.json"
-_BLOCK = 2**20
+_BLOCK = 2**16  # bytes: larger ones get pages of their own from the system, and give them back, each time
 
 
 @dataclass(frozen=True)

@@ -1553,8 +1553,8 @@ FAULTS = (
     Fault(
         "buffers of the next batch are those of this one",
         "offline/stream.py",
-        "buffers = self._sets[number % 2]\n        started",
-        "buffers = self._sets[0]\n        started",
+        "lane = free.pop()",
+        "lane = self._lanes[0]",
         "tests/offline",
     ),
     Fault(

@@ -68,7 +68,7 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
     monkeypatch.setattr(stream, "Buffer", Counted)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
     monkeypatch.setattr(stream, "sum_rows", lambda *_: Spread(0.0, 0.0))
-    monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 4))
+    monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 8))
     monkeypatch.setattr(shards.ShardWriter, "result", lambda writer: shards.Written(0, 0, *writer.spread))
     outputs = {name: Output(kind) for name, kind in kinds.items()}
     coefficients = [1 / num_sources] * num_sources
@@ -76,14 +76,15 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
         [source] * num_sources, coefficients, device=torch.device("cpu"), progress=lambda _: None
     ) as streamer:
         streamer.write(tmp_path, Shard("model.safetensors", kinds), outputs)
-    assert len(made) == 2 * (num_sources + 1)
+    assert len(made) == len(streamer._lanes) * (num_sources + 1)
     total = sum(buffer._memory.numel() for buffer in made)
     assert 0 < total <= stream.BUFFERS
 
 
 def test_a_budget_that_a_float64_source_would_break_is_seen():
-    longest = stream.batch_length(32)
-    assert 2 * 33 * longest * torch.float64.itemsize <= stream.BUFFERS
+    for num_lanes in (3, 5, 9):
+        longest = stream.batch_length(32, num_lanes)
+        assert num_lanes * 33 * longest * torch.float64.itemsize <= stream.BUFFERS
 
 
 def test_rows_longer_than_a_batch_are_cut():
