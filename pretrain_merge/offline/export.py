@@ -18,6 +18,7 @@ from pretrain_merge.offline.mapped import MappedTensors
 from pretrain_merge.offline.merge import merge_sources
 from pretrain_merge.offline.options import new_folder
 from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.torch_archive import open_archive
 
 Target = Literal["ckpt", "hf", "safetensors"]
 _OPTIMIZER_FILE = "optimizer"
@@ -162,7 +163,7 @@ def _average_optimizer(source: Source, content: dict[str, Any], files: Files) ->
 
 def _loaded(path: str, files: Files) -> dict[str, Any]:
     """A Lightning checkpoint, its tensors mapped from the file."""
-    torch_format.open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
+    open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return dict(content)
 
@@ -174,7 +175,7 @@ def _save(content: Mapping[str, Any], target: Path) -> None:
             torch.save(dict(content), draft.file)
             draft.file.flush()
             with Files() as files:  # what was written can be read, before it has its name
-                torch_format.open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
+                open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
     except (OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -1559,7 +1559,7 @@ FAULTS = (
     ),
     Fault(
         "a class that DCP does not write is looked up",
-        "offline/dcp_format.py",
+        "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
         "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
         "tests/offline/test_crafted_files.py",
@@ -1573,7 +1573,7 @@ FAULTS = (
     ),
     Fault(
         "a tensor reaches beyond its storage",
-        "offline/torch_format.py",
+        "offline/torch_archive.py",
         "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
         "if False:",
         "tests/offline/test_crafted_files.py",
@@ -1664,7 +1664,7 @@ FAULTS = (
     ),
     Fault(
         "a killed sweep begins anew",
-        "offline/sweep.py",
+        "offline/sweep_job.py",
         "if self._step(point) > last]",
         "if self._step(point) > 0]",
         "tests/offline/test_killed.py",
