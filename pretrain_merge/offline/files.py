@@ -4,6 +4,7 @@ This module knows paths, URLs and positions. A read that comes back short is an 
 padded. Local files are read by position, so that several threads may read one; remote ones go through fsspec.
 """
 
+import glob
 import os
 import threading
 from collections import OrderedDict
@@ -109,6 +110,17 @@ def list_folder(place: str) -> list[str] | None:
         if not system.isdir(path_there):
             return None
         return sorted(str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path_there, detail=False))
+
+
+def matching(pattern: str) -> list[str]:
+    """Files and folders whose names match, sorted; none where it is not a pattern."""
+    if not glob.has_magic(pattern):
+        return []
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern))
+    with _errors_of_ours(pattern):
+        system, path_there = _url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(item) for item in system.glob(path_there))
 
 
 def _url_to_fs(place: str) -> tuple[Any, str]:
