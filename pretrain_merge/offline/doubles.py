@@ -1,6 +1,6 @@
 """One state of a run that a folder holds twice: `last.ckpt`, a copy named `best`, what a second callback saved.
 
-This module knows steps and a few bytes of each tensor. Counting a state twice would give it twice the weight in silence.
+This module knows steps and a few bytes of each tensor. A state that counted twice would weigh double in silence.
 """
 
 from collections.abc import Sequence

@@ -71,7 +71,8 @@ def _sources(place: str) -> list[Source]:
             if found := matching(place):
                 return [source for name in found for source in _sources(name)]
             raise CheckpointError(
-                f"{place} is not there. Name a checkpoint: a file, a folder of one or of several, or a pattern of these ('run/*.ckpt')."
+                f"{place} is not there. Name a checkpoint: a file, a folder of one or of several, or a pattern of "
+                f"these ('run/*.ckpt')."
             )
         return [_with_step(_file(place))]
     if (source := _folder(place, names)) is not None:
