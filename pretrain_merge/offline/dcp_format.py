@@ -45,9 +45,11 @@ def open_folder(place: str) -> Source:
             f"{path} is damaged, or of a storage other than DCP's own ({type(error).__name__}: {error}). Copy the "
             f"folder again."
         ) from error
+    # before anything is read: a copy that was broken off lacks whole files mostly
     _refuse_short_files(chunks)
     for name, kind in kinds.items():
         boxes = [Block("", 0, offsets, shape) for offsets, shape, _ in chunks[name]]
+        # what a rank never wrote would be read as whatever the buffer held
         if whole_shape(place, name, boxes) != kind.shape:
             raise CheckpointError(f"{place} does not hold all of {name!r} ({kind}). Copy the folder again.")
     model = _model_names(place, parts)
@@ -81,6 +83,7 @@ def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...],
         dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{name!r} is of dtype {dtype!r}")
+        # replicas are listed once for each rank that had one
         boxes = [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
         found[str(name)] = (Kind(_numbers(entry.size), dtype), list(dict.fromkeys(boxes)))
     return found
@@ -129,6 +132,7 @@ def _paths(metadata: Any, stored: Mapping[str, Any]) -> dict[str, tuple[str, ...
 
 def _model_names(place: str, paths: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """The tensors of the model, and their names in it."""
+    # with a model under its own word, whatever else lies beside it is not the model, by whichever name
     for part in _MODEL_PARTS:
         inner = {name: ".".join(path[1:]) for name, path in paths.items() if len(path) > 1 and path[0] == part}
         if inner:

@@ -27,6 +27,7 @@ def read_metadata(path: str) -> Any:
     size = size_of(path)
     if size is None:
         raise CheckpointError(f"{path} is missing: that checkpoint was not finished. Use another one.")
+    # it is read as a whole, and a crafted one may be as long as the disk
     if size > _LONGEST_METADATA:
         raise CheckpointError(f"{path} has {size} bytes, more than metadata ever need. Copy the folder again.")
     with Files() as files:
@@ -82,6 +83,7 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # dtypes are values; whatever else torch has by a name could be called
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         try:

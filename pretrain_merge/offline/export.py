@@ -57,6 +57,7 @@ def export_checkpoint(
     if to not in ("ckpt", "hf", "safetensors"):
         raise ConfigError(f"to: {to!r} is not known. Allowed: 'ckpt', 'hf', 'safetensors'.")
     target = new_folder(out)
+    # all is opened before anything is made, so a refusal leaves nothing
     source = recognise.find_one(folder)
     based = recognise.find_one(base) if base is not None else None
     if to == "ckpt":
@@ -82,6 +83,7 @@ def _as_hugging_face(source: Source, base: Source | None) -> Source:
             f"one of the model that training began with."
         )
     prefix = _prefix(source, base) if base is not None else ""
+    # from_pretrained looks for the names of the folder that training began with
     own = {name.removeprefix(prefix): name for name in source.tensors}
     return replace(
         source,
@@ -112,6 +114,7 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
         prefix = str(source.about.get("prefix") or "")
         tensors = MappedTensors(source, files)
         found = {name: tensors[name] for name in source.tensors}
+        # strict loading asks for every name, tied or not; torch.save stores shared memory once
         found |= {alias: found[name] for alias, name in source.ties.items()}
         in_base = {plain_name(name): name for name in state}  # of a compiled model, for instance
         new = {in_base.get(f"{prefix}{name}", f"{prefix}{name}"): tensor for name, tensor in found.items()}
@@ -134,6 +137,7 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
             del callbacks[key]
         if optimizer == "drop":
             content.pop("optimizer_states", None)
+            # a scheduler of optimizers that are not there would refuse to load
             content.pop("lr_schedulers", None)
         elif optimizer == "average":
             _average_optimizer(source, content, files)

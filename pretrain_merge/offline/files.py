@@ -49,6 +49,7 @@ class Files:
             CheckpointError: The file cannot be read, or ends before.
         """
         try:
+            # by position for local files, so threads do not wait for each other
             done = self._read_remote(file, start, target) if is_remote(file) else self._read(file, start, target)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error}. Copy it again from where it is whole.") from error
@@ -69,6 +70,7 @@ class Files:
             descriptor = self._opened(file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         done = 0
         while done < len(target):
+            # a call gives at most 2 GiB, and less where a signal comes in
             count = os.preadv(descriptor, [target[done:]], start + done)
             if count == 0:
                 break
@@ -149,6 +151,7 @@ def _open_remote(file: str) -> Any:
 
 
 def _read_from(handle: Any, start: int, target: memoryview) -> int:
+    # most backends read ahead in the open file, which pieces in their order make use of
     handle.seek(start)
     done = 0
     while done < len(target):

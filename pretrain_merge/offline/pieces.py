@@ -55,6 +55,7 @@ def _cut(name: str, lead: tuple[int, ...], shape: tuple[int, ...], longest: int)
         for index in range(shape[0]):
             yield from _cut(name, (*lead, index), shape[1:], longest)
         return
+    # whole rows: in a sharded file they lie behind one another
     step = longest // row
     for first in range(0, shape[0], step):
         last = min(shape[0], first + step)
@@ -92,6 +93,7 @@ class Buffer:
             starts.append(end)
             end += piece.num_elements * dtype.itemsize
             end = end if is_packed else -(-end // _ALIGNMENT) * _ALIGNMENT
+        # grown at need: the first batches of a small model take little
         if end > self._memory.numel():
             self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         parts = zip(pieces, dtypes, starts, strict=True)
@@ -155,6 +157,7 @@ def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> No
         return
     row = math.prod(rest)
     skipped = sum(index * math.prod(shape[dim + 1 :]) for dim, index in enumerate(own))
+    # a box that was split along a later dimension has gaps in the piece, and none in its file
     whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
     files.read_into(
         block.file,

@@ -56,9 +56,11 @@ def step_in_name(place: str) -> int | None:
     (1000, 500)
     """
     parts = place.rstrip("/").split("/")
+    # 'checkpoint-500/model.safetensors': the folder has the step, unless the file has one
     for part in reversed(parts[-2:]):
         if found := _STEP.findall(part) or re.findall(r"^[a-z]+-([0-9]{8,20})-", part):
             return int(found[-1])
+    # 'ckpt_0500.pt' has one number, which can only be that; of several, as in dates, none is certain
     last = re.findall(r"[0-9]+", parts[-1].partition(".")[0])
     return int(last[-1]) if len(last) == 1 else None
 
@@ -75,6 +77,7 @@ def _sources(place: str) -> list[Source]:
                 f"these ('run/*.ckpt')."
             )
         return [_with_step(_file(place))]
+    # a folder that is a checkpoint may hold others (Trainer's checkpoint-500 inside of the final model's)
     if (source := _folder(place, names)) is not None:
         return [_with_step(source)]
     inner = [source for name in names for source in _member(join(place, name))]
@@ -167,6 +170,7 @@ def _with_step(source: Source) -> Source:
     name = source.place if is_remote(source.place) else str(Path(source.place).absolute())
     step = source.step if type(source.step) is int else step_in_name(name)
     source = _with_plain_names(source)
+    # a snapshot's name is ours and is its identity; the content has no step
     if window := _WINDOW.fullmatch(name.rpartition("/")[2]):
         return replace(source, step=int(window[1]), format="window")
     return replace(source, step=step)
@@ -174,6 +178,7 @@ def _with_step(source: Source) -> Source:
 
 def _with_plain_names(source: Source) -> Source:
     """Names that a run has whether it was compiled or not, so that both can be merged and loaded."""
+    # unless that gives two tensors one name
     own = {plain_name(name): name for name in source.tensors}
     if all(plain == name for plain, name in own.items()) or len(own) < len(source.tensors):
         return source

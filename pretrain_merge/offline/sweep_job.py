@@ -108,9 +108,11 @@ class SweepJob:
             partial.prepare(folder, self._identity(evaluate))
             with partial.removed_if_empty(folder, RECORDS):
                 self._evaluate(folder, evaluate, metric, progress)
+                # from the disk, so that those of earlier tries and of this one are compared alike
                 records = read_records(folder / RECORDS)
                 chosen = _chosen(metric, records[0])
                 comparison = compare(records, chosen, larger_is_better=(mode or mode_of(chosen)) == "max")
+                # before the folder has its name: whoever finds it finds the verdict too
                 atomic.write(folder / SUMMARY, json.dumps(self._summary(comparison), indent=2) + "\n")
                 partial.publish(folder, self.out)
         return Sweep(tuple(records), comparison)
@@ -144,10 +146,12 @@ class SweepJob:
     def _record(self, point: Point, measured: Mapping["_Merge", Measured]) -> MergeRecord:
         """That of a live run at this point, but for times, which no two sweeps have in common."""
         found = {view: measured[_key(*merge)] for view, merge in point.merges.items()}
+        # of the whole window, as a live run's; other views are of fewer checkpoints
         whole = [found[view].spread for view, (indices, _) in point.merges.items() if indices == point.valid]
         return MergeRecord(
             name=_NAME,
             step=self._step(point),
+            # a checkpoint does not say how many it had seen
             samples=0,
             tokens=0,
             window=len(point.valid),
@@ -199,6 +203,7 @@ def _raw(point: Point) -> _Merge:
 
 def _candidates(point: Point) -> dict[_Merge, str]:
     """What is evaluated, raw first, and a name for each; views that are the same merge have one of theirs."""
+    # a view of one checkpoint is raw itself, and is not evaluated again
     found = {_raw(point): RAW}
     for view, (indices, recipe) in point.merges.items():
         found.setdefault(_key(indices, recipe), view)

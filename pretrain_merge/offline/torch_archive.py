@@ -47,6 +47,7 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
     try:
         with zipfile.ZipFile(window) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            # readers differ in which of the two they take
             if len(records) != len(archive.infolist()):
                 raise ValueError("it has a record twice")
             if records["data.pkl"].file_size > _LONGEST_PICKLE:
@@ -86,6 +87,7 @@ def _unpickled(pickled: bytes, records: Mapping[str, zipfile.ZipInfo], storages:
             raise ValueError(f"it refers to {kind!r}")
         dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
         num_bytes = num_elements * dtype.itemsize
+        # a view of a larger storage is saved with all of it, so they are equal in every honest file
         if num_bytes != records[f"data/{key}"].file_size:
             raise ValueError(f"storage {key} is said to have {num_bytes} bytes")
         if key not in storages:
@@ -101,6 +103,7 @@ def _unpickled(pickled: bytes, records: Mapping[str, zipfile.ZipInfo], storages:
 
 
 def _tensors_in(content: Any) -> list[Tensor]:
+    # no recursion: a crafted pickle nests a million lists
     found, waiting, seen = [], [content], set()
     while waiting:
         item = waiting.pop()
@@ -129,6 +132,7 @@ def _block(path: str, start: int, tensor: Tensor, places: Mapping[int, tuple[int
 
 def _data_start(window: "_Window", info: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin: behind its local header, whose length the directory does not say."""
+    # torch never compresses, and what is compressed has no place of its own
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ValueError(f"its record {info.filename} is compressed or encrypted")
     window.seek(info.header_offset)

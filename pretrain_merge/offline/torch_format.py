@@ -52,6 +52,7 @@ def open_file(path: str) -> Source:
 def optimizer_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of a Lightning checkpoint's optimizer states, by where they belong."""
     found: dict[str, Tensor] = {}
+    # any shape of state is taken: optimizers of others keep lists and numbers beside tensors
     for number, optimizer in enumerate(_dicts(content, "optimizer_states")):
         state = optimizer.get("state")
         for key, values in state.items() if isinstance(state, dict) else ():
@@ -111,6 +112,7 @@ def _named(tensors: Mapping[str, Tensor], archive: Archive) -> tuple[dict[str, K
                 f"out of the state dict, or make it dense."
             )
         block = archive.blocks[id(tensor)]
+        # tied weights are one storage, saved once; views of it that differ are tensors of their own
         identity = (block.start, block.shape, block.strides, tensor.dtype) if tensor.numel() else name
         if first.setdefault(identity, name) != name:
             ties[name] = first[identity]
