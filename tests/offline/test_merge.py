@@ -42,7 +42,7 @@ def assert_is_merge(found, states, coefficients, dtype=None):
 
 @pytest.mark.parametrize("name", [write.__name__ for write in FORMATS])
 def test_every_format_gives_the_weighted_sum_with_its_own_steps(places, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(stream, "_LARGEST_PIECE", 50)  # so that tensors are cut, also within rows
+    monkeypatch.setattr(stream, "_LARGEST_BATCH", 50)  # so that tensors are cut, also within rows
     about = merge_checkpoints(reversed(places[name]), tmp_path / "out", "wma")
     found, written = read(tmp_path / "out")
     assert found.keys() == tensors(0).keys()
