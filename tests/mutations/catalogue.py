@@ -1575,13 +1575,13 @@ FAULTS = (
     Fault(
         "buffers of the next batch are those of this one",
         "offline/stream.py",
-        "buffers = self._sets[number % 2]\n        started",
-        "buffers = self._sets[0]\n        started",
+        "lane = free.pop()",
+        "lane = self._lanes[0]",
         "tests/offline",
     ),
     Fault(
         "a class that DCP does not write is looked up",
-        "offline/dcp_format.py",
+        "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
         "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
         "tests/offline/test_crafted_files.py",
@@ -1595,7 +1595,7 @@ FAULTS = (
     ),
     Fault(
         "a tensor reaches beyond its storage",
-        "offline/torch_format.py",
+        "offline/torch_archive.py",
         "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
         "if False:",
         "tests/offline/test_crafted_files.py",
@@ -1686,7 +1686,7 @@ FAULTS = (
     ),
     Fault(
         "a killed sweep begins anew",
-        "offline/sweep.py",
+        "offline/sweep_job.py",
         "if self._step(point) > last]",
         "if self._step(point) > 0]",
         "tests/offline/test_killed.py",
