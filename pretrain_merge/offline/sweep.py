@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain_merge.config import SPAN, WindowConfig
+from pretrain_merge.config import SPAN
 from pretrain_merge.offline.sweep_job import Progress, Sweep, SweepJob
 from pretrain_merge.offline.ways import EvaluateLike
 from pretrain_merge.records.modes import Mode
