@@ -24,6 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC_NAMES = [
     "ModelMerging",
     "RollingMerger",
+    "SpikeRecovery",
     "errors",
     "forecast_anneal",
     "is_evaluating_merge",
