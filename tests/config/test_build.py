@@ -137,7 +137,7 @@ def test_tuples_are_lists():
         ({5: 3}, ["5: unknown key. Known keys:"]),
         ({"save": {"evry": 5}}, ["save.evry: unknown key", "did you mean 'every'?", "keep, best, mode, raw, at_end"]),
         ({"breaks": {"distrust": -1}}, ["breaks.distrust: -1", "0 and up"]),
-        ({"breaks": {"learning_rate": False}}, ["breaks.learning_rate: unknown key", "Known keys: lr, spikes, distrust"]),
+        ({"breaks": {"rate": False}}, ["breaks.rate: unknown key", "Known keys: lr, spikes, distrust"]),
         ({"save": "best"}, ["save: 'best' is not a mapping", "every, keep, best, mode, raw, at_end"]),
         ({"breaks": False}, ["breaks: False is not a mapping", "Allowed: a mapping with keys of lr, spikes, distrust"]),
         ({"window": "many"}, ["window: ", "'many'", "Integer"]),
