@@ -728,6 +728,27 @@ FAULTS = (
         "tests/evaluation/test_memento.py",
     ),
     Fault(
+        "attributes that were exchanged all at once stay exchanged",
+        "evaluation/memento/states.py",
+        """        if object.__getattribute__(self.owner, "__dict__") is not self.item:\n""",
+        "        if False:\n",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "of many mappings together only the sizes are compared",
+        "evaluation/memento/together.py",
+        "            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))\n",
+        "",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "recipes of the newest record of a resumed run are not checked",
+        "records/jsonl.py",
+        "        if last is not None:\n",
+        "        if False:\n",
+        "tests/records/test_jsonl.py",
+    ),
+    Fault(
         "a worker that was started meanwhile is dropped",
         "evaluation/memento/states.py",
         "        if not self.may_own and any(map(works, self._new_values().values())):",
@@ -1556,13 +1577,13 @@ FAULTS = (
     Fault(
         "buffers of the next batch are those of this one",
         "offline/stream.py",
-        "buffers = self._sets[number % 2]\n        started",
-        "buffers = self._sets[0]\n        started",
+        "lane = free.pop()",
+        "lane = self._lanes[0]",
         "tests/offline",
     ),
     Fault(
         "a class that DCP does not write is looked up",
-        "offline/dcp_format.py",
+        "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
         "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
         "tests/offline/test_crafted_files.py",
@@ -1576,7 +1597,7 @@ FAULTS = (
     ),
     Fault(
         "a tensor reaches beyond its storage",
-        "offline/torch_format.py",
+        "offline/torch_archive.py",
         "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
         "if False:",
         "tests/offline/test_crafted_files.py",
@@ -1667,7 +1688,7 @@ FAULTS = (
     ),
     Fault(
         "a killed sweep begins anew",
-        "offline/sweep.py",
+        "offline/sweep_job.py",
         "if self._step(point) > last]",
         "if self._step(point) > 0]",
         "tests/offline/test_killed.py",
