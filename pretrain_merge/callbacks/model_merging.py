@@ -53,7 +53,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
             or a function of the batch.
         lr_tolerance: Relative change of a learning rate that counts as a break.
-        breaks: What counts as a break: {"lr": False} for runs whose learning rate decays.
+        breaks: What counts as a break: {"lr": False} for runs whose learning rate decays, {"spikes": False} to ignore
+            the training loss; `distrust`: how many steps before a spike snapshots are dropped.
         parameters: Which parameters are merged, by patterns of their names: {include, exclude}.
         merge_buffers: Patterns of float buffers that are merged like parameters.
         batch_norm: Running statistics of BatchNorm: "refuse" such models, keep them "live", or "merge" them.
@@ -93,7 +94,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         sample_every: int = 1,
         tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,
         lr_tolerance: float = 1e-3,
-        breaks: Mapping[str, bool] | None = None,
+        breaks: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Sequence[str]] | None = None,
         merge_buffers: Sequence[str] = (),
         batch_norm: str = "refuse",
@@ -212,7 +213,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Observe the step; at a merge point, measure and publish."""
         if self._fits.run is not None:
-            self._fits.run.step(batch)
+            self._fits.run.step(batch, outputs)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save merges of the newest snapshots where the user asked for it, and the window for a checkpoint to come."""

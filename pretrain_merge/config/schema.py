@@ -26,9 +26,14 @@ class BreakConfig:
 
     Attributes:
         lr: A change of any parameter group's learning rate beyond `lr_tolerance`. Off for decay runs.
+        spikes: A spike of the training loss.
+        distrust: Steps before a spike whose snapshots are dropped; null: 100, or 5% of what the window spans where that
+            is more.
     """
 
     lr: bool = True
+    spikes: bool = True
+    distrust: int | None = None
 
 
 @dataclass
