@@ -24,7 +24,8 @@ def _chosen_device() -> torch.device | None:
     operation of training goes from then on: twice the Python of each, and methods that are replaced are called twice.
     """
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    return None if context is None else context.device
+    chosen: torch.device | None = None if context is None else context.device
+    return chosen
 
 
 def _set_filters(filters: list[Any]) -> None:
