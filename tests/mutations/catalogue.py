@@ -1784,6 +1784,27 @@ FAULTS = (
         "tests/merged_models/test_odd_models.py",
     ),
     Fault(
+        "a merge is written into a fit whose checkpoint will replace it",
+        "merged_models/starting.py",
+        "if resumed := trainer.ckpt_path:",
+        "if resumed := None:",
+        "tests/merged_models/test_starting.py",
+    ),
+    Fault(
+        "a merge is written under an optimizer that has stepped",
+        "merged_models/starting.py",
+        "    if trainer.global_step:",
+        "    if not trainer:",
+        "tests/merged_models/test_starting.py",
+    ),
+    Fault(
+        "a module whose fit is over may not begin another from a merge",
+        "merged_models/starting.py",
+        ' or getattr(state, "status", None) != "running"',
+        "",
+        "tests/merged_models/test_starting.py",
+    ),
+    Fault(
         "a module that shows copies is written where nobody looks",
         "merged_models/loading.py",
         "if copies := _copies(module, wanted):",
