@@ -17,8 +17,8 @@ def start_from_merged(module: nn.Module, path: str | Path, which: Which | None =
     fit, which begins at step 0. A short re-warm-up (30 steps) spares what a fresh optimizer costs, and the rate has to
     fall in the end: at a constant rate the gain of the merge is gone within 50 steps.
 
-    Call it before `fit`, or in a hook before the first step (`setup`, `configure_model`, `on_fit_start`). Where a script
-    passes a `ckpt_path` to resume its own fit, call it before `fit`: what the checkpoint holds then counts.
+    Call it before `fit`, or in a hook before the first step (`setup`, `configure_model`, `on_fit_start`). A script that
+    passes a `ckpt_path` to resume its own fit calls it before `fit`: what the checkpoint holds then counts.
 
     Args:
         module: The model as it was when the merge was saved; on each rank its own shards.
@@ -46,8 +46,8 @@ def _refuse_running(module: nn.Module) -> None:
     # Lightning sets `ckpt_path` behind `setup`, when it reads the file
     if resumed := trainer.ckpt_path:
         raise ConfigError(
-            f"start_from_merged: this fit has resumed {resumed}, and its optimizer's state is of those weights. Call it "
-            f"before fit, or give fit no ckpt_path; a merge beside an optimizer's state is what `export --to ckpt` makes."
+            f"start_from_merged: this fit has resumed {resumed}, and its optimizer's state is of those weights. Call "
+            f"it before fit, or give fit no ckpt_path; `export --to ckpt` puts a merge beside an optimizer's state."
         )
     if trainer.global_step:
         raise ConfigError(
