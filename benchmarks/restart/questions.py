@@ -70,14 +70,19 @@ def trunk(setup: Setup) -> Trunk:
     """Train it, or take it from the question before."""
     training, text, collapse = Training(setup), batches(corpus(setup.text), setup), Collapse()
     states: list[State] = []
-    factor, kept = constant_after_warmup(setup.warmup_steps), WINDOW + 2 * -(-DEEPER // setup.every)
+    factor = constant_after_warmup(setup.warmup_steps)
     for step in range(1, setup.num_steps + 1):
         loss, _ = training.step(text(step), lr=setup.lr * factor(step - 1), clip=setup.clip)
         if step % setup.every == 0:
-            states = [*states, training.state(step)][-kept:]
+            states = [*states, training.state(step)][-kept_snapshots(setup) :]
         if collapse.sees(step, loss) and step > 5 * setup.warmup_steps:
             return Trunk(setup, states, step, training.state(step), collapse, step)
     return Trunk(setup, states, step, training.state(step), collapse, None)
+
+
+def kept_snapshots(setup: Setup) -> int:
+    """A window that ends with the last sound snapshot, a deeper one, and what a collapse takes to be seen."""
+    return WINDOW + 2 * math.ceil(DEEPER / setup.every)
 
 
 @cache
