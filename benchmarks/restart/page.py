@@ -201,8 +201,8 @@ def _parity(spread: Spread | None) -> str:
     if spread is None or spread.num not in _SIGMAS:
         return "not measured"
     if not _is_clear(spread):
-        return "**holds**"
-    return "ends lower" if spread.mean < 0 else "**ends higher**"
+        return "not told apart"
+    return "**ends lower**" if spread.mean < 0 else "**ends higher**"
 
 
 def _is_clear(spread: Spread) -> bool:
@@ -210,7 +210,7 @@ def _is_clear(spread: Spread) -> bool:
 
 
 def _beats(merge: Survival, raw: Survival, clipped: Survival) -> str:
-    if not merge.num:
+    if merge.num not in _SIGMAS:
         return "not measured"
     if merge.alive > raw.alive:
         return "**holds**" if merge.alive >= clipped.alive else "**holds in part**: clipping does more"

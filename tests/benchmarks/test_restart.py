@@ -1,6 +1,7 @@
 """The restarts: the control is the run itself, a merge is a mean, and a page that says what the records say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,32 @@ def test_a_deeper_rewind_reaches_far_enough_back_for_every_trunk():
         assert (kept - 1) * setup.every >= DEEPER + (questions.WINDOW - 1) * setup.every
 
 
+def test_every_question_has_the_arms_that_the_page_asks_for(corpus, monkeypatch):
+    monkeypatch.setattr(questions, "corpus", lambda name: corpus)
+    monkeypatch.setattr(questions, "validation_blocks", lambda texts: corpus.validation[:640].view(-1, 64).long())
+    monkeypatch.setattr(questions, "Collapse", Planted)
+    questions.trunk.cache_clear()  # of the same setup with the real text
+    setup = replace(SETUP, num_steps=120, every=10, warmup_steps=2)
+    results = []
+    for name, question in questions.QUESTIONS.items():
+        followed = question(setup, 2).items()
+        results.append(Result(name, 0, {}, {arm: Arm({0: 1.0, 500: 1.0}, tail=found.tail) for arm, found in followed}))
+    questions.trunk.cache_clear()
+    rows = {name: page.TABLES[name](results).splitlines()[2:] for name in ("constant", "shock", "divergence")}
+    assert [len(found) for found in rows.values()] == [8, 8, 10]
+    assert all("+0.00%" in row for row in rows["constant"] + rows["shock"])
+    names = results[0].arms.keys() | results[4].arms.keys()
+    assert {"merge, average, 150 steps", "raw deeper, newest, 500 steps", "annealed, full", "raw, short"} <= names
+
+
+class Planted(Collapse):
+    """Sees one in a trunk, where it has seen more than a restart's few steps."""
+
+    def sees(self, step, loss):
+        self.sound_until = 110
+        return step == 115
+
+
 def test_gains_are_paired_over_the_seeds_that_have_both():
     arms = [{"merge": Arm({0: 1.98}), "raw": Arm({0: 2.0})}, {"merge": Arm({0: 2.97}), "raw": Arm({0: 3.0})}]
     results = [Result("constant", seed, {}, found) for seed, found in enumerate([*arms, {"raw": Arm({0: 9.0})}, {}])]
@@ -131,4 +158,4 @@ def _starts(merge):
         for name, losses in (("merge", curve), ("raw", raw))
         for schedule in ("full", "short")
     ]
-    return {name: Arm(losses, norms=(1.0,) * 50) for name, losses in names}
+    return {name: Arm(losses, norms=(1.0, 1.1) * 25) for name, losses in names}
