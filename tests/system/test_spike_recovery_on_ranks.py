@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from pretrain_merge import SpikeRecovery
 
 OPTIONS = {"distrust": 20, "every": 15, "rewarm": 10, "confirm": 8}
-STEPS = 130
+STEPS = 115
 
 
 class Model(pl.LightningModule):
