@@ -1596,6 +1596,20 @@ FAULTS = (
         "tests/offline",
     ),
     Fault(
+        "two states of one step in a folder are taken for one",
+        "offline/doubles.py",
+        "if not _are_one(other, source):",
+        "if False:",
+        "tests/offline/test_merge.py",
+    ),
+    Fault(
+        "a state that a folder holds twice weighs double",
+        "offline/recognise.py",
+        "return without_doubles(inner)",
+        "return inner",
+        "tests/offline/test_merge.py",
+    ),
+    Fault(
         "a class that DCP does not write is looked up",
         "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
