@@ -42,7 +42,7 @@ def try_saving(module: nn.Module) -> None:
 
 
 def save_merged(
-    module: nn.Module, target: Path, provenance: Mapping[str, Any], *, largest_file: int = LARGEST_FILE
+    module: nn.Module, target: str | Path, provenance: Mapping[str, Any], *, largest_file: int = LARGEST_FILE
 ) -> None:
     """Write the weights that are in the module now, with their provenance, as a folder that appears whole.
 
@@ -63,6 +63,7 @@ def save_merged(
         UnsupportedModelError: A tensor cannot be written.
         RankError: That happened on another rank.
     """
+    target = Path(target)
     prefix, model = hugging_face.wrapped_model(module)
     state = SavedState.of(module, prefix)
     if left_out := [name for name, value in module.state_dict().items() if not isinstance(value, Tensor | None)]:

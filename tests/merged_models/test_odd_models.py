@@ -67,6 +67,13 @@ def test_what_safetensors_cannot_hold_is_refused_before_training_and_at_the_save
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_named_by_a_text_is_the_same_folder(tmp_path):
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_merged(module, str(tmp_path / "model"), {})
+    load_merged(other, str(tmp_path / "model"))
+    assert same_bits(other.weight, module.weight)
+
+
 def test_a_buffer_that_is_a_slice_of_a_parameter_is_saved_beside_it(tmp_path):
     def make():
         module = nn.Linear(2, 2)
