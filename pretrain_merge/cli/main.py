@@ -46,11 +46,13 @@ def main() -> None:
         commands = (demo, report, forecast, plan, merge, sweep, export, wandb_view)
         auto_cli(
             {command.__name__.replace("_", "-"): command for command in commands},
+            # explicit: jsonargparse would read sys.argv as it was typed
             args=as_one_list(sys.argv[1:]),
             as_positional=True,
             prog="pretrain-merge",
             version=__version__,
         )
+    # users' own mistakes end in a sentence; any other exception is a fault of ours and keeps its traceback
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

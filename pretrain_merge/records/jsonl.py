@@ -36,6 +36,7 @@ def append_late(path: Path, late: Late) -> None:
 def _append(path: Path, line: MergeRecord | Late) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # one write of a whole line: who reads a live run's file sees no half of it
         atomic.append(path, line.to_json() + "\n")
     except OSError as error:
         raise CheckpointError(
@@ -57,6 +58,7 @@ def read_records(path: Path) -> list[MergeRecord]:
             raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
     records = [item for item in parsed if isinstance(item, MergeRecord)]
+    # by the last of a step: a run that was resumed may have measured it twice
     places = {record.step: place for place, record in enumerate(records)}
     for late in parsed:
         if isinstance(late, Late) and late.step in places:
@@ -94,6 +96,7 @@ def keep_records_until(
             return newest
         for number, line in enumerate(untrusted.lines(source), start=1):
             start, stop = stop, stop + len(line)
+            # the last line of a run that was killed while it wrote; its merge is made again
             if not line.endswith(b"\n"):
                 continue
             record = _parsed(source, number, line)
@@ -101,8 +104,10 @@ def keep_records_until(
                 if isinstance(record, MergeRecord):
                     newest = record.step
                     read(record)
+                # as ranges of bytes, not as records: one record at a time is in memory, however long the run
                 first = kept.pop()[0] if kept and kept[-1][1] == start else start
                 kept.append((first, stop))
+        # where nothing is cut the file stays as it is: long runs resume often
         if source != path or kept != [(0, stop)]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.draft(path) as draft:
