@@ -12,6 +12,7 @@ from pretrain_merge._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pretrain_merge.callbacks import ModelMerging as ModelMerging
+    from pretrain_merge.callbacks import SpikeRecovery as SpikeRecovery
     from pretrain_merge.forecast import forecast_anneal as forecast_anneal
     from pretrain_merge.merged_models.merged import load_merged as load_merged
     from pretrain_merge.merged_models.merged import save_merged as save_merged
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "ModelMerging": "pretrain_merge.callbacks",
+    "SpikeRecovery": "pretrain_merge.callbacks",
     "RollingMerger": "pretrain_merge.merging.rolling_merger",
     "load_merged": "pretrain_merge.merged_models.merged",
     "merge_checkpoints": "pretrain_merge.offline.merge",
@@ -34,6 +36,7 @@ _MODULE_OF = {
 __all__ = [
     "ModelMerging",
     "RollingMerger",
+    "SpikeRecovery",
     "errors",
     "forecast_anneal",
     "is_evaluating_merge",

@@ -19,13 +19,14 @@ _PREFIXES = ("", "K", "M", "B", "T")
 _BYTES = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
-def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
+def plan_table(question: Question, plan: Plan, advice: Advice, *, restart_points: int = 0) -> "Table":
     """One row per figure: what it is, how much, and how it was computed. Bytes are decimal: a GB is 10^9 of them.
 
     Args:
         question: What the plan was made from.
         plan: What was computed.
         advice: The paper's interval and window.
+        restart_points: Of `SpikeRecovery`, beside the window.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -40,7 +41,7 @@ def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
     table.add_column("from")
     sections: Sequence[tuple[str, Iterator[Row]]] = (
         ("interval and window", _cadence(question, plan, advice)),
-        ("memory of the fullest rank", _memory(question, plan)),
+        ("memory of the fullest rank", _memory(question, plan, restart_points)),
         ("where the window fits, per rank", _places(question, plan)),
         ("share of the training time", _times(question, plan)),
         ("files", _files(question, plan)),
@@ -83,7 +84,7 @@ def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
         yield "a window spans", f"{share:.1%}", whole
 
 
-def _memory(question: Question, plan: Plan) -> Iterator[Row]:
+def _memory(question: Question, plan: Plan, restart_points: int) -> Iterator[Row]:
     merging, layout = question.merging, question.layout
     # replicas hold the same, so they divide nothing
     divided = layout.shard * layout.tensor
@@ -98,6 +99,9 @@ def _memory(question: Question, plan: Plan) -> Iterator[Row]:
     yield "open block", _size(plan.accumulator_bytes), summed
     buffers = plan.staging_device_bytes + plan.staging_host_bytes
     yield "buffers", _size(buffers), f"for slots on their way; store is {plan.store}"
+    if restart_points:
+        size = restart_points * plan.elements * merging.itemsize
+        yield "restart points", _size(size), f"{restart_points} × parameters × {merging.itemsize} bytes, on the host"
 
 
 def _places(question: Question, plan: Plan) -> Iterator[Row]:

@@ -12,11 +12,11 @@ from typing import Any
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models.provenance import PROVENANCE, without_checksum
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
-from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
+from pretrain_merge.offline.doubles import without_doubles
+from pretrain_merge.offline.files import is_remote, join, list_folder, matching, size_of
 from pretrain_merge.offline.tensors import Source, plain_name
-from pretrain_merge.runtime.log import logger
 
-_TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth")
+_TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth", ".pth.tar")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _WINDOW = re.compile(r"snapshot-([0-9]{8,20})-[0-9a-f]{8}\.(safetensors|sharded)")
 _OPEN_BLOCK = re.compile(r"block-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
@@ -56,9 +56,11 @@ def step_in_name(place: str) -> int | None:
     (1000, 500)
     """
     parts = place.rstrip("/").split("/")
+    # 'checkpoint-500/model.safetensors': the folder has the step, unless the file has one
     for part in reversed(parts[-2:]):
         if found := _STEP.findall(part) or re.findall(r"^[a-z]+-([0-9]{8,20})-", part):
             return int(found[-1])
+    # 'ckpt_0500.pt' has one number, which can only be that; of several, as in dates, none is certain
     last = re.findall(r"[0-9]+", parts[-1].partition(".")[0])
     return int(last[-1]) if len(last) == 1 else None
 
@@ -67,8 +69,15 @@ def _sources(place: str) -> list[Source]:
     names = list_folder(place)
     if names is None:
         if size_of(place) is None:
-            raise CheckpointError(f"{place} is not there. Name a checkpoint: a file, or a folder of one or of several.")
+            # a name may hold a bracket, so what is there goes before what matches; shells leave quoted patterns to us
+            if found := matching(place):
+                return [source for name in found for source in _sources(name)]
+            raise CheckpointError(
+                f"{place} is not there. Name a checkpoint: a file, a folder of one or of several, or a pattern of "
+                f"these ('run/*.ckpt')."
+            )
         return [_with_step(_file(place))]
+    # a folder that is a checkpoint may hold others (Trainer's checkpoint-500 inside of the final model's)
     if (source := _folder(place, names)) is not None:
         return [_with_step(source)]
     inner = [source for name in names for source in _member(join(place, name))]
@@ -77,7 +86,7 @@ def _sources(place: str) -> list[Source]:
             f"{place} holds no checkpoint. Allowed: .ckpt, .pt, .bin and .safetensors files, folders of Hugging Face, "
             f"of torch.distributed.checkpoint or of this package (window/, merged/step-…), and a folder of those."
         )
-    return _without_doubles(inner)
+    return without_doubles(inner)
 
 
 def _member(place: str) -> list[Source]:
@@ -123,8 +132,11 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
         return safetensors_format.open_files(place, [join(place, "model.safetensors")], **options)
     if _TORCH_INDEX in names:
         return _sharded_torch(place, companions)
-    if "pytorch_model.bin" in names:
-        return replace(torch_format.open_file(join(place, "pytorch_model.bin")), place=place, companions=companions)
+    # a folder for each checkpoint, which has optimizer states in a file of their own (OLMo's)
+    models = [name for name in names if name.startswith("model") and name.endswith(_TORCH_SUFFIXES)]
+    for name in ("pytorch_model.bin", *(models if len(models) == 1 else ())):
+        if name in names:
+            return replace(torch_format.open_file(join(place, name)), place=place, companions=companions)
     if "config.json" in names and len(tensor_files) == 1:
         return safetensors_format.open_files(place, [join(place, tensor_files[0])], **options)
     return None
@@ -158,6 +170,7 @@ def _with_step(source: Source) -> Source:
     name = source.place if is_remote(source.place) else str(Path(source.place).absolute())
     step = source.step if type(source.step) is int else step_in_name(name)
     source = _with_plain_names(source)
+    # a snapshot's name is ours and is its identity; the content has no step
     if window := _WINDOW.fullmatch(name.rpartition("/")[2]):
         return replace(source, step=int(window[1]), format="window")
     return replace(source, step=step)
@@ -165,6 +178,7 @@ def _with_step(source: Source) -> Source:
 
 def _with_plain_names(source: Source) -> Source:
     """Names that a run has whether it was compiled or not, so that both can be merged and loaded."""
+    # unless that gives two tensors one name
     own = {plain_name(name): name for name in source.tensors}
     if all(plain == name for plain, name in own.items()) or len(own) < len(source.tensors):
         return source
@@ -174,15 +188,3 @@ def _with_plain_names(source: Source) -> Source:
         ties={plain_name(alias): plain_name(name) for alias, name in source.ties.items()},
         locate=lambda name: source.locate(own.get(name, name)),
     )
-
-
-def _without_doubles(sources: list[Source]) -> list[Source]:
-    """`last.ckpt` is mostly a second copy of the newest one; a folder that has both means it once."""
-    kept = []
-    for source in sources:
-        others = [other for other in sources if other is not source and other.step == source.step is not None]
-        if others and source.place.rpartition("/")[2].startswith("last"):
-            logger.info(f"{source.place} is left out: {others[0].place} is of the same step, {source.step}.")
-        else:
-            kept.append(source)
-    return kept

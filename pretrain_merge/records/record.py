@@ -183,8 +183,12 @@ class MergeRecord:
         return json.dumps(_spell_out_non_finite(asdict(self)), allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> "MergeRecord":
+    def from_json(cls, line: str | bytes, *, recipes: Mapping[str, Recipe] | None = None) -> "MergeRecord":
         """The inverse of `to_json`.
+
+        Args:
+            line: What `to_json` gave.
+            recipes: Taken unchecked where the line has none of its own.
 
         Raises:
             ValueError: The line is not JSON, or not one of our records.
@@ -198,7 +202,7 @@ class MergeRecord:
         read: Callable[[Any], Any] = (
             _read_non_finite if b'"NaN"' in line or b'Infinity"' in line else lambda value: value
         )
-        recipes = {
+        own_recipes = {
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
         }
@@ -208,9 +212,9 @@ class MergeRecord:
         }
         chosen = {view: Choice(**read(choice)) for view, choice in values.pop("choices", {}).items()}
         numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        nested = {"recipes": recipes, "forecasts": forecasts, "choices": chosen}
+        nested = {"recipes": own_recipes if recipes is None else recipes, "forecasts": forecasts, "choices": chosen}
         record = cls(**values | numbers | nested | {"lr": tuple(numbers.get("lr", ()))})
-        if not _is_sound(record):
+        if not _is_sound(record, own_recipes):
             raise ValueError("a value is of another type than ours, or out of range")
         return record
 
@@ -251,7 +255,7 @@ def metric_name(name: str, model: str, metric: str) -> str:
     return f"{name}/{model}/{metric}"
 
 
-def _is_sound(record: MergeRecord) -> bool:
+def _is_sound(record: MergeRecord, recipes: Mapping[str, Recipe]) -> bool:
     """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
     expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
     counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since]
@@ -263,7 +267,7 @@ def _is_sound(record: MergeRecord) -> bool:
     for item in expected:
         counters.append(item.step)
         numbers += (item.mean, item.low, item.high)
-    for recipe in record.recipes.values():
+    for recipe in recipes.values():
         counters += recipe.steps
         numbers += recipe.coefficients
     texts = [record.phase, record.average, record.slot_dtype, *record.skipped.values()]

@@ -57,6 +57,7 @@ _CHECKPOINTS = "tests/callbacks/test_checkpoints_stay_raw.py"
 _PLAN = "tests/plan"
 _DURABLE = "tests/callbacks/test_kept_window.py"
 _RUN_FOLDER = "tests/callbacks/test_run_folder.py"
+_RECOVERY = "tests/callbacks/test_spike_recovery.py"
 _STEPS = "tests/callbacks/test_optimizer_steps.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 _LEFT_BEHIND = f"{_NON_INTERFERENCE}::test_whatever_an_evaluator_leaves_behind_is_undone_before_gradients_come_back"
@@ -723,6 +724,27 @@ FAULTS = (
         "    if not kind.may_own and (worker",
         "    if False and (worker",
         "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "attributes that were exchanged all at once stay exchanged",
+        "evaluation/memento/states.py",
+        """        if object.__getattribute__(self.owner, "__dict__") is not self.item:\n""",
+        "        if False:\n",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "of many mappings together only the sizes are compared",
+        "evaluation/memento/together.py",
+        "            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))\n",
+        "",
+        "tests/evaluation/test_memento.py",
+    ),
+    Fault(
+        "recipes of the newest record of a resumed run are not checked",
+        "records/jsonl.py",
+        "        if last is not None:\n",
+        "        if False:\n",
+        "tests/records/test_jsonl.py",
     ),
     Fault(
         "a worker that was started meanwhile is dropped",
@@ -1553,13 +1575,13 @@ FAULTS = (
     Fault(
         "buffers of the next batch are those of this one",
         "offline/stream.py",
-        "buffers = self._sets[number % 2]\n        started",
-        "buffers = self._sets[0]\n        started",
+        "lane = free.pop()",
+        "lane = self._lanes[0]",
         "tests/offline",
     ),
     Fault(
         "a class that DCP does not write is looked up",
-        "offline/dcp_format.py",
+        "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
         "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
         "tests/offline/test_crafted_files.py",
@@ -1573,7 +1595,7 @@ FAULTS = (
     ),
     Fault(
         "a tensor reaches beyond its storage",
-        "offline/torch_format.py",
+        "offline/torch_archive.py",
         "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
         "if False:",
         "tests/offline/test_crafted_files.py",
@@ -1664,7 +1686,7 @@ FAULTS = (
     ),
     Fault(
         "a killed sweep begins anew",
-        "offline/sweep.py",
+        "offline/sweep_job.py",
         "if self._step(point) > last]",
         "if self._step(point) > 0]",
         "tests/offline/test_killed.py",
@@ -1874,5 +1896,75 @@ FAULTS = (
         "if self.merger.progress.step < self.clock.progress.step:",
         "if False:",
         _STEPS,
+    ),
+    Fault(
+        "a run goes back to its newest restart point, damaged or not",
+        "spikes/restart_points.py",
+        "if point.step <= onset - self._distrust]\n        good",
+        "if point.step <= onset]\n        good",
+        _RECOVERY,
+    ),
+    Fault(
+        "a recovery changes no rate",
+        "callbacks/recovery_run.py",
+        "return last.lr_factor * min(",
+        "return 1.0 * min(",
+        _RECOVERY,
+    ),
+    Fault(
+        "there is no second warm-up",
+        "callbacks/recovery_run.py",
+        "(self._step - last.step + 1) / max(1, rewarm)",
+        "1.0",
+        _RECOVERY,
+    ),
+    Fault(
+        "gradients are clipped before anything has happened",
+        "callbacks/recovery_run.py",
+        "if self.recoveries and self._settings.clip is not None",
+        "if self._settings.clip is not None",
+        _RECOVERY,
+    ),
+    Fault(
+        "a spike that passes is a divergence",
+        "callbacks/recovery_run.py",
+        "if onset.last - self._high_since >= self._settings.confirm:",
+        "if True:",
+        _RECOVERY,
+    ),
+    Fault(
+        "the optimizer keeps the state that diverged",
+        "spikes/live_state.py",
+        "optimizer.state.clear()",
+        "pass",
+        _RECOVERY,
+    ),
+    Fault(
+        "a resumed run has forgotten its attempts",
+        "callbacks/recovery_run.py",
+        "self.recoveries = tuple(Recovery(**item) for item in attempts)",
+        "self.recoveries = ()",
+        _RECOVERY,
+    ),
+    Fault(
+        "a resumed run has other restart points",
+        "callbacks/recovery_run.py",
+        "self._points.add(step, _giving(tensors), watch, is_used=is_used)",
+        "pass",
+        _RECOVERY,
+    ),
+    Fault(
+        "merges reach across a recovery",
+        "callbacks/recovery_run.py",
+        'callback.mark_phase(f"{_NAME} {attempt}")',
+        "pass",
+        _RECOVERY,
+    ),
+    Fault(
+        "the scaled rate stays after the step",
+        "spikes/changed_steps.py",
+        '            group["lr"] = rate\n',
+        "            pass\n",
+        _RECOVERY,
     ),
 )
