@@ -105,7 +105,9 @@ class MergeRecord:
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
         refused: Non-finite snapshots refused since the start of the run.
+        spikes: Spikes of the training loss since the start of the run.
         since: Step of the last break; 0: none. Records before it say nothing of this stretch.
+        why_since: What that break was, or empty.
         average: What a snapshot is: "last", the model after a step, or "block", the mean of the models since the
             snapshot before.
         slot_dtype: Dtype of the snapshots where it is smaller than the parameters', or empty.
@@ -127,7 +129,9 @@ class MergeRecord:
     lr: tuple[float, ...] = ()
     phase: str = ""
     refused: int = 0
+    spikes: int = 0
     since: int = 0
+    why_since: str = ""
     average: str = "last"
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
@@ -147,6 +151,7 @@ class MergeRecord:
         counters = {"step": self.step, "window": self.window, "spread": self.spread}
         counters |= {"tokens": self.tokens} if self.tokens else {}  # 0: the run does not count them
         counters |= {"failed": self.num_failed} if self.num_failed else {}
+        counters |= {"spikes": self.spikes} if self.spikes else {}
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
@@ -258,7 +263,7 @@ def metric_name(name: str, model: str, metric: str) -> str:
 def _is_sound(record: MergeRecord, recipes: Mapping[str, Recipe]) -> bool:
     """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
     expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
-    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since]
+    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since, record.spikes]
     numbers = [record.spread, *record.lr, *record.raw.values(), *record.timing.values()]
     for metrics in record.views.values():
         numbers += metrics.values()
@@ -270,7 +275,7 @@ def _is_sound(record: MergeRecord, recipes: Mapping[str, Recipe]) -> bool:
     for recipe in recipes.values():
         counters += recipe.steps
         numbers += recipe.coefficients
-    texts = [record.phase, record.average, record.slot_dtype, *record.skipped.values()]
+    texts = [record.phase, record.why_since, record.average, record.slot_dtype, *record.skipped.values()]
     return _are_counters(counters) and _are_numbers(numbers) and all(isinstance(text, str) for text in texts)
 
 

@@ -58,6 +58,8 @@ _PLAN = "tests/plan"
 _DURABLE = "tests/callbacks/test_kept_window.py"
 _RUN_FOLDER = "tests/callbacks/test_run_folder.py"
 _RECOVERY = "tests/callbacks/test_spike_recovery.py"
+_SPIKES = "tests/spikes/test_detector.py"
+_SPIKE_BREAKS = "tests/callbacks/test_spikes.py"
 _STEPS = "tests/callbacks/test_optimizer_steps.py"
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 _LEFT_BEHIND = f"{_NON_INTERFERENCE}::test_whatever_an_evaluator_leaves_behind_is_undone_before_gradients_come_back"
@@ -324,9 +326,23 @@ FAULTS = (
     Fault(
         "auto goes on with a choice from before the break",
         "callbacks/auto_spans.py",
-        "self._last.since == since.step",
-        "True",
+        "self._last is None or self._last.since != since",
+        "self._last is None",
         "tests/callbacks/test_auto_spans.py",
+    ),
+    Fault(
+        "a limit grows where the mean over half of it was better",
+        "callbacks/auto_spans.py",
+        "is_better_longer=loss < shorter",
+        "is_better_longer=loss > shorter",
+        "tests/callbacks/test_auto_spans.py",
+    ),
+    Fault(
+        "a limit runs ahead of what the window can span",
+        "merging/best_span.py",
+        "near = min(max(share, used / _ROUNDED), used * _ROUNDED)",
+        "near = share",
+        "tests/merging/test_best_span.py",
     ),
     Fault(
         "the best span lies on the other side of the best mean",
@@ -904,9 +920,9 @@ FAULTS = (
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/run.py",
-        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self._merge_if_due()",
+        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self.merger.judge(",
         "rates = [group['lr'] for group in self._fit.trainer.optimizers[0].param_groups]\n        "
-        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self._merge_if_due()",
+        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self.merger.judge(",
         "tests/callbacks",
     ),
     Fault(
@@ -1966,5 +1982,47 @@ FAULTS = (
         '            group["lr"] = rate\n',
         "            pass\n",
         _RECOVERY,
+    ),
+    Fault(
+        "one bad batch is a spike",
+        "spikes/detector.py",
+        "sustained: int = 3,",
+        "sustained: int = 1,",
+        _SPIKES,
+    ),
+    Fault(
+        "a spike is judged by itself",
+        "spikes/detector.py",
+        "known[len(self._ahead) :], self._ahead[:0]",
+        "known[: self._num_kept], self._ahead[:0]",
+        _SPIKES,
+    ),
+    Fault(
+        "each rank judges its own losses",
+        "spikes/detector.py",
+        "_means(self._unread, ranks.sum_of_floats)",
+        "_means(self._unread, lambda sums: sums)",
+        "tests/merging/test_spikes_on_ranks.py",
+    ),
+    Fault(
+        "what a spike may have damaged is kept",
+        "window/spike_breaks.py",
+        "self._window.drop_after(onset.step - self._num_distrusted())",
+        "0",
+        _SPIKE_BREAKS,
+    ),
+    Fault(
+        "a resumed run has forgotten the losses before",
+        "resume/saved_window.py",
+        "self._spikes.load_state_dict(manifest.spikes)",
+        "pass",
+        _SPIKE_BREAKS,
+    ),
+    Fault(
+        "a snapshot goes into a slot that is held",
+        "window/window.py",
+        "            return self._spare[-1]\n",
+        "            return len(self._held)\n",
+        _WINDOW,
     ),
 )
