@@ -12,19 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
-from harness import forks
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", max_examples=50)  # of each law; one that needs more says so
 hypothesis.settings.load_profile("suite")
-
-
-def pytest_configure(config):
-    """The process that hands tests to others runs none; each of those others runs tests of every kind."""
-    is_worker = hasattr(config, "workerinput")
-    if is_worker or not config.getoption("numprocesses", None):
-        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            forks.start_server(imports_are_needed=is_worker)
 
 
 @pytest.fixture

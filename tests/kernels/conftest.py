@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pretrain_merge.kernels.weighted_sum import Backend, Spread, weighted_sum_
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 class BackendUnderTest(NamedTuple):
     name: Backend
@@ -36,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
         return BackendUnderTest(request.param, "cpu", (1 << 19) + 4321)
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    if os.environ.get("TRITON_INTERPRET") == "1":  # by now, not when this file was imported: test_cuda.py forks
+    if INTERPRETED:
         return BackendUnderTest("cuda", "cpu", 2500)
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here; test_cuda.py runs these tests in Triton's interpreter")

@@ -1,6 +1,9 @@
 """The Triton kernel without a GPU: the contract in Triton's interpreter, and what is refused."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,22 +12,23 @@ from harness.forks import run_code, run_forked
 pytest.importorskip("triton")
 
 
-def run_contract():
-    """The tests of the contract in this process, which has not imported Triton yet."""
+@pytest.mark.timeout(600)
+def test_the_kernel_keeps_the_contract_in_tritons_interpreter():
     contract = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("contract", "spread")]
     options = ["-n", "0", "-k", "cuda", "-q", "-p", "no:cacheprovider"]
     # The interpreter computes with NumPy, which warns where a GPU makes an infinity or a NaN.
-    options += ["-W", "ignore::RuntimeWarning", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return pytest.main([*contract, *options])
-
-
-@pytest.mark.timeout(600)
-def test_the_kernel_keeps_the_contract_in_tritons_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read at Triton's import
-    status, printed = run_forked(run_contract, timeout=500)
-    assert status == 0, printed
-    assert int(re.search(r"(\d+) passed", printed)[1]) > 100
-    assert "skipped" not in printed
+    options += ["-W", "ignore::RuntimeWarning"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", *contract, *options],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert int(re.search(r"(\d+) passed", finished.stdout)[1]) > 100
+    assert "skipped" not in finished.stdout
 
 
 def test_without_a_gpu_the_cuda_backend_refuses_cpu_tensors(monkeypatch):
