@@ -1596,6 +1596,20 @@ FAULTS = (
         "tests/offline",
     ),
     Fault(
+        "two states of one step in a folder are taken for one",
+        "offline/doubles.py",
+        "if not _are_one(other, source):",
+        "if False:",
+        "tests/offline/test_merge.py",
+    ),
+    Fault(
+        "a state that a folder holds twice weighs double",
+        "offline/recognise.py",
+        "return without_doubles(inner)",
+        "return inner",
+        "tests/offline/test_merge.py",
+    ),
+    Fault(
         "a class that DCP does not write is looked up",
         "offline/dcp_metadata.py",
         "            return _ALLOWED[module, name]\n        except KeyError:",
@@ -1820,6 +1834,27 @@ FAULTS = (
         '_refuse_damaged(folder, provenance["files"])',
         "pass",
         "tests/merged_models/test_odd_models.py",
+    ),
+    Fault(
+        "a merge is written into a fit whose checkpoint will replace it",
+        "merged_models/starting.py",
+        "if resumed := trainer.ckpt_path:",
+        "if resumed := None:",
+        "tests/merged_models/test_starting.py",
+    ),
+    Fault(
+        "a merge is written under an optimizer that has stepped",
+        "merged_models/starting.py",
+        "    if trainer.global_step:",
+        "    if not trainer:",
+        "tests/merged_models/test_starting.py",
+    ),
+    Fault(
+        "a module whose fit is over may not begin another from a merge",
+        "merged_models/starting.py",
+        ' or getattr(state, "status", None) != "running"',
+        "",
+        "tests/merged_models/test_starting.py",
     ),
     Fault(
         "a module that shows copies is written where nobody looks",
