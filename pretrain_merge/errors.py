@@ -12,6 +12,7 @@ Each class is also the built-in exception that somebody who has never heard of t
     ├── EvaluationError (RuntimeError)       raw and merged could not be measured on the same batches
     ├── RankError (RuntimeError)             another rank failed, and this one stops with it
     ├── ProgressError (ValueError)           a counter that went backwards, or tokens that cannot be counted
+    ├── DivergenceError (RuntimeError)       a run that diverged once more than SpikeRecovery may take it back
     ├── CheckpointError (OSError)            a file or folder of weights that cannot be read or written as asked
     └── MissingDependencyError (ImportError) an optional library that this call needs
 
@@ -68,6 +69,10 @@ class RankError(PretrainMergeError, RuntimeError):
 
 class ProgressError(PretrainMergeError, ValueError):
     """A step, sample or token counter went backwards, or cannot be read from a batch."""
+
+
+class DivergenceError(PretrainMergeError, RuntimeError):
+    """Training diverged, and cannot be taken back once more; the message says from where to go on."""
 
 
 class CheckpointError(PretrainMergeError, OSError):

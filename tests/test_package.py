@@ -24,12 +24,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC_NAMES = [
     "ModelMerging",
     "RollingMerger",
+    "SpikeRecovery",
     "errors",
     "forecast_anneal",
     "is_evaluating_merge",
     "load_merged",
     "merge_checkpoints",
     "save_merged",
+    "start_from_merged",
     "sweep_checkpoints",
 ]
 OPTIONAL = {"matplotlib", "llvmlite", "triton", "transformers", "rich"}
@@ -194,7 +196,7 @@ def pickle_readers(source: str) -> list[str]:
 
 
 # files of other programs: DCP's metadata by an allow list, and a Lightning checkpoint with weights_only=True
-READERS = {"run.py": ["torch.load"], "dcp_format.py": ["pickle"], "export.py": ["torch.load"]}
+READERS = {"run.py": ["torch.load"], "dcp_metadata.py": ["pickle"], "export.py": ["torch.load"]}
 
 
 def test_nothing_of_the_package_reads_a_pickle_but_restricted_readers():

@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m benchmarks.crashes [--json FILE] [--quick | --chosen] [--processes N] [--kills N] [--terms N] ...
+    python -m benchmarks.crashes [--json FILE] [--quick | --chosen] [--recoveries] [--processes N] [--kills N] ...
 
 A run trains in a child process, or in two that form a group. It is killed (SIGKILL) at random moments and before or
 after random calls of a save, a merge or a checkpoint, and resumed from the newest or an older checkpoint until it ends.
@@ -28,7 +28,7 @@ from benchmarks.crashes.full_disk import filled
 from benchmarks.crashes.rows import COLUMNS, Row, totals
 from benchmarks.crashes.run import Reference
 from benchmarks.crashes.signals import broken_at_chosen_moments, broken_at_random
-from benchmarks.crashes.training import CHOSEN, SETTINGS
+from benchmarks.crashes.training import CHOSEN, RECOVERING, SETTINGS
 from benchmarks.measure import machine, new_parser, show, write_json
 from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _rows(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     settings = [CHOSEN[options.processes]] if options.chosen else SETTINGS[options.processes]
+    settings = RECOVERING[options.processes] if options.recoveries else settings
     references = [Reference.made(setting, folder / f"reference-{i}" / "run") for i, setting in enumerate(settings)]
     if options.chosen:
         yield broken_at_chosen_moments(references[0], folder / "run")
@@ -74,6 +75,8 @@ def _rows(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     }
     for reference, share in _shared(references, amounts["kills"]):
         yield broken_at_random(reference, folder / "run", chance, signal.SIGKILL, share)
+    if options.recoveries:
+        return  # where the disk fills up, and what is damaged, the other settings tell
     for reference, share in _shared(references, amounts["terms"]):
         yield broken_at_random(reference, folder / "run", chance, signal.SIGTERM, share)
     if options.processes > 1:
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser("faults", __doc__)
     parser.add_argument("--quick", action="store_true", help="a few of each")
     parser.add_argument("--chosen", action="store_true", help="kills at the same moments every time, and nothing else")
+    parser.add_argument("--recoveries", action="store_true", help="SIGKILLs of runs that diverge and are taken back")
     parser.add_argument("--processes", type=int, choices=sorted(SETTINGS), default=1, help="of a run (default: 1)")
     parser.add_argument("--kills", type=int, help="SIGKILLs, over all settings (default: 200)")
     parser.add_argument("--terms", type=int, help="SIGTERMs (default: 50)")

@@ -20,7 +20,6 @@ Outcome = dict[str, Any]
 _OF_EARLIER_STARTS = re.compile(
     r"merges\.\d+\.jsonl|merged\.\d+/.*|merges\.run\.\d+\.json|checkpoints/step=\d+\.ckpt|window/checkpoints\.json"
 )
-_KEPT_AT = "step=25.ckpt"  # in every run that ends: the newest but one
 
 
 def outcome(folder: Path) -> Outcome:
@@ -80,7 +79,10 @@ def _summary(folder: Path) -> Outcome:
         record.pop("timing")
         key = f"record {record['step']}"
         found[key] = [*found.get(key, []), record]  # a step that appears twice differs
-    window = RunState.from_plain(our_state(folder / "checkpoints" / _KEPT_AT)).window or {}
+    recoveries = folder / "recoveries.jsonl"
+    found["recoveries"] = recoveries.read_text() if recoveries.exists() else ""
+    kept = checkpoints(folder)[-2]  # in every run that ends
+    window = RunState.from_plain(our_state(kept)).window or {}
     found["manifest"] = _canonical(window["values"], folder / "window")
     return found
 

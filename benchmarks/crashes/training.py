@@ -15,8 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from pretrain_merge import ModelMerging
+from pretrain_merge import ModelMerging, SpikeRecovery
 
+_BAD = range(64, 80)  # steps whose batches make a run diverge that shall be taken back
 STEPS = 30  # with a snapshot, a merge and a checkpoint at the last one, which a run that resumes there may still owe
 
 
@@ -28,6 +29,7 @@ class Setting:
     average: str
     accumulate: int = 1
     strategy: str = "auto"
+    recovers: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -35,8 +37,13 @@ class Setting:
             self.average,
             f"accumulate {self.accumulate}" if self.accumulate > 1 else "",
             self.strategy,
+            "recovers" if self.recovers else "",
         ]
         return ", ".join(word for word in words if word not in ("", "auto"))
+
+    @property
+    def steps(self) -> int:
+        return 110 if self.recovers else STEPS
 
     @property
     def num_processes(self) -> int:
@@ -56,13 +63,21 @@ SETTINGS = {
     ],
 }
 
+RECOVERING = {
+    1: [Setting("host", "last", recovers=True), Setting("disk", "last", accumulate=2, recovers=True)],
+    2: [
+        Setting("device", "last", strategy="ddp", recovers=True),
+        Setting("host", "last", strategy="fsdp2", recovers=True),
+    ],
+}
 
 CHOSEN = {1: Setting("disk", "block"), 2: Setting("device", "last", strategy="ddp")}  # for kills at the same moments
 
 
 class _Model(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, bad: Sequence[int] = ()) -> None:
         super().__init__()
+        self._bad = bad
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
@@ -77,13 +92,13 @@ class _Model(pl.LightningModule):
         micro_batch = index % self.trainer.accumulate_grad_batches
         seed = 1000 * self.trainer.global_step + 10 * micro_batch + self.trainer.global_rank
         inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
-        return self._loss(inputs)
+        return self._loss(inputs, shift=1e3 if self.trainer.global_step in self._bad else 0.0)
 
     def validation_step(self, batch: Tensor, index: int) -> None:
         self.log("val_loss", self._loss(batch), sync_dist=True)
 
-    def _loss(self, inputs: Tensor) -> Tensor:
-        return (self.layers(inputs) - 2 * inputs[:, :4]).pow(2).mean()
+    def _loss(self, inputs: Tensor, shift: float = 0.0) -> Tensor:
+        return (self.layers(inputs) - 2 * inputs[:, :4] - shift).pow(2).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -143,24 +158,29 @@ def train(
         save={} if setting.strategy == "fsdp2" else {"every": 12, "keep": 2, "at_end": True}, tokens_per_batch=7,
         forecast={"soon": {"steps": 9 if setting.average == "last" else 12}},
     )  # fmt: skip
+    recovering = SpikeRecovery(
+        distrust=15, every=10, rewarm=10, confirm=5, store="disk" if setting.store == "disk" else "host",
+        optimizer="newest" if setting.store == "disk" else "fresh",
+    )  # fmt: skip
     saving = pl.callbacks.ModelCheckpoint(
         dirpath=folder / "checkpoints", every_n_train_steps=5, save_top_k=2, monitor="step", mode="max",
         filename="{step}", enable_version_counter=False, save_on_exception=save_on_exception,
     )  # fmt: skip
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, merging, saving], accumulate_grad_batches=setting.accumulate,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, val_check_interval=10**6,
+        max_steps=setting.steps, accelerator="cpu", logger=False, default_root_dir=folder,
+        callbacks=[*callbacks, merging, *[recovering] * setting.recovers, saving],
+        accumulate_grad_batches=setting.accumulate, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=2, val_check_interval=10**6,
         check_val_every_n_epoch=None, num_sanity_val_steps=0, use_distributed_sampler=False, **_strategy(setting),
     )  # fmt: skip
-    model = _Model()
+    model = _Model(_BAD if setting.recovers else ())
     trainer.fit(
         model,
         DataLoader([torch.zeros(4, 8)] * 1000, batch_size=None),
         DataLoader([torch.eye(8)] * 3, batch_size=None),
         ckpt_path=checkpoint,
     )
-    if trainer.global_step == STEPS:
+    if trainer.global_step == setting.steps:
         whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in _state(model)}
         if trainer.global_rank == 0:
             torch.save(whole, folder / "final.pt")

@@ -68,7 +68,7 @@ class Announcements:
         likely = ", by the memory that is free now" if config.store == "auto" else ""
         self._say(
             f"keeps the last {config.window} snapshots, one every {self._fit.settings.cadence.every}: "
-            f"{_bytes(sizes.slot)} each, {_bytes(window)} per rank in store {place!r}{likely}."
+            f"{bytes_text(sizes.slot)} each, {bytes_text(window)} per rank in store {place!r}{likely}."
         )
         self._say(self._when(merger, since))
         self._say(f"files go to {self._folder}: {self._kept(sizes)}; {self._saved(sizes)}.")
@@ -127,12 +127,12 @@ class Announcements:
         if -1 in kept and limit is None:
             return (
                 f"save_top_k=-1 keeps every checkpoint, and so every snapshot that one of them needs, "
-                f"{_bytes(sizes.snapshot)} each, at most {self._fit.config.window} new ones for a checkpoint "
+                f"{bytes_text(sizes.snapshot)} each, at most {self._fit.config.window} new ones for a checkpoint "
                 f"(keep_windows bounds that)"
             )
         number = math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in callbacks)
         number = int(number if limit is None else min(number, limit))
-        most = _bytes(number * self._fit.config.window * sizes.snapshot)
+        most = bytes_text(number * self._fit.config.window * sizes.snapshot)
         return (
             f"snapshots for {number} checkpoint{'s' * (number > 1)}, {most} at most" if number else "no window is kept"
         )
@@ -142,7 +142,9 @@ class Announcements:
         save = self._fit.config.save
         views = len(self._fit.settings.views) + save.raw
         number = views * save.keep * (save.every is not None) + (save.best is not None) + views * save.at_end
-        return f"merged models, {_bytes(number * sizes.model)} at most" if number else "no merged models (save: {…})"
+        return (
+            f"merged models, {bytes_text(number * sizes.model)} at most" if number else "no merged models (save: {…})"
+        )
 
     def _compared(self, record: MergeRecord) -> str:
         """The metric that matters most, of raw and every view."""
@@ -241,10 +243,10 @@ def _forecasts(record: MergeRecord) -> list[str]:
     ]
 
 
-def _bytes(number: float) -> str:
+def bytes_text(number: float) -> str:
     """As in the plan: decimal units, three digits.
 
-    >>> _bytes(231_000_000)
+    >>> bytes_text(231_000_000)
     '231 MB'
     """
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -101,6 +101,8 @@ class Fits:
         """The state now; the files that it refers to are written, and a checkpoint that is being saved needs them."""
         # every rank is asked, and all must know where one cannot write; after an exception not every rank may be here
         with ranks.all_or_none("keep the window for a checkpoint") if self.run is not None else nullcontext():
+            if self.run is not None:
+                self.run.meet()
             self._remember()
             if self.last_run is not None:
                 self.last_run.announce()

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from pretrain_merge.callbacks.clock import Clock
+
+class CountsSteps(Protocol):
+    """Whoever is told of steps."""
+
+    def step_comes(self) -> None:
+        """An optimizer is about to step, or a gradient scaler skips the step."""
+
+    def optimizer_steps(self, place: int, optimizer: Any) -> None:
+        """An optimizer has stepped, or one that torch does not know is about to."""
 
 
 @contextmanager
-def optimizer_steps(trainer: Any, module: Any, clock: Clock) -> Iterator[Callable[[Any], None]]:
+def optimizer_steps(trainer: Any, module: Any, clock: CountsSteps) -> Iterator[Callable[[Any], None]]:
     """Hear of each step of an optimizer on parameters of a module until the block ends.
 
     Lightning's hook hears of no step that an overridden `optimizer_step` or a manual loop takes on the optimizer

@@ -67,7 +67,7 @@ class Rehearsal:
     def catch_up(self) -> None:
         """Nothing is resumed."""
 
-    def step(self, batch: Any) -> None:
+    def step(self, batch: Any, outputs: Any) -> None:
         """After the first step of an optimizer, merge and measure.
 
         Raises:
@@ -94,6 +94,9 @@ class Rehearsal:
             if not record.num_failed:  # else what is missing may have failed
                 MetricCheck(fit.settings, (), fit.notices).refuse_missing(fit.trainer, list(record.raw))
             self.last_record = self._publisher.publish(record)
+
+    def meet(self) -> None:
+        """Nothing is remembered."""
 
     def finish(self) -> None:
         """Nothing is saved."""

@@ -27,6 +27,7 @@ from pretrain_merge.callbacks.publisher import Publisher
 from pretrain_merge.callbacks.resuming import Start
 from pretrain_merge.callbacks.run_folder import RunFolder
 from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
 from pretrain_merge.merging.rolling_merger import RollingMerger
@@ -60,6 +61,7 @@ class Run:
         self.last_record: MergeRecord | None = None
         # P32: the module's own hook runs after ours, and may clip or project
         self._may_change_weights_after_us = not fit.module.on_train_batch_end.__module__.endswith(".core.hooks")
+        self._loss = TrainingLoss()
         self._is_unobserved = False  # a step that was counted, while the module's own hook has not run yet
         start = Start(fit, plain)
         state, folder = start.state, start.folder
@@ -98,14 +100,19 @@ class Run:
             if self._owes_merge and ranks.any_rank(self._fit.trainer.received_sigterm):
                 raise SIGTERMException  # Lightning would look only after another step, which would bury the merge
 
-    def step(self, batch: Any) -> None:
+    def step(self, batch: Any, outputs: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
+        self._loss.add(outputs)
         if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
             return
         if self._may_change_weights_after_us:
             self._is_unobserved = True
         else:
             self._observe()
+
+    def meet(self) -> None:
+        """All ranks are here, before each of them gives its `state`."""
+        self.merger.meet()
 
     def finish(self) -> None:
         """Training has ended: save merges of the newest snapshots where the user asked for it; say why there are none.
@@ -218,7 +225,9 @@ class Run:
         advance_end(*arguments)
 
     def _observe(self) -> None:
+        before = self.merger.progress
         self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
+        self.merger.judge(before, self._loss.take())
         self._merge_if_due()
 
     def _merge_if_due(self) -> None:
@@ -241,7 +250,8 @@ class Run:
 
     def _measure(self) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
-        fit, reads = self._fit, self._forecasts.reads(self.last_record)
+        fit, age = self._fit, self.merger.progress.step - self.merger.window.since.step
+        reads = self._forecasts.reads(self.last_record, age)
         return merge_point.measured(
             fit.config,
             fit.trainer,

@@ -33,10 +33,15 @@ _ELSEWHERE = "Give this run one of its own: Trainer(default_root_dir=…), or a 
 def run_folder(config: MergeConfig, trainer: Any) -> Path:
     """Where records, merged models and the window go, for good: a change of the working directory moves nothing.
 
-    Collective, since some loggers know their version on rank 0 only.
+    Collective.
     """
-    folder = Path(trainer.strategy.broadcast(_lightnings(trainer))).absolute()
+    folder = logs_folder(trainer)
     return folder if config.name == MergeConfig.name else folder / config.name
+
+
+def logs_folder(trainer: Any) -> Path:
+    """Where Lightning puts what belongs to a run. Collective, since some loggers know their version on rank 0 only."""
+    return Path(trainer.strategy.broadcast(_lightnings(trainer))).absolute()
 
 
 def refuse_remote_folder(trainer: Any) -> None:

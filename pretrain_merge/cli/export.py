@@ -5,6 +5,8 @@ This module knows the command's options. The work is that of `pretrain_merge.off
 
 from typing import Literal
 
+from pretrain_merge.cli.loading import loading
+
 
 def export(
     folder: str,
@@ -24,6 +26,7 @@ def export(
             for hf, a folder with config.json.
         optimizer: Of a ckpt: the base's, the averaged one of `merge --optimizer average`, or none.
     """
-    from pretrain_merge.offline.export import export_checkpoint
+    with loading():
+        from pretrain_merge.offline.export import export_checkpoint
 
     print(f"Exported: {export_checkpoint(folder, out, to=to, base=base, optimizer=optimizer)}")

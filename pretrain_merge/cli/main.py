@@ -4,19 +4,15 @@ This module knows names and defaults of arguments. Whatever a subcommand does is
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain_merge._version import __version__
 from pretrain_merge.cli.arguments import as_one_list
-from pretrain_merge.cli.export import export
-from pretrain_merge.cli.forecast import forecast
-from pretrain_merge.cli.merge import merge
-from pretrain_merge.cli.plan import plan
-from pretrain_merge.cli.report import report
-from pretrain_merge.cli.sweep import sweep
-from pretrain_merge.cli.wandb_view import wandb_view
 from pretrain_merge.errors import MissingDependencyError, PretrainMergeError
+
+_OTHERS = ("report", "forecast", "plan", "merge", "sweep", "export", "wandb-view")  # each in a module of its name
 
 
 def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -43,16 +39,27 @@ def main() -> None:
             raise MissingDependencyError(
                 "The command line needs jsonargparse, which is not installed. Run: pip install 'pretrain-merge[cli]'"
             ) from error
-        commands = (demo, report, forecast, plan, merge, sweep, export, wandb_view)
+        words = sys.argv[1:]
         auto_cli(
-            {command.__name__.replace("_", "-"): command for command in commands},
-            args=as_one_list(sys.argv[1:]),
+            _commands(words[:1]),
+            args=as_one_list(words),
             as_positional=True,
             prog="pretrain-merge",
             version=__version__,
         )
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _commands(asked: list[str]) -> dict[str, Any]:
+    """The command that is asked for; all of them where it is none, as for help."""
+    found: dict[str, Any] = {"demo": demo}
+    for name in _OTHERS:
+        # what a merge is done in a forecast would take a tenth of to load
+        if asked == [name] or not {*asked} & {*_OTHERS}:
+            own = name.replace("-", "_")
+            found[name] = getattr(import_module(f"pretrain_merge.cli.{own}"), own)
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain_merge.cli.loading import loading
 from pretrain_merge.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def merge(
         plan: Only say what would be read and written, and how long that takes.
         quiet: No progress bar.
     """
-    from pretrain_merge.offline import merge as offline
+    with loading():
+        from pretrain_merge.offline import merge as offline
 
     options: dict[str, Any] = {
         "steps": steps, "base": base, "dtype": dtype, "newest": newest or (), "average": average or (),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.cli.results import console_beside, write_result
-from pretrain_merge.config import SPAN, WindowConfig, build, parse_views
+from pretrain_merge.config import LONGEST_SPAN, WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
     HARDWARE,
@@ -51,6 +51,7 @@ def plan(
     sample_every: int = 1,
     store: Literal["auto", "device", "host", "disk"] = "auto",
     slot_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    restart_points: int = 0,
     total_tokens: str | None = None,
     tokens_per_step: str = "4M",
     validation_tokens: str = "10M",
@@ -80,6 +81,7 @@ def plan(
         sample_every: With blocks: steps between the models that enter the mean.
         store: Where snapshots lie.
         slot_dtype: Dtype of snapshots where smaller than the parameters'.
+        restart_points: Of SpikeRecovery, beside the window: 3 with its defaults.
         total_tokens: Tokens of the whole run (2T): also say how many snapshots and merges it makes, and what share of
             it a window spans.
         tokens_per_step: Tokens of one optimizer step, over all ranks; the default is Llama 2's (arXiv 2307.09288).
@@ -116,7 +118,7 @@ def plan(
     )
     made = make_plan(question)
     console = console_beside(json)
-    console.print(plan_table(question, made, advice))
+    console.print(plan_table(question, made, advice, restart_points=restart_points))
     console.print(_yaml(options | {"store": store}), markup=False, soft_wrap=True)
     if json is not None:
         write_result(json, json_format.dumps(_figures(question, made, advice), indent=1) + "\n")
@@ -162,7 +164,7 @@ def _yaml(options: Mapping[str, Any]) -> str:
     defaults = {item.name: item for item in fields(WindowConfig)}
     lines = ["# the callback's configuration, as a YAML file"]
     reach = options["window"] - (options["average"] == "last")
-    grows = Share.spanning(SPAN, reach).percent
+    grows = Share.spanning(LONGEST_SPAN, reach).percent
     for key, value in options.items():
         default = defaults[key].default if defaults[key].default is not MISSING else None
         if value != default or key in ("window", "every", "views"):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pretrain_merge.cadence import Share
-from pretrain_merge.config import SPAN
+from pretrain_merge.config import LONGEST_SPAN
 from pretrain_merge.plan import Advice, Cost, Plan, Question
 from pretrain_merge.plan.costs import COPIES_IN_TRAINING, STEP
 from pretrain_merge.plan.times import Move
@@ -19,13 +19,14 @@ _PREFIXES = ("", "K", "M", "B", "T")
 _BYTES = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
-def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
+def plan_table(question: Question, plan: Plan, advice: Advice, *, restart_points: int = 0) -> "Table":
     """One row per figure: what it is, how much, and how it was computed. Bytes are decimal: a GB is 10^9 of them.
 
     Args:
         question: What the plan was made from.
         plan: What was computed.
         advice: The paper's interval and window.
+        restart_points: Of `SpikeRecovery`, beside the window.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -40,7 +41,7 @@ def plan_table(question: Question, plan: Plan, advice: Advice) -> "Table":
     table.add_column("from")
     sections: Sequence[tuple[str, Iterator[Row]]] = (
         ("interval and window", _cadence(question, plan, advice)),
-        ("memory of the fullest rank", _memory(question, plan)),
+        ("memory of the fullest rank", _memory(question, plan, restart_points)),
         ("where the window fits, per rank", _places(question, plan)),
         ("share of the training time", _times(question, plan)),
         ("files", _files(question, plan)),
@@ -65,8 +66,10 @@ def _title(question: Question) -> str:
 def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
     yield "the paper's interval", f"{_count(advice.interval)} tokens", advice.how
     yield "the paper's window", str(advice.window), "its nearest row"
-    grows = Share.spanning(SPAN, question.merging.span_in_intervals, "tokens")
-    yield "or a share of the run", f"{grows.percent:g}% of tokens", f"a window always spans {SPAN:.0%} of it, or less"
+    intervals = question.merging.span_in_intervals
+    grows = Share.spanning(LONGEST_SPAN, intervals, "tokens")
+    spans = f"a window always spans {grows.percent * intervals:g}% of it"
+    yield "or a share of the run", f"{grows.percent:g}% of tokens", spans
     every = question.merging.every
     steps = f"{plan.steps_between_snapshots:,.0f} steps of {_count(question.training.tokens_per_step)} tokens"
     yield "interval here", f"{_count(every.amount)} {every.unit}", steps
@@ -79,11 +82,11 @@ def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
         # the first merge needs a second snapshot
         yield "merges in the run", f"{max(0, int(steps_of_run / plan.steps_between_merges) - 1):,}", f"of {of_run}"
         share = merging.span_in_intervals * plan.steps_between_snapshots / steps_of_run
-        whole = f"of the run; a view takes the newest within {SPAN:.0%} of the tokens so far"
+        whole = f"of the run; a view takes the newest within {LONGEST_SPAN:.0%} of the tokens so far"
         yield "a window spans", f"{share:.1%}", whole
 
 
-def _memory(question: Question, plan: Plan) -> Iterator[Row]:
+def _memory(question: Question, plan: Plan, restart_points: int) -> Iterator[Row]:
     merging, layout = question.merging, question.layout
     divided = layout.shard * layout.tensor
     held = f"{_count(question.model.total)} / {divided:,}, rows rounded up" if divided > 1 else "all"
@@ -96,6 +99,9 @@ def _memory(question: Question, plan: Plan) -> Iterator[Row]:
     yield "open block", _size(plan.accumulator_bytes), summed
     buffers = plan.staging_device_bytes + plan.staging_host_bytes
     yield "buffers", _size(buffers), f"for slots on their way; store is {plan.store}"
+    if restart_points:
+        size = restart_points * plan.elements * merging.itemsize
+        yield "restart points", _size(size), f"{restart_points} × parameters × {merging.itemsize} bytes, on the host"
 
 
 def _places(question: Question, plan: Plan) -> Iterator[Row]:

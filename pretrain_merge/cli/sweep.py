@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain_merge.cli.loading import loading
+
 if TYPE_CHECKING:
     from pretrain_merge.offline.comparison import Comparison
     from pretrain_merge.offline.sweep import SweepPlan
@@ -64,7 +66,8 @@ def sweep(
         plan: Only say how many evaluations that takes.
         quiet: No progress bar.
     """
-    from pretrain_merge.offline import sweep as offline
+    with loading():
+        from pretrain_merge.offline import sweep as offline
 
     options: dict[str, Any] = {
         "window": window, "views": views, "span": span, "intervals": intervals or (1, 2), "every": every,

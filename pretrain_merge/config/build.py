@@ -80,6 +80,9 @@ def _window_settings_of(config: WindowConfig) -> WindowSettings:
     require(config, "window", lambda value: 2 <= value <= _LARGEST_WINDOW, f"an integer from 2 to {_LARGEST_WINDOW}")
     require(config, "sample_every", lambda value: value >= 1, "an integer of at least 1")
     require(config, "lr_tolerance", lambda value: 0.0 <= value < 1.0, "a number from 0 to 1")
+    require(
+        config.breaks, "distrust", lambda value: value is None or value >= 0, "null or steps, 0 and up", at="breaks."
+    )
     require(config, "average", lambda value: value in AVERAGES, " or ".join(AVERAGES))
     require(config, "batch_norm", lambda value: value in BATCH_NORMS, " or ".join(BATCH_NORMS))
     require(config, "store", lambda value: value in STORES, " or ".join(STORES))

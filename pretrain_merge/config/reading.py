@@ -9,13 +9,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from pretrain_merge.config import yaml_file
 from pretrain_merge.errors import ConfigError, nearest
 
 _ConfigT = TypeVar("_ConfigT")
+_MISSING = "???"  # OmegaConf's; itself it is imported where a configuration is read, since it takes as long as numpy
 
 
 def read(values: object) -> Mapping[Any, Any]:
@@ -24,8 +21,13 @@ def read(values: object) -> Mapping[Any, Any]:
     Raises:
         ConfigError: It cannot be read, or is not a mapping.
     """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if isinstance(values, str | Path):
+            from pretrain_merge.config import yaml_file
+
             values = yaml_file.load(Path(values))
         container = (
             OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values  # P12
@@ -54,6 +56,9 @@ def typed(schema: type[_ConfigT], given: Any, *, at: str) -> _ConfigT:
     Raises:
         ConfigError: Unknown key or wrong type; the message names the key's path.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     refuse_misfits(schema, given, at)
     try:
         # objects: the shape of a `decay` view may be a function where the configuration is Python
@@ -97,7 +102,7 @@ def refuse_misfits(schema: Any, values: Mapping[Any, Any], at: str = "") -> None
         if key not in known:
             raise ConfigError(f"{at}{key}: unknown key{did_you_mean(str(key), known)} Known keys: {', '.join(known)}.")
         default = known[key]
-        if isinstance(value, str) and value == MISSING:
+        if isinstance(value, str) and value == _MISSING:
             raise ConfigError(f"{at}{key}: {value!r} stands for a value that must be given. Give one, or drop the key.")
         if isinstance(default, list) and (isinstance(value, str) or not isinstance(value, Sequence)):
             raise ConfigError(f"{at}{key}: {value!r} is not a list. Allowed: a list, such as {default or ['*.bias']}.")

@@ -28,6 +28,7 @@ from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
+from pretrain_merge.window.spike_breaks import SpikeBreaks
 from pretrain_merge.window.stored import StoredWindow
 from pretrain_merge.window.window import Window
 
@@ -89,9 +90,13 @@ class RollingMerger:
         self._block = BlockMean(values.sample_every) if values.average == "block" else None
         self._stored = StoredWindow(values, of_masters=masters is not None)  # which snapshots are held, and their bytes
         self._breaks = Breaks(self._stored.window, self._block, values, notices)  # rate, phase, refusals
+        limits = values.breaks
+        self._spikes = SpikeBreaks(self.window, self._breaks, limits.distrust) if limits.spikes else None
         # fills the window from the live model, on all ranks or on none; knows which tensors are merged
         self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices, masters)
-        self._saved = SavedWindow(parsed, self._block, self._breaks, self._capture)  # which files hold the snapshots
+        self._saved = SavedWindow(
+            parsed, self._block, self._breaks, self._spikes, self._capture
+        )  # which files hold the snapshots
         self._progress = Progress()  # counters of the last observed step
         self._lr: tuple[float, ...] = ()  # its rates
         self._snapshot_is_new = False  # whether it took a snapshot
@@ -124,6 +129,11 @@ class RollingMerger:
     def num_refused(self) -> int:
         """Snapshots refused so far because they held NaN or infinity."""
         return self._breaks.num_refused
+
+    @property
+    def num_spikes(self) -> int:
+        """Spikes of the training loss so far."""
+        return self._breaks.num_spikes
 
     @property
     def spread(self) -> float:
@@ -172,13 +182,24 @@ class RollingMerger:
         self._progress = progress
         self._capture.resume_from(progress)
 
-    def observe(self, module: Modules, progress: Progress | int, *, lr: float | Sequence[float] = ()) -> bool:
+    def observe(
+        self,
+        module: Modules,
+        progress: Progress | int,
+        *,
+        lr: float | Sequence[float] = (),
+        loss: Tensor | float | None = None,
+        gradient_norm: Tensor | float | None = None,
+    ) -> bool:
         """Look at the model after an optimizer step; takes a snapshot where one is due.
 
         Args:
             module: The live model, or several. It is read, never written.
             progress: Totals since the start of the run; an integer is a number of steps.
             lr: The learning rate that this step used, one per parameter group; a change is a break.
+            loss: Training loss of this step, of which a spike is a break; on every rank or on none. A tensor is not
+                waited for. None: not known.
+            gradient_norm: Norm of its gradient before clipping, likewise: what `clip_grad_norm_` returns.
 
         Returns:
             Whether a snapshot was taken.
@@ -195,7 +216,23 @@ class RollingMerger:
         self._breaks.at_new_lr(after, self._lr)
         self._snapshot_is_new = False  # also where the capture fails
         self._snapshot_is_new = self._capture.observe(one, before, after, lr=self._lr)
+        if loss is not None:
+            self.judge(before, loss, gradient_norm)
         return self._snapshot_is_new
+
+    def judge(self, before: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None) -> None:
+        """See whether the loss of the step that was observed last is part of a spike, as `observe` does with `loss`.
+
+        Every rank calls it at every step, also one that has no loss there.
+        """
+        # after the capture: a snapshot that was taken in the middle of a spike is dropped with the others
+        if self._spikes is not None and self._spikes.judge(before, self._progress, loss, gradient_norm):
+            self._snapshot_is_new = False
+
+    def meet(self) -> None:
+        """Bring the losses of all ranks together, before one of them makes the `manifest` alone. Collective."""
+        if self._spikes is not None:
+            self._spikes.meet()
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
@@ -280,6 +317,8 @@ class RollingMerger:
     def mark_phase(self, name: str) -> None:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
         self._breaks.at_phase(self._progress, name)
+        if self._spikes is not None:
+            self._spikes.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on from here exactly, as any checkpoint takes it: one text.

@@ -57,6 +57,7 @@ def agree(
         MergeInputError: Names, shapes or dtypes differ.
         UnsupportedModelError: A tensor cannot be merged by elementwise arithmetic.
     """
+    # which of two tied names a file calls the tensor is chance, so all of them are compared
     known = [_with_aliases(source) for source in sources]
     last = known[-1]
     _refuse_other_models(sources, known, on_missing)
@@ -80,6 +81,7 @@ def agree(
         # what is copied keeps its bits, so its dtype
         target = Kind(kind.shape, dtype) if merged and dtype is not None else kind
         found[name] = Output(target, None if merged else len(sources) - 1)
+    # behind the sources' own, so that an old base never stands for what was trained
     for name, kind in _with_aliases(base).items() if base is not None else ():
         if name in found or name in common_ties(sources):
             continue
@@ -110,9 +112,11 @@ def _refuse_other_models(sources: Sequence[Source], known: Sequence[Mapping[str,
         if on_missing == "error":
             problems += [f"{name} is missing" for name in last.keys() - own.keys()]
             problems += [f"{name} is only there" for name in own.keys() - last.keys()]
+        # on_missing='newest' would else make a merge that is the newest checkpoint alone
         if not problems and not own.keys() & last.keys():
             problems = ["it has no name in common"]
         if problems:
+            # of another model there would be one for each of its tensors
             more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise MergeInputError(
                 f"{source.place} does not fit {newest}: {'; '.join(sorted(problems)[:_LISTED])}{more}. A merge needs "
@@ -136,6 +140,7 @@ def _refuse_mixed(name: str, sources: Sequence[Source], holders: Sequence[Kind],
 
 def _refuse_quantised(name: str, kind: Kind) -> None:
     """A mean of scales beside the newest numbers would be no model; a mask is a constant."""
+    # of one dimension: tables and counters, which are not weights
     if kind.dtype.itemsize == _MASK_BYTES and kind.dtype is not torch.bool and len(kind.shape) > 1:
         raise UnsupportedModelError(
             f"{name} is {kind}: quantised weights, which cannot be averaged. Merge the checkpoints from before "

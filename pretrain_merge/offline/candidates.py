@@ -131,6 +131,7 @@ class Program:
                 f"{shlex.join(words)} ended with code {done.returncode}: {said} Run it by hand on a folder of "
                 f"pretrain-merge merge, then sweep again: finished points are kept."
             )
+        # programs print warnings and tables before, and an empty line behind
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         try:
             found = json.loads(lines[-1])
@@ -151,6 +152,7 @@ def numbers(label: str, metrics: Any) -> Metrics:
         EvaluationError: They are not, or there is none.
     """
     try:
+        # float: tensors and NumPy's numbers, which JSON would refuse
         found = {str(name): float(value) for name, value in metrics.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise EvaluationError(

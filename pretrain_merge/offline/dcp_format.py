@@ -1,13 +1,9 @@
 """Folders of `torch.distributed.checkpoint`, by any number of ranks: torchtitan's, Lightning's sharded checkpoints.
 
-This module knows `.metadata`, which is a pickle, and reads it with an allow list: the classes that DCP writes become
-plain records of this module, and any other name is an error before anything is called. The files beside it are looked
-into when a tensor of theirs is needed.
+This module knows which boxes of tensors lie where, and which of them are the model. The files are looked into when a
+tensor of theirs is needed.
 """
 
-import io
-import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,73 +11,17 @@ import torch
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.offline import torch_format
+from pretrain_merge.offline.dcp_metadata import read_metadata
 from pretrain_merge.offline.files import Files, join, size_of
 from pretrain_merge.offline.safetensors_format import whole_shape
 from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.torch_archive import open_archive
 
 METADATA = ".metadata"
 _LIGHTNING_META = "meta.pt"
-_LONGEST_METADATA = 2**31
 # the parts of a training state that are not the model, by the first word of a name; torchtitan's and common ones
 _NOT_THE_MODEL = ("optimizer", "optim", "lr_scheduler", "scheduler", "train_state", "dataloader", "rng", "step")
 _MODEL_PARTS = ("state_dict", "model", "app.model")  # Lightning's; the usual one
-
-
-class _Record:
-    """Stands for a class of DCP's metadata: attributes and nothing else."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:  # TensorProperties: (dtype, layout, requires_grad, memory_format, pin_memory)
-            self.__dict__["state"] = state
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def _ignored(*_: Any) -> None:
-    """Stands for values that are not needed, such as the path where it was saved."""
-
-
-_DCP = "torch.distributed.checkpoint"
-_ALLOWED: Mapping[tuple[str, str], Any] = {
-    (f"{_DCP}.metadata", "Metadata"): _Record,
-    (f"{_DCP}.metadata", "TensorStorageMetadata"): _Record,
-    (f"{_DCP}.metadata", "BytesStorageMetadata"): _Record,
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"): _Record,
-    (f"{_DCP}.metadata", "TensorProperties"): _Record,
-    (f"{_DCP}.metadata", "MetadataIndex"): _Record,
-    (f"{_DCP}.metadata", "StorageMeta"): _Record,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _ignored,
-    (f"{_DCP}.filesystem", "_StorageInfo"): _Record,
-    (f"{_DCP}.filesystem", "_StoragePrefix"): _Record,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _ignored,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): _ignored,
-    ("pathlib", "Path"): _ignored,
-    ("pathlib._local", "PosixPath"): _ignored,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise CheckpointError(
-                f"it names {module}.{name}, which no metadata of torch.distributed.checkpoint needs. It is not run. "
-                f"Use the checkpoint from where you trust it."
-            ) from None
-
-    def persistent_load(self, _: Any) -> Any:
-        raise CheckpointError("it refers to objects outside it. Copy the folder again.")
 
 
 def open_folder(place: str) -> Source:
@@ -91,7 +31,7 @@ def open_folder(place: str) -> Source:
         CheckpointError: It is damaged, more than plain data, or holds no model.
     """
     path = join(place, METADATA)
-    metadata = _read(path)
+    metadata = read_metadata(path)
     try:
         stored = _tensors(metadata)
         kinds, parts = {name: item[0] for name, item in stored.items()}, _paths(metadata, stored)
@@ -105,9 +45,11 @@ def open_folder(place: str) -> Source:
             f"{path} is damaged, or of a storage other than DCP's own ({type(error).__name__}: {error}). Copy the "
             f"folder again."
         ) from error
+    # before anything is read: a copy that was broken off lacks whole files mostly
     _refuse_short_files(chunks)
     for name, kind in kinds.items():
         boxes = [Block("", 0, offsets, shape) for offsets, shape, _ in chunks[name]]
+        # what a rank never wrote would be read as whatever the buffer held
         if whole_shape(place, name, boxes) != kind.shape:
             raise CheckpointError(f"{place} does not hold all of {name!r} ({kind}). Copy the folder again.")
     model = _model_names(place, parts)
@@ -131,22 +73,6 @@ def open_folder(place: str) -> Source:
 _Chunk = tuple[tuple[int, ...], tuple[int, ...], tuple[str, int, int]]  # offsets, shape, (file, first byte, bytes)
 
 
-def _read(path: str) -> Any:
-    size = size_of(path)
-    if size is None:
-        raise CheckpointError(f"{path} is missing: that checkpoint was not finished. Use another one.")
-    if size > _LONGEST_METADATA:
-        raise CheckpointError(f"{path} has {size} bytes, more than metadata ever need. Copy the folder again.")
-    with Files() as files:
-        pickled = files.read(path, 0, size)
-    try:
-        return _Unpickler(io.BytesIO(pickled)).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is not plain metadata: {error}") from error
-    except Exception as error:  # a crafted pickle can raise anything
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). Copy the folder again.") from error
-
-
 def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...], tuple[int, ...]]]]]:
     """By name: the whole tensor, and offsets and shape of each of its boxes."""
     found = {}
@@ -157,6 +83,7 @@ def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...],
         dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{name!r} is of dtype {dtype!r}")
+        # replicas are listed once for each rank that had one
         boxes = [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
         found[str(name)] = (Kind(_numbers(entry.size), dtype), list(dict.fromkeys(boxes)))
     return found
@@ -205,6 +132,7 @@ def _paths(metadata: Any, stored: Mapping[str, Any]) -> dict[str, tuple[str, ...
 
 def _model_names(place: str, paths: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """The tensors of the model, and their names in it."""
+    # with a model under its own word, whatever else lies beside it is not the model, by whichever name
     for part in _MODEL_PARTS:
         inner = {name: ".".join(path[1:]) for name, path in paths.items() if len(path) > 1 and path[0] == part}
         if inner:
@@ -228,7 +156,7 @@ def _blocks(chunks: Sequence[_Chunk], kind: Kind) -> list[Block]:
     found = []
     with Files() as files:
         for offsets, shape, (file, start, length) in chunks:
-            archive = torch_format.open_archive(file, files, start, length)
+            archive = open_archive(file, files, start, length)
             tensor = archive.content
             if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != (shape, kind.dtype):
                 raise CheckpointError(
@@ -247,5 +175,5 @@ def _lightning_meta(place: str) -> Mapping[str, Any]:
     if size is None:
         return {}
     with Files() as files:
-        content = torch_format.open_archive(path, files, 0, size).content
+        content = open_archive(path, files, 0, size).content
     return content if isinstance(content, Mapping) else {}

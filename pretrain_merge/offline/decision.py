@@ -16,7 +16,7 @@ from pretrain_merge.offline.options import refuse_text, refuse_unknown
 from pretrain_merge.offline.partial import fingerprint
 from pretrain_merge.offline.recipe import Recipe, ViewLike, make_recipe
 from pretrain_merge.offline.shards import LARGEST_FILE, Shard
-from pretrain_merge.offline.tensors import MERGED_DTYPES, Kind, Source
+from pretrain_merge.offline.tensors import MERGED_DTYPES, Source
 
 Optimizer = Literal["drop", "newest", "average"]
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGED_DTYPES}
@@ -59,6 +59,7 @@ class Decision:
         if not largest_file > 0:
             raise ConfigError(f"largest_file is {largest_file}; it must be above 0 bytes. Leave it at its default.")
         recipe = make_recipe(sources, view, steps)
+        # after the recipe: of sources that a view leaves out nothing is asked
         for source in recipe.sources:
             agreement.check_readable(source)
         outputs = agreement.agree(
@@ -66,8 +67,10 @@ class Decision:
             on_missing=on_missing, base=base,
         )  # fmt: skip
         states = _optimizer_outputs(recipe, optimizer)
+        # in the order of the newest source, which is mostly that of its layers: reads go forward in each file
         divided = shards.divide({name: output.kind for name, output in outputs.items()}, largest_file)
         if states:
+            # in files of their own, which loaders of weights do not look into
             divided += shards.divide({name: item.kind for name, item in states.items()}, largest_file, "optimizer")
         policy = {
             "dtype": dtype, "newest": list(newest), "average": list(average), "on_missing": on_missing,
@@ -98,16 +101,8 @@ class Decision:
     def _bytes_read(self, name: str, output: Output) -> int:
         if output.origin is not None:
             return output.kind.num_bytes
+        # by each source's own dtype: they may differ
         return sum(source.kind(name).num_bytes for source in self.recipe.sources)
-
-
-def _described(source: Source) -> dict[str, Any]:
-    plain: dict[str, Any] = {"place": source.place, "format": source.format, "step": source.step}
-    return plain | ({"provenance": dict(source.about)} if source.about else {})
-
-
-def _stored(source: Source, name: str) -> Kind:
-    return source.tensors.get(source.ties.get(name, name)) or source.optimizer[name]
 
 
 def _optimizer_outputs(recipe: Recipe, optimizer: Optimizer) -> dict[str, Output]:

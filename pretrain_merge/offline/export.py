@@ -18,6 +18,7 @@ from pretrain_merge.offline.mapped import MappedTensors
 from pretrain_merge.offline.merge import merge_sources
 from pretrain_merge.offline.options import new_folder
 from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.torch_archive import open_archive
 
 Target = Literal["ckpt", "hf", "safetensors"]
 _OPTIMIZER_FILE = "optimizer"
@@ -56,6 +57,7 @@ def export_checkpoint(
     if to not in ("ckpt", "hf", "safetensors"):
         raise ConfigError(f"to: {to!r} is not known. Allowed: 'ckpt', 'hf', 'safetensors'.")
     target = new_folder(out)
+    # all is opened before anything is made, so a refusal leaves nothing
     source = recognise.find_one(folder)
     based = recognise.find_one(base) if base is not None else None
     if to == "ckpt":
@@ -81,6 +83,7 @@ def _as_hugging_face(source: Source, base: Source | None) -> Source:
             f"one of the model that training began with."
         )
     prefix = _prefix(source, base) if base is not None else ""
+    # from_pretrained looks for the names of the folder that training began with
     own = {name.removeprefix(prefix): name for name in source.tensors}
     return replace(
         source,
@@ -111,6 +114,7 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
         prefix = str(source.about.get("prefix") or "")
         tensors = MappedTensors(source, files)
         found = {name: tensors[name] for name in source.tensors}
+        # strict loading asks for every name, tied or not; torch.save stores shared memory once
         found |= {alias: found[name] for alias, name in source.ties.items()}
         in_base = {plain_name(name): name for name in state}  # of a compiled model, for instance
         new = {in_base.get(f"{prefix}{name}", f"{prefix}{name}"): tensor for name, tensor in found.items()}
@@ -133,6 +137,7 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
             del callbacks[key]
         if optimizer == "drop":
             content.pop("optimizer_states", None)
+            # a scheduler of optimizers that are not there would refuse to load
             content.pop("lr_schedulers", None)
         elif optimizer == "average":
             _average_optimizer(source, content, files)
@@ -162,7 +167,7 @@ def _average_optimizer(source: Source, content: dict[str, Any], files: Files) ->
 
 def _loaded(path: str, files: Files) -> dict[str, Any]:
     """A Lightning checkpoint, its tensors mapped from the file."""
-    torch_format.open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
+    open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return dict(content)
 
@@ -174,7 +179,7 @@ def _save(content: Mapping[str, Any], target: Path) -> None:
             torch.save(dict(content), draft.file)
             draft.file.flush()
             with Files() as files:  # what was written can be read, before it has its name
-                torch_format.open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
+                open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
     except (OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

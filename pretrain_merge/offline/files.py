@@ -4,6 +4,7 @@ This module knows paths, URLs and positions. A read that comes back short is an 
 padded. Local files are read by position, so that several threads may read one; remote ones go through fsspec.
 """
 
+import glob
 import os
 import threading
 from collections import OrderedDict
@@ -48,6 +49,7 @@ class Files:
             CheckpointError: The file cannot be read, or ends before.
         """
         try:
+            # by position for local files, so threads do not wait for each other
             done = self._read_remote(file, start, target) if is_remote(file) else self._read(file, start, target)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error}. Copy it again from where it is whole.") from error
@@ -68,6 +70,7 @@ class Files:
             descriptor = self._opened(file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         done = 0
         while done < len(target):
+            # a call gives at most 2 GiB, and less where a signal comes in
             count = os.preadv(descriptor, [target[done:]], start + done)
             if count == 0:
                 break
@@ -75,17 +78,11 @@ class Files:
         return done
 
     def _read_remote(self, file: str, start: int, target: memoryview) -> int:
-        with self._lock, _errors_of_ours(file):  # one position per open file
-            handle = self._opened(file, lambda: _open_remote(file))
-            handle.seek(start)
-            done = 0
-            while done < len(target):
-                found = handle.read(len(target) - done)
-                if not found:
-                    break
-                target[done : done + len(found)] = found
-                done += len(found)
-        return done
+        with _errors_of_ours(file):
+            with self._lock:
+                handle, own_lock = self._opened(file, lambda: (_open_remote(file), threading.Lock()))
+            with own_lock:  # one position per open file; other files do not wait for this one's network
+                return _read_from(handle, start, target)
 
     def _opened(self, file: str, open_it: Any) -> Any:
         if file not in self._open:
@@ -117,6 +114,17 @@ def list_folder(place: str) -> list[str] | None:
         return sorted(str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path_there, detail=False))
 
 
+def matching(pattern: str) -> list[str]:
+    """Files and folders whose names match, sorted; none where it is not a pattern."""
+    if not glob.has_magic(pattern):
+        return []
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern))
+    with _errors_of_ours(pattern):
+        system, path_there = _url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(item) for item in system.glob(path_there))
+
+
 def _url_to_fs(place: str) -> tuple[Any, str]:
     import fsspec  # a cloud's library may come with it
 
@@ -142,8 +150,22 @@ def _open_remote(file: str) -> Any:
     return system.open(path_there, "rb")
 
 
-def _close(handle: Any) -> None:
-    if isinstance(handle, int):
-        os.close(handle)
+def _read_from(handle: Any, start: int, target: memoryview) -> int:
+    # most backends read ahead in the open file, which pieces in their order make use of
+    handle.seek(start)
+    done = 0
+    while done < len(target):
+        found = handle.read(len(target) - done)
+        if not found:
+            break
+        target[done : done + len(found)] = found
+        done += len(found)
+    return done
+
+
+def _close(opened: Any) -> None:
+    if isinstance(opened, int):
+        os.close(opened)
     else:
+        handle, _ = opened
         handle.close()

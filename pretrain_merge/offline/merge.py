@@ -105,6 +105,7 @@ def merge_checkpoints(
         MergeInputError: The sources are not of one model, or one is not finite.
         ConfigError: An option is not one, or does not fit the sources.
     """
+    # what is cheap to refuse goes first: opening remote sources takes minutes
     target, place = new_folder(out), device_of(device)
     decision = Decision.of(
         find(sources), view, steps=steps, base=find_base(base), dtype=dtype, newest=newest, average=average,
@@ -128,6 +129,7 @@ def plan_merge(
     num_read = sum(decision.bytes_read(shard) for shard in decision.shards)
     num_written = sum(shard.num_bytes for shard in decision.shards)
     copied = tuple(name for name, output in decision.outputs.items() if output.origin is not None)
+    # beside the folder to be made: that disk is the one that will be written
     reading, writing = rates.measure(decision.recipe.sources, target.parent)
     return MergePlan(
         bytes_read=num_read,
@@ -183,6 +185,7 @@ def _written(decision: Decision, out: Path, device: torch.device, progress: Prog
 
 def _write(decision: Decision, partial: Path, device: torch.device, progress: Progress | None) -> dict[str, Written]:
     """The files of this rank: every rank takes as many bytes, as far as files allow."""
+    # every rank computes the same division, so nothing is sent
     mine = _share(decision.shards, ranks.num_ranks())[ranks.rank()]
     total = sum(decision.bytes_read(shard) for shard in mine)
     done = 0
@@ -196,12 +199,14 @@ def _write(decision: Decision, partial: Path, device: torch.device, progress: Pr
     found: dict[str, Written] = {}
     with Streamer(decision.everyone, decision.recipe.coefficients, device=device, progress=count) as streamer:
         for shard in mine:
+            # its checksum is counted anew, at the speed of the disk: a loss of power may have left zeros
             before = shards.finished(partial, shard)
             if before is None:
                 found[shard.file] = streamer.write(partial, shard, decision.outputs)
             else:
                 found[shard.file] = before
                 logger.info(f"{partial / shard.file} was finished before and is kept.")
+                # the bar counts what need not be read again as read
                 count(decision.bytes_read(shard))
     return found
 

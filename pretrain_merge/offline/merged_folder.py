@@ -39,6 +39,7 @@ def complete(
         CheckpointError: A companion cannot be read.
         OSError: The disk refuses.
     """
+    # with a single file there is no index, as in Hugging Face's own folders
     for stem in ("model", "optimizer"):
         of_stem = [shard for shard in decision.shards if shard.file.startswith(stem)]
         if len(of_stem) > 1:
@@ -46,6 +47,7 @@ def complete(
     newest = decision.recipe.sources[-1]
     with Files() as files:
         for companion in newest.companions:
+            # bytes as they are: a tokenizer that was parsed and written anew is another one for its checksum
             content = files.read(companion, 0, size_of(companion) or 0)
             write(folder / companion.rpartition("/")[2], content)
     write(folder / PROVENANCE, provenance_text(about).encode())

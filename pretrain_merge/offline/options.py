@@ -21,8 +21,10 @@ def new_folder(out: str | Path) -> Path:
     """
     if is_remote(str(out)):
         raise ConfigError(f"out: {out} is a URL. Results are written to a local folder: name one, and copy it there.")
+    # a link to nowhere, too, is something that is there
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists and is never overwritten. Move it away, or write to another folder.")
+    # absolute now: a LightningModule that is built for a sweep may change the folder
     return Path(out).absolute()
 
 

@@ -34,6 +34,7 @@ def prepare(partial: Path, identity: Mapping[str, Any]) -> None:
     try:
         # whole texts are compared: a file that was exchanged since has another time or size
         if not plan.exists() or plan.read_bytes() != text.encode():
+            # finished files of another merge would be taken for ours
             atomic.delete(partial)
             atomic.make_folder(partial)
             atomic.write(plan, text)
@@ -71,6 +72,7 @@ def removed_if_empty(partial: Path, finished: str = f"*{shards.NOTE}") -> Iterat
     try:
         yield
     except BaseException:
+        # BaseException: Ctrl-C in the first second leaves nothing either
         if ranks.rank() == 0 and not any(partial.glob(finished)):
             atomic.delete(partial)
         raise
@@ -91,6 +93,7 @@ def publish(partial: Path, out: Path, *, without: Sequence[Path] = ()) -> None:
         for path in without:
             path.unlink()
         atomic.remove_leftovers(partial)
+        # contents before the name, or a loss of power leaves a complete folder of empty files
         for path in sorted(partial.iterdir()):
             sync(path)
         sync(partial)
@@ -110,4 +113,5 @@ def fingerprint(file: str) -> list[int]:
     if is_remote(file):
         return [size_of(file) or 0]
     status = Path(file).stat()
+    # reading it all to be sure would take as long as the merge that is resumed
     return [status.st_size, status.st_mtime_ns]

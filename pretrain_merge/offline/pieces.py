@@ -7,6 +7,7 @@ of it is one run of bytes, whatever the sharding. This module knows shapes and b
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.tensors import Block, Kind, Source
 
 _ALIGNMENT = 64  # bytes, so that vector loads cross no cache line
+_MOST_LOCATED = 16  # tensors: more than threads are at work on
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def _cut(name: str, lead: tuple[int, ...], shape: tuple[int, ...], longest: int)
         for index in range(shape[0]):
             yield from _cut(name, (*lead, index), shape[1:], longest)
         return
+    # whole rows: in a sharded file they lie behind one another
     step = longest // row
     for first in range(0, shape[0], step):
         last = min(shape[0], first + step)
@@ -90,6 +93,7 @@ class Buffer:
             starts.append(end)
             end += piece.num_elements * dtype.itemsize
             end = end if is_packed else -(-end // _ALIGNMENT) * _ALIGNMENT
+        # grown at need: the first batches of a small model take little
         if end > self._memory.numel():
             self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         parts = zip(pieces, dtypes, starts, strict=True)
@@ -104,7 +108,7 @@ class Buffer:
 
 
 class Reader:
-    """Reads pieces of one source.
+    """Reads pieces of one source, for several threads at a time.
 
     Args:
         source: The checkpoint.
@@ -113,7 +117,8 @@ class Reader:
 
     def __init__(self, source: Source, files: Files) -> None:
         self._source, self._files = source, files
-        self._located: tuple[str, Sequence[Block]] = ("", ())
+        # some formats look into a file for it, and a large tensor has many pieces
+        self._locate = lru_cache(_MOST_LOCATED)(source.locate)
 
     def read_into(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> None:
         """Fill a tensor per piece.
@@ -122,10 +127,7 @@ class Reader:
             CheckpointError: A file cannot be read.
         """
         for piece, target in zip(pieces, targets, strict=True):
-            name = self._source.ties.get(piece.name, piece.name)
-            if self._located[0] != name:
-                self._located = (name, self._source.locate(name))
-            for block in self._located[1]:
+            for block in self._locate(self._source.ties.get(piece.name, piece.name)):
                 _read_common(self._files, block, piece, target)
 
 
@@ -155,6 +157,7 @@ def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> No
         return
     row = math.prod(rest)
     skipped = sum(index * math.prod(shape[dim + 1 :]) for dim, index in enumerate(own))
+    # a box that was split along a later dimension has gaps in the piece, and none in its file
     whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
     files.read_into(
         block.file,

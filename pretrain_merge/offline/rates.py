@@ -17,6 +17,7 @@ def measure(sources: Sequence[Source], folder: Path) -> tuple[float | None, floa
     num_bytes = min(_SAMPLE, size_of(file) or 0)
     if num_bytes < _SAMPLE // 16:  # a sample that small tells nothing
         return None, None
+    # the newest is the one most likely in the page cache, so this is the rate at best
     with Files() as files:
         start = time.perf_counter()
         sample = files.read(file, 0, num_bytes)

@@ -75,6 +75,7 @@ def make_recipe(sources: Sequence[Source], view: ViewLike, steps: Sequence[int] 
                 f"view: {wanted.name!r} needs {wanted.last} checkpoints and {len(ordered)} were named. Name more, or "
                 f"take a smaller view."
             )
+        # the newest ones, as a window would hold
         ordered, times = ordered[-wanted.last :], times and times[-wanted.last :]
     if times is None and _needs_times(wanted):
         raise ConfigError(
@@ -82,6 +83,7 @@ def make_recipe(sources: Sequence[Source], view: ViewLike, steps: Sequence[int] 
             f"{', '.join(f'{source.place}: {source.step}' for source in ordered[:5])} do not give one step each. Say "
             f"them with steps."
         )
+    # the one place that knows kinds; training has the same numbers from it
     numbers = coefficients.compute(wanted.kind, len(ordered), times=times, **wanted.params)
     return Recipe(tuple(ordered), numbers, wanted.name, wanted.kind, wanted.params, times)
 
@@ -93,6 +95,7 @@ def _view(view: ViewLike) -> View:
             raise ConfigError("view.times: the times of a merge are the steps of its checkpoints. Give them as steps.")
         return parsed
     try:
+        # a text is a sequence too, and was taken care of above
         weights = [float(weight) for weight in view]
     except (TypeError, ValueError) as error:
         raise CoefficientError(f"view is {view!r}; allowed is a view, or a list of numbers that sum to 1.") from error

@@ -12,16 +12,20 @@ from typing import Any
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models.provenance import PROVENANCE, without_checksum
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
-from pretrain_merge.offline.files import is_remote, join, list_folder, size_of
+from pretrain_merge.offline.doubles import without_doubles
+from pretrain_merge.offline.files import is_remote, join, list_folder, matching, size_of
 from pretrain_merge.offline.tensors import Source, plain_name
-from pretrain_merge.runtime.log import logger
 
-_TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth")
+_TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth", ".pth.tar")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _WINDOW = re.compile(r"snapshot-([0-9]{8,20})-[0-9a-f]{8}\.(safetensors|sharded)")
 _OPEN_BLOCK = re.compile(r"block-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
-# step=1000, step-1000, step_1000, step1000, global_step1000; Hugging Face's checkpoint-1000
-_STEP = re.compile(r"(?:^|[^a-z])(?:global_)?(?:step|steps|checkpoint|iter)[-=_]?([0-9]+)(?![0-9])", re.IGNORECASE)
+# a whole number and what may follow it: step1.5k or 3B tokens say no step that could be relied on
+_NUMBER = r"([0-9]+)([kKM]?)(?![0-9A-Za-z]|\.[0-9])"
+_THOUSANDS = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000}
+# step=1000, step-1000, step_1000, step1000, global_step1000, step5k; Hugging Face's checkpoint-1000
+_STEP = re.compile(r"(?:^|[^A-Za-z])(?:(?i:global_)?(?i:steps?|checkpoint|iter))[-=_]?" + _NUMBER)
+_OURS = re.compile(r"^[a-z]+-([0-9]{8,20})()-")  # our own snapshot-00001000-0123abcd
 _COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template.*)"
     r"\.(json|txt|model|jinja)|merges\.txt"
@@ -52,23 +56,39 @@ def find_one(place: str | Path) -> Source:
 def step_in_name(place: str) -> int | None:
     """The step that a path names: in its last part, else in the one before.
 
-    >>> step_in_name("run/epoch=0-step=1000.ckpt"), step_in_name("run/checkpoint-500/model.safetensors")
+    >>> step_in_name("run/epoch=0-step=1000-v1.ckpt"), step_in_name("run/checkpoint-500/model.safetensors")
     (1000, 500)
+    >>> step_in_name("run/step5k.pt"), step_in_name("run/ckpt-1.5B-tokens.pt")
+    (5000, None)
     """
     parts = place.rstrip("/").split("/")
+    # 'checkpoint-500/model.safetensors': the folder has the step, unless the file has one
     for part in reversed(parts[-2:]):
-        if found := _STEP.findall(part) or re.findall(r"^[a-z]+-([0-9]{8,20})-", part):
-            return int(found[-1])
-    last = re.findall(r"[0-9]+", parts[-1].partition(".")[0])
-    return int(last[-1]) if len(last) == 1 else None
+        if found := _STEP.findall(part) or _OURS.findall(part):
+            return _counted(*found[-1])
+    # 'ckpt_0500.pt' has one number, which can only be that; of several, as in dates, none is certain
+    stem = re.sub(r"(\.[A-Za-z]+)+$", "", parts[-1])
+    found = re.findall(_NUMBER, stem)
+    return _counted(*found[0]) if found and len(re.findall(r"[0-9]+", stem)) == 1 else None
+
+
+def _counted(number: str, thousands: str) -> int:
+    return int(number) * _THOUSANDS[thousands]
 
 
 def _sources(place: str) -> list[Source]:
     names = list_folder(place)
     if names is None:
         if size_of(place) is None:
-            raise CheckpointError(f"{place} is not there. Name a checkpoint: a file, or a folder of one or of several.")
+            # a name may hold a bracket, so what is there goes before what matches; shells leave quoted patterns to us
+            if found := matching(place):
+                return [source for name in found for source in _sources(name)]
+            raise CheckpointError(
+                f"{place} is not there. Name a checkpoint: a file, a folder of one or of several, or a pattern of "
+                f"these ('run/*.ckpt')."
+            )
         return [_with_step(_file(place))]
+    # a folder that is a checkpoint may hold others (Trainer's checkpoint-500 inside of the final model's)
     if (source := _folder(place, names)) is not None:
         return [_with_step(source)]
     inner = [source for name in names for source in _member(join(place, name))]
@@ -77,7 +97,7 @@ def _sources(place: str) -> list[Source]:
             f"{place} holds no checkpoint. Allowed: .ckpt, .pt, .bin and .safetensors files, folders of Hugging Face, "
             f"of torch.distributed.checkpoint or of this package (window/, merged/step-…), and a folder of those."
         )
-    return _without_doubles(inner)
+    return without_doubles(inner)
 
 
 def _member(place: str) -> list[Source]:
@@ -123,8 +143,11 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
         return safetensors_format.open_files(place, [join(place, "model.safetensors")], **options)
     if _TORCH_INDEX in names:
         return _sharded_torch(place, companions)
-    if "pytorch_model.bin" in names:
-        return replace(torch_format.open_file(join(place, "pytorch_model.bin")), place=place, companions=companions)
+    # a folder for each checkpoint, which has optimizer states in a file of their own (OLMo's)
+    models = [name for name in names if name.startswith("model") and name.endswith(_TORCH_SUFFIXES)]
+    for name in ("pytorch_model.bin", *(models if len(models) == 1 else ())):
+        if name in names:
+            return replace(torch_format.open_file(join(place, name)), place=place, companions=companions)
     if "config.json" in names and len(tensor_files) == 1:
         return safetensors_format.open_files(place, [join(place, tensor_files[0])], **options)
     return None
@@ -158,6 +181,7 @@ def _with_step(source: Source) -> Source:
     name = source.place if is_remote(source.place) else str(Path(source.place).absolute())
     step = source.step if type(source.step) is int else step_in_name(name)
     source = _with_plain_names(source)
+    # a snapshot's name is ours and is its identity; the content has no step
     if window := _WINDOW.fullmatch(name.rpartition("/")[2]):
         return replace(source, step=int(window[1]), format="window")
     return replace(source, step=step)
@@ -165,6 +189,7 @@ def _with_step(source: Source) -> Source:
 
 def _with_plain_names(source: Source) -> Source:
     """Names that a run has whether it was compiled or not, so that both can be merged and loaded."""
+    # unless that gives two tensors one name
     own = {plain_name(name): name for name in source.tensors}
     if all(plain == name for plain, name in own.items()) or len(own) < len(source.tensors):
         return source
@@ -174,15 +199,3 @@ def _with_plain_names(source: Source) -> Source:
         ties={plain_name(alias): plain_name(name) for alias, name in source.ties.items()},
         locate=lambda name: source.locate(own.get(name, name)),
     )
-
-
-def _without_doubles(sources: list[Source]) -> list[Source]:
-    """`last.ckpt` is mostly a second copy of the newest one; a folder that has both means it once."""
-    kept = []
-    for source in sources:
-        others = [other for other in sources if other is not source and other.step == source.step is not None]
-        if others and source.place.rpartition("/")[2].startswith("last"):
-            logger.info(f"{source.place} is left out: {others[0].place} is of the same step, {source.step}.")
-        else:
-            kept.append(source)
-    return kept

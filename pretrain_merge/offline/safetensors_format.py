@@ -40,6 +40,7 @@ def open_files(place: str, paths: Sequence[str], *, kind: str = "safetensors", *
     with Files() as files:
         for path in paths:
             for name, dtype, block in _entries(path, files):
+                # shards of one tensor: a file of another checkpoint among them
                 if dtypes.setdefault(name, dtype) != dtype:
                     raise CheckpointError(f"{place} has {name!r} in {dtypes[name]} and in {dtype}. Copy it again.")
                 blocks.setdefault(name, []).append(block)
@@ -55,6 +56,7 @@ def whole_shape(place: str, name: str, blocks: Sequence[Block]) -> tuple[int, ..
     """
     ends = [tuple(map(sum, zip(block.offsets, block.shape, strict=True))) for block in blocks]
     shape = tuple(map(max, zip(*ends, strict=True)))
+    # as many elements as the whole has, in boxes with corners of their own: no gap, and no overlap
     num_found = sum(math.prod(block.shape) for block in blocks)
     places = [block.offsets for block in blocks if math.prod(block.shape)]
     if len(set(places)) != len(places) or num_found != math.prod(shape):
@@ -75,6 +77,7 @@ def indexed_files(folder: str, index: str) -> list[str]:
     try:
         named = read_json(path)["weight_map"]
         files = sorted(set(named.values()))
+        # a path would read what its author chose on this machine
         if not files or not all(isinstance(file, str) and file and "/" not in file for file in files):
             raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,6 +106,7 @@ def header_of(entries: Mapping[str, tuple[Kind, int]]) -> bytes:
         offsets = [start, start + kind.num_bytes]
         plain[name] = {"dtype": NAMES[kind.dtype], "shape": list(kind.shape), "data_offsets": offsets}
     text = json.dumps(plain, separators=(",", ":")).encode()
+    # so that tensors begin at a multiple of 8 bytes, and can be mapped
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -113,6 +117,7 @@ def _entries(path: str, files: Files) -> list[tuple[str, torch.dtype, Block]]:
         raise CheckpointError(f"{path} is missing. Copy it from where the checkpoint is whole.")
     try:
         (length,) = struct.unpack("<Q", files.read(path, 0, 8))
+        # before memory is taken for it
         if not 0 < length <= min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"it says that its header has {length} bytes, and the file has {size}")
         header = json.loads(files.read(path, 8, length), object_pairs_hook=_unique)
@@ -146,6 +151,7 @@ def _entry(path: str, name: str, entry: Any, shard: Any, begin: int) -> tuple[st
 def _refuse_gaps(found: list[tuple[str, torch.dtype, Block, int]], begin: int, size: int) -> None:
     spans = sorted((block.start, stop) for _, _, block, stop in found)
     for (_, stop), (start, _) in pairwise([(begin, begin), *spans, (size, size)]):
+        # the reference implementation refuses gaps too: they can hide another file
         if start != stop:
             raise ValueError(f"its tensors do not fill it: one ends at byte {stop}, the next begins at {start}")
 

@@ -69,10 +69,12 @@ def swept_views(views: Sequence[View], intervals: Sequence[int], window: int) ->
     if not intervals or not all(type(number) is int and number >= 1 for number in intervals):
         raise ConfigError(f"intervals: {list(intervals)} are not intervals. Allowed: whole numbers from 1 on: [1, 2].")
     found = []
+    # one interval named twice is one
     for interval in dict.fromkeys(intervals):
         for view in views:
             if interval == 1:
                 found.append(SweptView(view.name, view))
+            # a view of all there are would be another one at each interval, and reach as far
             elif view.last is not None and (view.last - 1) * interval < window:
                 found.append(SweptView(f"{view.name}-every{interval}", view, interval))
     if not found:
@@ -106,6 +108,7 @@ def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings
     before = Progress()
     for index, (source, reason) in enumerate(zip(sources, _breaks(sources, settings.config), strict=True)):
         now = Progress(source.step or 0)
+        # a break before anything was held loses nothing, and is not worth a word
         if reason and (num_lost := window.break_at(now, reason)):
             notices.warn(
                 "lr", f"step {now.step}: {reason}; {num_lost} checkpoints before are merged with no later one."
@@ -156,6 +159,7 @@ def _point(window: Window, index_of: Mapping[int, int], views: Sequence[SweptVie
         try:
             recipe = callbacks.resolve(swept.name, window, now).recipe if swept.interval == 1 else _wider(swept, window)
         except (WindowNotReadyError, CoefficientError) as error:
+            # early points have few checkpoints; the record says so, as that of a live run does
             skipped[swept.name] = str(error)
             continue
         merges[swept.name] = tuple(index_of[step] for step in recipe.steps), recipe

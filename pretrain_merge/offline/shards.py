@@ -22,7 +22,7 @@ from pretrain_merge.offline.tensors import Kind
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 NOTE = ".done.json"
-_BLOCK = 2**20
+_BLOCK = 2**16  # bytes: larger ones get pages of their own from the system, and give them back, each time
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def divide(kinds: Mapping[str, Kind], largest: int, stem: str = "model") -> list
     groups: list[list[str]] = [[]]
     room = largest
     for name, kind in kinds.items():
+        # the first of a group always fits, or a tensor above the limit would never be written
         if groups[-1] and kind.num_bytes > room:
             groups.append([])
             room = largest
@@ -79,6 +80,7 @@ def finished(folder: Path, shard: Shard) -> Written | None:
     try:
         path = folder / shard.file
         before = Written(**read_json(_note_of(path), is_ours=True))
+        # the size first: it tells a file that was cut off without reading it
         if path.stat().st_size == before.num_bytes and _checksum(path) == before.crc32:
             return before
     except (OSError, ValueError, TypeError):
@@ -125,6 +127,7 @@ class ShardWriter:
         """
         sent = 0
         while sent < len(data):
+            # a call may take less, as on a disk that is nearly full
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
         for start in range(0, len(data) if self._is_checked else 0, _BLOCK):
             block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
@@ -155,12 +158,14 @@ def written(folder: Path, shard: Shard, *, is_kept: bool = True) -> Iterator[Sha
     path = folder / shard.file
     try:
         if not is_kept:
+            # nothing that lies there is written over, even in a scratch folder
             with path.open("xb") as file:
                 yield ShardWriter(file.fileno(), path, shard, is_checked=False)
             return
         with atomic.draft(path) as draft:
             writer = ShardWriter(draft.file.fileno(), path, shard, is_checked=True)
             yield writer
+        # after the name: a note without its file would be a promise that does not hold
         atomic.write(_note_of(path), json.dumps(asdict(writer.result())))
     except OSError as error:
         if isinstance(error, CheckpointError):

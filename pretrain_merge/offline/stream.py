@@ -1,34 +1,46 @@
 """One file of a merge: pieces read from every source, summed, written; all three at the same time.
 
-This module knows threads and memory. While a batch of pieces is merged, the next one is read and the one before is
-written, so there are two buffers for each source and two for the output, whatever the size of the model.
+This module knows threads and memory. A batch of pieces is read and summed by one thread, while its bytes are in the
+cache; several are on their way, and this thread writes them in their order. So memory is that of a few batches,
+whatever the size of the model.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline.agreement import Output
-from pretrain_merge.offline.files import Files
+from pretrain_merge.offline.files import Files, is_remote
 from pretrain_merge.offline.pieces import Buffer, Piece, Reader, batches
-from pretrain_merge.offline.shards import Shard, Written, written
+from pretrain_merge.offline.shards import Shard, ShardWriter, Written, written
 from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source
 
-BUFFERS = 96 * 2**20  # bytes of all buffers together
-_LARGEST_PIECE = 2**20  # elements of a batch: more are not faster, and fall out of the cache between read and sum
-_SMALLEST_PIECE = 2**12
+BUFFERS = 128 * 2**20  # bytes of all buffers together
+# elements of a batch: with more, the sum finds the first sources no longer in the cache
+_LARGEST_BATCH = 2**19
+_SMALLEST_BATCH = 2**12
+_LARGEST_ITEM = 8  # bytes of an element, of any dtype that is merged
+# a disk is fast with few requests at a time, and a network is not
+_MOST_THREADS, _REMOTE_THREADS = 4, 8
 
 
-def batch_length(num_sources: int) -> int:
-    """Elements of a batch, so that the buffers keep to their budget for any number of sources, at 8 bytes each."""
-    return max(_SMALLEST_PIECE, min(_LARGEST_PIECE, BUFFERS // (2 * 8 * (num_sources + 1))))
+def batch_length(num_sources: int, num_lanes: int) -> int:
+    """Elements of a batch, so that the buffers keep to their budget for any number of sources.
+
+    >>> batch_length(8, num_lanes=3), batch_length(32, num_lanes=3)
+    (524288, 169466)
+    """
+    fitting = BUFFERS // (num_lanes * _LARGEST_ITEM * (num_sources + 1))
+    return max(_SMALLEST_BATCH, min(_LARGEST_BATCH, fitting))
 
 
 class Streamer:
@@ -51,16 +63,17 @@ class Streamer:
     ) -> None:
         self._sources, self._coefficients = sources, coefficients
         self._device, self._progress = device, progress
-        self._sets = [_Buffers(len(sources), device) for _ in range(2)]
+        is_far = any(is_remote(file) for source in sources for file in source.files)
+        self._num_threads = _REMOTE_THREADS if is_far else min(_MOST_THREADS, max(2, os.cpu_count() or 2))
+        # one more than threads: that which is being written
+        self._lanes = [_Lane(len(sources), device) for _ in range(self._num_threads + 1)]
         self._stack = ExitStack()
         self._readers: list[Reader] = []
 
     def __enter__(self) -> "Streamer":
         files = self._stack.enter_context(Files())
         self._readers = [Reader(source, files) for source in self._sources]
-        # several reads at a time, as disks and networks want them
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))))
-        self._output = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_threads))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,79 +92,80 @@ class Streamer:
             CheckpointError: A source cannot be read, or the file cannot be written.
             MergeInputError: A tensor is not finite.
         """
-        total = Spread(0.0, 0.0)
         with written(folder, shard, is_kept=is_kept) as writer:
-            planned = list(batches(shard.kinds, batch_length(len(self._coefficients))))
-            reading = self._start_reading(planned[0], outputs, 0) if planned else []
-            writing: Future[None] | None = None
+            free, running = list(self._lanes), deque[tuple[_Lane, Future[_Summed]]]()
             try:
-                for number, batch in enumerate(planned):
-                    for future in reading:
-                        self._progress(future.result())
-                    reading = (
-                        self._start_reading(planned[number + 1], outputs, number + 1)
-                        if number + 1 < len(planned)
-                        else []
-                    )
-                    part, data = self._merge(batch, outputs, number)
-                    total = total + part
-                    if writing is not None:
-                        writing.result()
-                    writing = self._output.submit(writer.write, data)
-                if writing is not None:
-                    writing.result()
+                for batch in batches(shard.kinds, batch_length(len(self._sources), len(self._lanes))):
+                    if not free:
+                        free.append(self._finish(*running.popleft(), writer))
+                    lane = free.pop()
+                    running.append((lane, self._pool.submit(self._sum, batch, outputs, lane)))
+                while running:
+                    self._finish(*running.popleft(), writer)
             finally:
-                _wait([*reading, *([writing] if writing is not None else [])])
-            writer.spread = total
+                _wait([future for _, future in running])
         return writer.result()
 
-    def _start_reading(self, batch: Sequence[Piece], outputs: Mapping[str, Output], number: int) -> list[Future[int]]:
-        buffers = self._sets[number % 2]
-        started = []
-        for index, reader in enumerate(self._readers):
-            wanted = [piece for piece in batch if self._is_read(outputs[piece.name], index)]
-            if wanted:
-                dtypes = [self._sources[index].kind(piece.name).dtype for piece in wanted]
-                targets = buffers.inputs[index].tensors(wanted, dtypes)
-                buffers.read[index] = dict(zip(wanted, targets, strict=True))
-                started.append(self._pool.submit(_read, reader, wanted, targets))
-        return started
+    def _finish(self, lane: "_Lane", future: "Future[_Summed]", writer: ShardWriter) -> "_Lane":
+        """Write a batch, after which its memory is free; in order, as the checksum of a file needs it."""
+        done = future.result()
+        self._progress(done.num_read)
+        writer.write(done.data)
+        writer.spread = writer.spread + done.spread
+        return lane
 
-    def _is_read(self, output: Output, index: int) -> bool:
-        return index == output.origin or (output.origin is None and index < len(self._coefficients))
-
-    def _merge(self, batch: Sequence[Piece], outputs: Mapping[str, Output], number: int) -> tuple[Spread, memoryview]:
-        buffers = self._sets[number % 2]
+    def _sum(self, batch: Sequence[Piece], outputs: Mapping[str, Output], lane: "_Lane") -> "_Summed":
+        found, num_read = self._read(batch, outputs, lane)
         dtypes = [outputs[piece.name].kind.dtype for piece in batch]
-        targets = buffers.output.tensors(batch, dtypes, is_packed=True)
+        targets = lane.output.tensors(batch, dtypes, is_packed=True)
         rows = []
         for piece, target in zip(batch, targets, strict=True):
             origin = outputs[piece.name].origin
             if origin is not None:
-                target.copy_(buffers.read[origin][piece])
+                target.copy_(found[origin][piece])
             else:
-                parts = [buffers.read[index][piece] for index in range(len(self._coefficients))]
-                rows.append(Row(piece.name, target, parts))
-        part = sum_rows(rows, self._sources[: len(self._coefficients)], self._coefficients, self._device)
-        num_bytes = sum(target.nbytes for target in targets)
-        return part, buffers.output.packed(num_bytes)
+                rows.append(Row(piece.name, target, [of_source[piece] for of_source in found[: self._num_merged]]))
+        spread = sum_rows(rows, self._sources[: self._num_merged], self._coefficients, self._device)
+        return _Summed(num_read, spread, lane.output.packed(sum(target.nbytes for target in targets)))
+
+    def _read(
+        self, batch: Sequence[Piece], outputs: Mapping[str, Output], lane: "_Lane"
+    ) -> tuple[list[dict[Piece, Tensor]], int]:
+        """The pieces that each source has to give, and their bytes."""
+        found: list[dict[Piece, Tensor]] = []
+        for index, (reader, buffer) in enumerate(zip(self._readers, lane.inputs, strict=True)):
+            wanted = [piece for piece in batch if self._is_read(outputs[piece.name], index)]
+            dtypes = [self._sources[index].kind(piece.name).dtype for piece in wanted]
+            targets = buffer.tensors(wanted, dtypes)
+            reader.read_into(wanted, targets)
+            found.append(dict(zip(wanted, targets, strict=True)))
+        return found, sum(target.nbytes for of_source in found for target in of_source.values())
+
+    def _is_read(self, output: Output, index: int) -> bool:
+        return index == output.origin or (output.origin is None and index < self._num_merged)
+
+    @property
+    def _num_merged(self) -> int:
+        return len(self._coefficients)  # the base, behind these, is copied from
 
 
-class _Buffers:
+class _Summed(NamedTuple):
+    """A batch that is ready: bytes read for it, the spread of its tensors, its bytes in the order of the file."""
+
+    num_read: int
+    spread: Spread
+    data: memoryview
+
+
+class _Lane:
     """Memory for one batch of all sources and of the output."""
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
         self.inputs = [Buffer(device) for _ in range(num_sources)]
         self.output = Buffer(device)
-        self.read: list[dict[Piece, Tensor]] = [{} for _ in range(num_sources)]
 
 
-def _read(reader: Reader, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> int:
-    reader.read_into(pieces, targets)
-    return sum(target.nbytes for target in targets)
-
-
-def _wait(futures: Sequence["Future[int] | Future[None]"]) -> None:
+def _wait(futures: Sequence["Future[_Summed]"]) -> None:
     """Until nobody uses the buffers; an error of theirs comes after the one that is on its way."""
     for future in futures:
         future.cancel()

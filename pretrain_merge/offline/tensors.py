@@ -58,6 +58,7 @@ class Block:
 
 def plain_name(name: str) -> str:
     """A tensor's name as the model that is neither compiled nor wrapped has it."""
+    # anywhere in it: a submodule may be compiled or wrapped alone
     for added in ADDED:
         name = name.replace(added, "")
     return name

@@ -49,12 +49,14 @@ def bench(
         MissingDependencyError: LightningCLI needs jsonargparse.
     """
     if isinstance(evaluate, str):
+        # three readings of a text that cannot be confused: a file, a dotted name with a colon, words of a shell
         if evaluate.endswith(_CONFIGS):
             evaluate = _of_config(Path(evaluate))
         elif _FUNCTION.fullmatch(evaluate):
             evaluate = _of_function(evaluate)
         else:
             evaluate = Program(evaluate)
+    # a module is callable too
     if callable(evaluate) and not hasattr(evaluate, "validation_step"):
         return FolderBench(evaluate, scratch, {**options, "base": base})
     parts = tuple(evaluate) if isinstance(evaluate, tuple | list) else (evaluate,)
@@ -117,6 +119,7 @@ def _of_config(path: Path) -> tuple[Any, Any, Mapping[str, Any]]:
             f"of LightningCLI() does; that of a LightningCLI with fixed classes does not: name a function that returns "
             f"module and loaders instead, as package.module:function."
         )
+    # not through LightningCLI: its Trainer would start the run's own loggers and devices
     trainer = values.get("trainer")
     options = {key: trainer[key] for key in _KEPT if key in trainer} if isinstance(trainer, dict) else {}
     known = {key: values[key] for key in ("model", "data", "seed_everything") if values.get(key) is not None}

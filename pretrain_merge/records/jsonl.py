@@ -11,6 +11,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic, untrusted
 from pretrain_merge.records.late import Late
 from pretrain_merge.records.record import MergeRecord
+from pretrain_merge.records.resumed import read_resumed
 
 _BLOCK = 2**20
 
@@ -87,6 +88,7 @@ def keep_records_until(
     """
     source = before if before is not None and not path.exists() else path
     newest = stop = 0
+    last: tuple[int, bytes] | None = None
     kept: list[tuple[int, int]] = []  # from which byte to which: one part, unless two runs shared the file
     try:
         atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
@@ -96,13 +98,15 @@ def keep_records_until(
             start, stop = stop, stop + len(line)
             if not line.endswith(b"\n"):
                 continue
-            record = _parsed(source, number, line)
+            record = _parsed(source, number, line, read_resumed)
             if record.step <= step:
                 if isinstance(record, MergeRecord):
-                    newest = record.step
+                    newest, last = record.step, (number, line)
                     read(record)
                 first = kept.pop()[0] if kept and kept[-1][1] == start else start
                 kept.append((first, stop))
+        if last is not None:
+            _parsed(source, *last)  # its recipes may be asked for when this is done, and an error belongs here
         if source != path or kept != [(0, stop)]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.draft(path) as draft:
@@ -114,9 +118,11 @@ def keep_records_until(
     return newest
 
 
-def _parsed(path: Path, number: int, line: bytes) -> MergeRecord | Late:
+def _parsed(
+    path: Path, number: int, line: bytes, parse: Callable[[bytes], MergeRecord] = MergeRecord.from_json
+) -> MergeRecord | Late:
     try:
-        return Late.from_json(line) or MergeRecord.from_json(line)
+        return Late.from_json(line) or parse(line)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}, line {number} is not a merge record ({error}). Every line is one JSON object as ModelMerging "

@@ -105,7 +105,9 @@ class MergeRecord:
         lr: Learning rate that the last step used, per parameter group.
         phase: Name given to the last `mark_phase`, or empty.
         refused: Non-finite snapshots refused since the start of the run.
+        spikes: Spikes of the training loss since the start of the run.
         since: Step of the last break; 0: none. Records before it say nothing of this stretch.
+        why_since: What that break was, or empty.
         average: What a snapshot is: "last", the model after a step, or "block", the mean of the models since the
             snapshot before.
         slot_dtype: Dtype of the snapshots where it is smaller than the parameters', or empty.
@@ -127,7 +129,9 @@ class MergeRecord:
     lr: tuple[float, ...] = ()
     phase: str = ""
     refused: int = 0
+    spikes: int = 0
     since: int = 0
+    why_since: str = ""
     average: str = "last"
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
@@ -147,6 +151,7 @@ class MergeRecord:
         counters = {"step": self.step, "window": self.window, "spread": self.spread}
         counters |= {"tokens": self.tokens} if self.tokens else {}  # 0: the run does not count them
         counters |= {"failed": self.num_failed} if self.num_failed else {}
+        counters |= {"spikes": self.spikes} if self.spikes else {}
         named = {f"{self.name}/{key}": float(value) for key, value in counters.items()}
         for model, values in {RAW: self.raw, **self.views}.items():
             named |= {metric_name(self.name, model, metric): float(value) for metric, value in values.items()}
@@ -183,8 +188,12 @@ class MergeRecord:
         return json.dumps(_spell_out_non_finite(asdict(self)), allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> "MergeRecord":
+    def from_json(cls, line: str | bytes, *, recipes: Mapping[str, Recipe] | None = None) -> "MergeRecord":
         """The inverse of `to_json`.
+
+        Args:
+            line: What `to_json` gave.
+            recipes: Taken unchecked where the line has none of its own.
 
         Raises:
             ValueError: The line is not JSON, or not one of our records.
@@ -198,7 +207,7 @@ class MergeRecord:
         read: Callable[[Any], Any] = (
             _read_non_finite if b'"NaN"' in line or b'Infinity"' in line else lambda value: value
         )
-        recipes = {
+        own_recipes = {
             view: Recipe(tuple(recipe["steps"]), tuple(recipe["coefficients"]))
             for view, recipe in values.pop("recipes", {}).items()
         }
@@ -208,9 +217,9 @@ class MergeRecord:
         }
         chosen = {view: Choice(**read(choice)) for view, choice in values.pop("choices", {}).items()}
         numbers = read({key: values.pop(key) for key in ("spread", "raw", "views", "lr") if key in values})
-        nested = {"recipes": recipes, "forecasts": forecasts, "choices": chosen}
+        nested = {"recipes": own_recipes if recipes is None else recipes, "forecasts": forecasts, "choices": chosen}
         record = cls(**values | numbers | nested | {"lr": tuple(numbers.get("lr", ()))})
-        if not _is_sound(record):
+        if not _is_sound(record, own_recipes):
             raise ValueError("a value is of another type than ours, or out of range")
         return record
 
@@ -251,10 +260,10 @@ def metric_name(name: str, model: str, metric: str) -> str:
     return f"{name}/{model}/{metric}"
 
 
-def _is_sound(record: MergeRecord) -> bool:
+def _is_sound(record: MergeRecord, recipes: Mapping[str, Recipe]) -> bool:
     """Whether every value is of the type that its annotation names, so that no reader of records meets another."""
     expected = [item for metrics in record.forecasts.values() for item in metrics.values()]
-    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since]
+    counters = [record.step, record.samples, record.tokens, record.window, record.refused, record.since, record.spikes]
     numbers = [record.spread, *record.lr, *record.raw.values(), *record.timing.values()]
     for metrics in record.views.values():
         numbers += metrics.values()
@@ -263,10 +272,10 @@ def _is_sound(record: MergeRecord) -> bool:
     for item in expected:
         counters.append(item.step)
         numbers += (item.mean, item.low, item.high)
-    for recipe in record.recipes.values():
+    for recipe in recipes.values():
         counters += recipe.steps
         numbers += recipe.coefficients
-    texts = [record.phase, record.average, record.slot_dtype, *record.skipped.values()]
+    texts = [record.phase, record.why_since, record.average, record.slot_dtype, *record.skipped.values()]
     return _are_counters(counters) and _are_numbers(numbers) and all(isinstance(text, str) for text in texts)
 
 

@@ -7,7 +7,7 @@ import json
 import types
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pretrain_merge.cadence import Progress
@@ -57,6 +57,8 @@ class Manifest:
         parameters: Names of the tensors that every snapshot holds: what the run merges, whatever is frozen meanwhile.
         snapshots: Oldest first.
         block: Of `average: block`.
+        num_spikes: Spikes of the training loss so far.
+        spikes: State of what looks for them; empty where nothing does.
     """
 
     settings: Mapping[str, Any]
@@ -71,6 +73,8 @@ class Manifest:
     parameters: tuple[str, ...]
     snapshots: tuple[SavedSnapshot, ...]
     block: SavedBlock | None
+    num_spikes: int = 0
+    spikes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[SnapshotFile, ...]:
@@ -154,7 +158,9 @@ def _parsed(kind: Any, value: Any, at: str) -> Any:
         wanted = next(option for option in get_args(kind) if option is not types.NoneType)
         return None if value is None else _parsed(wanted, value, at)
     if is_dataclass(kind):
-        if not isinstance(value, Mapping) or value.keys() != {item.name for item in fields(kind)}:
+        if not isinstance(value, Mapping) or not _required(kind) <= value.keys() <= {
+            item.name for item in fields(kind)
+        }:
             raise ValueError(f"{at}: {_shortened(value)}")
         hints = get_type_hints(kind)
         return kind(**{key: _parsed(hints[key], item, f"{at}.{key}") for key, item in value.items()})  # type: ignore[operator]
@@ -169,6 +175,11 @@ def _parsed(kind: Any, value: Any, at: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{at}: {_shortened(value)}")
     return value
+
+
+def _required(kind: Any) -> set[str]:
+    """Names of values that were there from the first format on; those that came later have a default."""
+    return {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
 
 
 def _shortened(value: object) -> str:

@@ -21,6 +21,7 @@ from pretrain_merge.resume.window_files import WindowFiles
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
+from pretrain_merge.window.spike_breaks import SpikeBreaks
 from pretrain_merge.window.window import Snapshot
 
 
@@ -31,6 +32,7 @@ class SavedWindow:
         settings: The configuration; a part of it decides what a snapshot is.
         block: The open interval of `average: block`, or None.
         breaks: What ended the stretches before.
+        spikes: Watches the training loss; None: nobody does.
         capture: Fills the window, and knows which tensors of the model a snapshot holds.
     """
 
@@ -39,12 +41,14 @@ class SavedWindow:
         settings: WindowSettings,
         block: BlockMean | None,
         breaks: Breaks,
+        spikes: SpikeBreaks | None,
         capture: Capture,
     ) -> None:
         self._settings = settings
         self._stored = capture.stored
         self._block = block
         self._breaks = breaks
+        self._spikes = spikes
         self._capture = capture
         self._files: dict[Snapshot, tuple[Path, SnapshotFile]] = {}  # the folder and file of each that was saved
         self._saved_block: tuple[Path, Progress, SavedBlock] | None = None  # as it was written last, and when
@@ -66,6 +70,8 @@ class SavedWindow:
             segment_lr=self._breaks.segment_lr,
             phase=self._breaks.phase,
             num_refused=self._breaks.num_refused,
+            num_spikes=self._breaks.num_spikes,
+            spikes=self._spikes.state_dict() if self._spikes is not None else {},
             segment=window.segment,
             last_break=window.last_break,
             snapshot_is_new=snapshot_is_new,
@@ -91,7 +97,9 @@ class SavedWindow:
             self._capture.clear()
             self._stored.window.resume_from(0, None)
             raise
-        self._breaks.restore(manifest.segment_lr, manifest.phase, manifest.num_refused)
+        self._breaks.restore(manifest.segment_lr, manifest.phase, manifest.num_refused, manifest.num_spikes)
+        if self._spikes is not None:
+            self._spikes.load_state_dict(manifest.spikes)
 
     def _save_snapshots(self, files: WindowFiles) -> tuple[SavedSnapshot, ...]:
         stored, held = self._stored, self._stored.window.snapshots

@@ -1,4 +1,4 @@
-"""Loss spikes and collapses: when one began."""
+"""Loss spikes and collapses: when one began, and what a run can go back to."""
 
 from pretrain_merge.spikes.detector import Onset, SpikeDetector, find_onsets
 

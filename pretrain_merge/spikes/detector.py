@@ -5,7 +5,7 @@ its distance from their median, in units of their median absolute deviation.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ _MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution in one m
 _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noise must not take rounding for a spike
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
+_Given = tuple[Tensor | None, Tensor | None]  # loss and norm of a step on this rank
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Onset:
         step: The first step that was out of bounds.
         last: The newest step that was; while the spike lasts, each read tells of the same `step` and a later `last`.
         reason: What was out of bounds, for a message.
+        is_new: Whether this read is the first that tells of it.
     """
 
     step: int
     last: int
     reason: str
+    is_new: bool = True
 
 
 class SpikeDetector:
@@ -65,28 +68,32 @@ class SpikeDetector:
     ) -> None:
         self._history, self._lag, self._fewest = history, lag, fewest
         self._threshold, self._sustained, self._within, self._calm = threshold, sustained, within, calm
-        self._unread: list[tuple[int, Tensor | None, Tensor | None]] = []
+        self._num_kept = history + lag + within - 1
+        self._unread: list[_Given] = []
         self.restart()
 
     def restart(self) -> None:
         """Forget all steps, as where the data changed: no earlier loss says what to expect."""
         # judged already; the first of the newest `within` steps needs `lag` and `history` before it
-        self._known = torch.full((self._history + self._lag + self._within - 1, 2), math.nan, dtype=torch.float64)
+        self._known = torch.full((self._num_kept, 2), math.nan, dtype=torch.float64)
         self._ahead = self._known[:0]  # on the host, not judged yet
         self._unread.clear()
+        self._newest: int | None = None  # step of the last row of all these
         self._onset: Onset | None = None
 
     def observe(self, step: int, loss: Tensor | None, gradient_norm: Tensor | None = None) -> None:
         """Note what a step gave, without waiting for the device.
 
         Args:
-            step: Its number; every rank tells of every step, one after another.
+            step: Its number; steps that are left out count as ones of which nothing is known.
             loss: Training loss of this rank, one number of any floating dtype on any device; None: there was none.
             gradient_norm: Norm of the gradient before clipping, likewise; None: not known.
         """
+        self._skip_to(step - 1)
         # copies: a compiled step may write its next loss into the same memory
         loss, norm = (None if value is None else value.detach().clone() for value in (loss, gradient_norm))
-        self._unread.append((step, loss, norm))
+        self._unread.append((loss, norm))
+        self._newest = step
 
     def read(self, step: int) -> Onset | None:
         """Judge the steps since the last read; waits for the device once, and all ranks meet here.
@@ -94,7 +101,7 @@ class SpikeDetector:
         What is seen does not depend on how often this is called, as long as that is every `calm` steps.
 
         Args:
-            step: The newest step that was observed.
+            step: The newest step; every rank reads at the same ones.
 
         Returns:
             The spike that one of these steps belongs to; None: all of them were within bounds.
@@ -102,49 +109,70 @@ class SpikeDetector:
         Raises:
             RankError: Another rank failed before it came here.
         """
-        self._fetch()
+        self._skip_to(step)
+        self.fetch()
         before = self._onset
         known = torch.cat([self._known, self._ahead])
         first = step - len(self._ahead) + 1
         for index in self._spikes(known):
-            self._onset = self._with(first + index, known[index : index + self._history + self._lag + self._within])
+            self._onset = self._with(first + index, known[index : index + self._num_kept + 1])
         self._known, self._ahead = known[len(self._ahead) :], self._ahead[:0]
-        return self._onset if self._onset is not before else None
+        if self._onset is None or self._onset is before:
+            return None
+        return replace(self._onset, is_new=before is None or before.step != self._onset.step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to see what this one will see: numbers, and lists of them. All ranks meet."""
-        self._fetch()
+    def fetch(self) -> None:
+        """Bring what was observed to the host, as the mean over ranks; judges nothing. All ranks meet here.
+
+        Raises:
+            RankError: Another rank failed before it came here.
+        """
+        if self._unread:
+            self._ahead = torch.cat([self._ahead, _means(self._unread, ranks.sum_of_floats)])
+            self._unread.clear()
+
+    def state_dict(self, *, meet: bool = True) -> dict[str, Any]:
+        """All that a resumed run needs to see what this one will see: numbers, and lists of them.
+
+        Args:
+            meet: `fetch` first, as all ranks must. Else what was not fetched is taken for the mean over ranks.
+        """
+        if meet:
+            self.fetch()
+        unread = _means(self._unread, lambda sums: sums) if self._unread else self._ahead[:0]
+        num_unknown = int((~self._known.isnan().all(dim=1)).cumsum(0).eq(0).sum())
         return {
-            "known": self._known.tolist(),
-            "ahead": self._ahead.tolist(),
+            "known": self._known[num_unknown:].tolist(),
+            "ahead": torch.cat([self._ahead, unread]).tolist(),
+            "newest": self._newest,
             "onset": None if self._onset is None else asdict(self._onset),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where another run was; what this one observed so far is forgotten."""
         self.restart()
-        self._known, self._ahead = (
+        known, self._ahead = (
             torch.tensor(state_dict[name], dtype=torch.float64).reshape(-1, 2) for name in ("known", "ahead")
         )
+        self._known[self._num_kept - len(known) :] = known
+        self._newest = state_dict["newest"]
         self._onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
 
-    def _fetch(self) -> None:
-        """What was observed since the last time, as the mean over ranks, to the host."""
-        if self._unread:
-            columns = [[loss for _, loss, _ in self._unread], [norm for _, _, norm in self._unread]]
-            self._ahead = torch.cat([self._ahead, _means_over_ranks(columns)])
-            self._unread.clear()
+    def _skip_to(self, step: int) -> None:
+        """Steps up to this one that nobody observed."""
+        if self._newest is not None and step > self._newest:
+            self._unread += [(None, None)] * min(step - self._newest, self._num_kept)
+        self._newest = step
 
     def _spikes(self, known: Tensor) -> list[int]:
         """Which of the steps that are not judged yet belong to a spike, counted from the first of them."""
-        rows = self._history + self._lag
         z = self._robust_z(known)  # from the step `within - 1` before the first on
         newest = z.unfold(0, self._within, 1)  # (step, 2, within)
         out = newest > self._threshold
         enough = (out[:, _LOSS].sum(dim=-1) >= self._sustained) & out[:, _LOSS, -1]
         no_norm = newest[:, _NORM].isnan().all(dim=-1)
         spikes = enough & (no_norm | out[:, _NORM].any(dim=-1))
-        broken = known[rows + self._within - 1 :, _LOSS] == math.inf
+        broken = known[self._num_kept :, _LOSS] == math.inf
         return [int(index) for index in (spikes | broken).nonzero()]
 
     def _robust_z(self, known: Tensor) -> Tensor:
@@ -189,19 +217,27 @@ def find_onsets(
         detector.observe(step, torch.tensor(value), norm)
         is_read = step % _AT_ONCE == 0 or step == first_step + len(loss) - 1
         if is_read and (onset := detector.read(step)) is not None:
-            onsets[onset.step] = onset
+            onsets[onset.step] = replace(onset, is_new=True)
     return list(onsets.values())
 
 
-def _means_over_ranks(columns: list[list[Tensor | None]]) -> Tensor:
+def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
     """`(step, 2)` in float64: loss and log of the norm; NaN: unknown, infinity: not finite. The same on all ranks."""
-    given = [value for column in columns for value in column if value is not None]
-    host = iter(torch.stack([value.reshape(()).float() for value in given]).tolist() if given else [])
+    columns = [[step[column] for step in given] for column in (_LOSS, _NORM)]
+    tensors = [value for column in columns for value in column if value is not None]
+    # one copy to the host, which waits for the device
+    host = iter(_on_host(tensors) if tensors else [])
     values = torch.tensor([[0.0 if value is None else next(host) for value in column] for column in columns])
     present = torch.tensor([[value is not None for value in column] for column in columns])
-    sums = ranks.sum_of_floats(
-        torch.stack([torch.where(values.isfinite(), values, math.inf).double(), present.double()])
-    )
+    finite = torch.where(values.isfinite(), values, math.inf)
+    sums = sum_over_ranks(torch.stack([finite.double(), present.double()]))
     means = sums[0] / sums[1]  # nobody had one: 0 / 0
     means = torch.where(means.isfinite() | (sums[1] == 0), means, math.inf)
     return torch.stack([means[_LOSS], means[_NORM].log()], dim=1)
+
+
+def _on_host(values: list[Tensor]) -> list[float]:
+    numbers: list[float] = torch.stack(
+        [value.reshape(()).to(values[0].device, torch.float32) for value in values]
+    ).tolist()
+    return numbers

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import WindowConfig
 from pretrain_merge.runtime.log import WarnOnce
+from pretrain_merge.spikes import Onset
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.window import Window
 
@@ -28,6 +29,7 @@ class Breaks:
             slow drift adds up.
         phase: Name given to the last `mark_phase`, or empty.
         num_refused: Snapshots refused so far because they were not finite.
+        num_spikes: Spikes of the training loss so far.
     """
 
     def __init__(self, window: Window, block: BlockMean | None, settings: WindowConfig, notices: WarnOnce) -> None:
@@ -38,11 +40,12 @@ class Breaks:
         self.segment_lr: tuple[float, ...] = ()
         self._num_falls = 0  # breaks in a row by a rate that fell, without a merge between
         self.phase = ""
-        self.num_refused = 0
+        self.num_refused = self.num_spikes = 0
 
-    def restore(self, segment_lr: tuple[float, ...], phase: str, num_refused: int) -> None:
+    def restore(self, segment_lr: tuple[float, ...], phase: str, num_refused: int, num_spikes: int) -> None:
         """Go on where another run was."""
-        self.segment_lr, self.phase, self.num_refused = segment_lr, phase, num_refused
+        self.segment_lr, self.phase = segment_lr, phase
+        self.num_refused, self.num_spikes = num_refused, num_spikes
 
     def at_new_lr(self, now: Progress, lr: tuple[float, ...]) -> None:
         """Break where the rates of this step are not those that the segment began with."""
@@ -79,9 +82,20 @@ class Breaks:
             f"weights are finite. Records count them as `refused`.",
         )
 
-    def at(self, now: Progress, reason: str, *, said_as: str | None = None) -> None:
+    def at_spike(self, now: Progress, onset: Onset, num_dropped: int) -> None:
+        """Break because the training loss spiked: once per spike, and again while it lasts.
+
+        Args:
+            now: Counters when it was seen.
+            onset: Where it began.
+            num_dropped: Valid snapshots that are not even kept.
+        """
+        self.num_spikes += onset.is_new
+        self.at(now, f"spike from step {onset.step} on: {onset.reason}", num_dropped=num_dropped)
+
+    def at(self, now: Progress, reason: str, *, said_as: str | None = None, num_dropped: int = 0) -> None:
         """Break for this reason; said once by itself, or by the name of its kind."""
-        num_lost = self._window.break_at(now, reason)
+        num_lost = self._window.break_at(now, reason) + num_dropped
         if self._block is not None:
             self._block.invalidate()
         if num_lost:

@@ -56,6 +56,7 @@ class Window:
         self.last_break: Break | None = None
         self.num_valid = 0  # snapshots since the last break
         self._held: deque[Snapshot] = deque()  # in the slots 0, 1, … as far as they were filled
+        self._spare: list[int] = []  # slots among these whose snapshots were dropped
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -79,6 +80,8 @@ class Window:
 
     def next_slot(self) -> int:
         """The slot that the next snapshot goes to: a free one, else the oldest snapshot's."""
+        if self._spare:
+            return self._spare[-1]
         return self._held[0].slot if len(self._held) == self.size else len(self._held)
 
     def add(
@@ -95,6 +98,8 @@ class Window:
         snapshot = Snapshot(self.next_slot(), self.segment if segment is None else segment, progress, lr, phase)
         if len(self._held) == self.size:
             self.num_valid -= self._held.popleft().segment == self.segment
+        if self._spare:
+            self._spare.pop()  # it is the one that `next_slot` named
         self._held.append(snapshot)
         self.num_valid += snapshot.segment == self.segment
         return snapshot
@@ -111,6 +116,15 @@ class Window:
         self.last_break = Break(progress, reason)
         return num_lost
 
+    def drop_after(self, step: int) -> int:
+        """Forget the snapshots of later steps, damaged as they may be; returns how many of them were valid."""
+        num_valid = self.num_valid
+        while self._held and self._held[-1].progress.step > step:
+            snapshot = self._held.pop()
+            self._spare.append(snapshot.slot)
+            self.num_valid -= snapshot.segment == self.segment
+        return num_valid - self.num_valid
+
     def resume_from(self, segment: int, last_break: Break | None) -> None:
         """Breaks of the run before; snapshots are entered afterwards."""
         self.segment, self.last_break = segment, last_break
@@ -118,4 +132,5 @@ class Window:
     def clear(self) -> None:
         """Forget all snapshots; breaks are remembered."""
         self._held.clear()
+        self._spare.clear()
         self.num_valid = 0

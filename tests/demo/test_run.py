@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pretrain_merge import ModelMerging, RollingMerger, load_merged
-from pretrain_merge.cli.main import report
+from pretrain_merge.cli.report import report
 from pretrain_merge.config import MergeConfig, build
 from pretrain_merge.demo import run
 from pretrain_merge.demo.corpus import load_corpus

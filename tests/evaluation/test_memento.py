@@ -457,3 +457,53 @@ def test_two_roots_that_share_an_object_keep_it_once():
     memento.put_back()
     assert (shared.level, scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (1, 0, 0.5)
     assert "betas" not in optimizer.param_groups[0]
+
+
+def test_attributes_that_were_exchanged_all_at_once_are_the_same_dictionary_again() -> None:
+    item = Plain(level=1)
+    attributes = vars(item)
+
+    def exchange(item: Any) -> None:
+        item.__dict__ = {"level": 2}
+
+    kept(item, exchange)
+    assert vars(item) is attributes
+    assert attributes == {"level": 1}
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 69])
+def test_one_of_many_mappings_is_found_whichever_it_is_and_however_it_changed(place: int) -> None:
+    items = [{"a": index, "b": [index]} for index in range(70)]
+    before = [list(item.items()) for item in items]
+
+    def grow(items: Any) -> None:
+        items[place]["c"] = None
+
+    def rename(items: Any) -> None:  # the same values in the same order
+        items[place]["z"] = items[place].pop("b")
+
+    def shift(items: Any) -> None:  # what leaves the end of one stands at the beginning of the next
+        value = items[place].pop("b")
+        following = items[(place + 1) % len(items)]
+        values = [value, *following.values()]
+        following.clear()
+        following.update(zip("bac", values, strict=True))
+
+    for move in (grow, rename, shift):
+        kept(items, move)
+        assert [list(item.items()) for item in items] == before
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 100_003])
+def test_a_tensor_of_any_size_comes_back_bit_by_bit_in_its_memory(size: int) -> None:
+    whole = torch.arange(float(size + 2), dtype=torch.float64)
+    item = Plain(whole=whole, inner=whole[1:-1].float()[: max(1, size - 1)], few=torch.zeros(size, dtype=torch.uint8))
+    before = {name: value.clone() for name, value in vars(item).items()}
+
+    def write(item: Any) -> None:
+        for value in vars(item).values():
+            value.data[-1] += 1  # past its version (P31)
+
+    kept(item, write)
+    for name, value in vars(item).items():
+        assert same_bits(value, before[name])

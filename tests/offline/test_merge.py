@@ -42,7 +42,7 @@ def assert_is_merge(found, states, coefficients, dtype=None):
 
 @pytest.mark.parametrize("name", [write.__name__ for write in FORMATS])
 def test_every_format_gives_the_weighted_sum_with_its_own_steps(places, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(stream, "_LARGEST_PIECE", 50)  # so that tensors are cut, also within rows
+    monkeypatch.setattr(stream, "_LARGEST_BATCH", 50)  # so that tensors are cut, also within rows
     about = merge_checkpoints(reversed(places[name]), tmp_path / "out", "wma")
     found, written = read(tmp_path / "out")
     assert found.keys() == tensors(0).keys()
@@ -111,6 +111,38 @@ def test_a_folder_stands_for_its_checkpoints_and_last_is_not_counted_twice(tmp_p
     about = merge_checkpoints(tmp_path, tmp_path.with_name("out-of-folder"))
     assert about["steps"] == [5, 40, 100]
     assert_is_merge(read(tmp_path.with_name("out-of-folder"))[0], list(map(tensors, (5, 40, 100))), [1 / 3] * 3)
+
+
+def test_a_state_that_a_folder_holds_twice_counts_once_and_two_states_of_one_step_are_refused(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (10, 20):
+        path = writers.lightning(folder, step, tensors(step))
+    writers.copy_as(path, "best-v1.ckpt")
+    assert merge_checkpoints(folder, tmp_path / "out")["steps"] == [10, 20]
+    torch.save({"state_dict": tensors(21), "global_step": 20}, folder / "epoch=0-step=20-v1.ckpt")
+    with pytest.raises(CheckpointError, match=r"both of step 20.*weights differ.*one by one"):
+        merge_checkpoints(folder, tmp_path / "other")
+    both = [folder / "best-v1.ckpt", folder / "epoch=0-step=20-v1.ckpt"]
+    assert merge_checkpoints(both, tmp_path / "named")["steps"] == [20, 20]
+
+
+def test_a_pattern_stands_for_what_matches_unless_a_file_has_that_name(tmp_path):
+    paths = [writers.lightning(tmp_path, step, tensors(step)) for step in (10, 20, 30)]
+    assert merge_checkpoints(tmp_path / "*[12]0.ckpt", tmp_path / "out")["steps"] == [10, 20]
+    paths[0].rename(tmp_path / "[a]*.ckpt")
+    assert merge_checkpoints([tmp_path / "[a]*.ckpt"], tmp_path / "one", [1.0])["steps"] == [10]
+    with pytest.raises(CheckpointError, match=r"is not there.*pattern"):
+        merge_checkpoints(tmp_path / "x*.ckpt", tmp_path / "none")
+
+
+def test_a_folder_for_each_checkpoint_with_its_optimizer_beside_is_a_checkpoint(tmp_path):
+    for step in (1000, 2000):
+        folder = tmp_path / "run" / f"step{step}-unsharded"
+        folder.mkdir(parents=True)
+        torch.save(tensors(step), folder / "model.pt")
+        torch.save({"state": {}}, folder / "optim.pt")
+    assert merge_checkpoints(tmp_path / "run", tmp_path / "out")["steps"] == [1000, 2000]
 
 
 def test_a_single_snapshot_window_skips_the_open_block(tmp_path):
@@ -304,7 +336,8 @@ def test_remote_files_are_read_through_fsspec(places, tmp_path):
         memory.put(str(path), f"/bucket/dcp/{path.name}", recursive=True)
     merge_checkpoints([f"memory://bucket/{path.name}" for path in places["safetensors_file"]], tmp_path / "files")
     merge_checkpoints("memory://bucket/dcp", tmp_path / "folders")
-    for out in ("files", "folders"):
+    merge_checkpoints("memory://bucket/*.safetensors", tmp_path / "pattern")
+    for out in ("files", "folders", "pattern"):
         assert_is_merge(read(tmp_path / out)[0], list(map(tensors, STEPS)), [1 / 3] * 3)
 
 

@@ -2,15 +2,20 @@
 
 import itertools
 import math
+import os
+import socket
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness.ranks import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline import writers
 
 from pretrain_merge import merge_checkpoints
+from pretrain_merge.cli.main import main
 from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline import pieces, shards, stream
 from pretrain_merge.offline.agreement import Output
@@ -68,7 +73,7 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
     monkeypatch.setattr(stream, "Buffer", Counted)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
     monkeypatch.setattr(stream, "sum_rows", lambda *_: Spread(0.0, 0.0))
-    monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 4))
+    monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 8))
     monkeypatch.setattr(shards.ShardWriter, "result", lambda writer: shards.Written(0, 0, *writer.spread))
     outputs = {name: Output(kind) for name, kind in kinds.items()}
     coefficients = [1 / num_sources] * num_sources
@@ -76,14 +81,15 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
         [source] * num_sources, coefficients, device=torch.device("cpu"), progress=lambda _: None
     ) as streamer:
         streamer.write(tmp_path, Shard("model.safetensors", kinds), outputs)
-    assert len(made) == 2 * (num_sources + 1)
+    assert len(made) == len(streamer._lanes) * (num_sources + 1)
     total = sum(buffer._memory.numel() for buffer in made)
     assert 0 < total <= stream.BUFFERS
 
 
 def test_a_budget_that_a_float64_source_would_break_is_seen():
-    longest = stream.batch_length(32)
-    assert 2 * 33 * longest * torch.float64.itemsize <= stream.BUFFERS
+    for num_lanes in (3, 5, 9):
+        longest = stream.batch_length(32, num_lanes)
+        assert num_lanes * 33 * longest * torch.float64.itemsize <= stream.BUFFERS
 
 
 def test_rows_longer_than_a_batch_are_cut():
@@ -92,23 +98,30 @@ def test_rows_longer_than_a_batch_are_cut():
     assert max(piece.num_elements for piece in found) == 40
 
 
-def merge_on_rank(folder):
-    from pathlib import Path
+def command_on_rank(folder, port):
+    """The command as torchrun starts it; returns the files that this rank wrote."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["pretrain-merge", "merge", folder, "--out", f"{folder}/ranks", "--largest_file", "300", "--quiet"]
+    written, real = [], stream.written
+    stream.written = lambda place, shard, **options: written.append(shard.file) or real(place, shard, **options)
+    main()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)  # the harness's
+    return written
 
-    from pretrain_merge import merge_checkpoints
 
-    sources = sorted(Path(folder).glob("*.safetensors"))
-    about = merge_checkpoints(sources, Path(folder) / "ranks", largest_file=300)
-    return sorted(about["files"])
-
-
-def test_ranks_divide_the_files_and_the_folder_is_that_of_one_process(tmp_path):
+def test_ranks_of_torchrun_divide_the_files_and_the_folder_is_that_of_one_process(tmp_path):
     for step in (1, 2):
         writers.safetensors_file(tmp_path, step, writers.tensors(step))
-    files = on_ranks(merge_on_rank, str(tmp_path))
-    merge_checkpoints(sorted(tmp_path.glob("*.safetensors")), tmp_path / "one", largest_file=300)
-    assert files[0] == files[1]
-    assert len(files[0]) > 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = on_ranks(command_on_rank, str(tmp_path), port)
+    about = merge_checkpoints(sorted(tmp_path.glob("*.safetensors")), tmp_path / "one", largest_file=300)
+    assert first
+    assert second
+    assert sorted([*first, *second]) == sorted(about["files"])
     one, ranks = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "ranks"))
     assert one == ranks
 

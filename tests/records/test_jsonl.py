@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.files import untrusted
 from pretrain_merge.records import (
     Late,
     MergeRecord,
@@ -59,7 +61,7 @@ def test_the_folder_of_the_first_record_is_made(tmp_path):
         json.dumps({**json.loads(RECORD.to_json()), "views": 5}),
     ],
 )
-@pytest.mark.parametrize("read", [read_records, lambda path: keep_records_until(path, 200)], ids=["read", "keep"])
+@pytest.mark.parametrize("read", [read_records, lambda path: keep_records_until(path, 400)], ids=["read", "keep"])
 def test_a_line_that_is_not_a_record_is_an_error_that_names_file_and_line(tmp_path, line, read):
     path = written(tmp_path, 100)
     with path.open("a") as file:
@@ -151,6 +153,41 @@ def test_two_runs_that_shared_a_file_are_cut_alike(tmp_path):
     path = written(tmp_path, 100, 300, 100, 200, 400, 200)
     assert keep_records_until(path, 200) == 200
     assert [record.step for record in read_records(path)] == [100, 100, 200, 200]
+
+
+@given(st.lists(strategies.records, max_size=4))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_a_resumed_run_reads_is_what_was_written(tmp_path_factory, records):
+    path, read = tmp_path_factory.mktemp("run") / "merges.jsonl", []
+    path.write_text("".join(record.to_json() + "\n" for record in records))
+    keep_records_until(path, 2**63, read=read.append)
+    assert [plain(replace(record, recipes=dict(record.recipes))) for record in read] == [*map(plain, records)]
+
+
+def test_a_resume_parses_recipes_only_where_they_are_asked_for(tmp_path, monkeypatch):
+    path, read, parsed = written(tmp_path, 100, 200, 300, 400), [], []
+    parse = untrusted.parse_json
+    monkeypatch.setattr(untrusted, "parse_json", lambda line: parsed.append(b"coefficients" in line) or parse(line))
+    keep_records_until(path, 400, read=read.append)
+    assert sum(parsed) == 1  # of the newest
+    assert read[1].recipes == at(200).recipes
+    assert sum(parsed) == 2
+
+
+def test_recipes_of_an_older_record_that_cannot_be_read_are_said_when_they_are_asked_for(tmp_path):
+    path = written(tmp_path, 100, 200)
+    path.write_text(path.read_text().replace('"coefficients"', '"coeffs"', 1))
+    assert keep_records_until(path, 200) == 200
+    with pytest.raises(CheckpointError, match=r"cannot cut .*not a merge record"):
+        keep_records_until(path, 200, read=lambda record: list(record.recipes))
+
+
+def test_a_view_called_as_a_key_of_ours_hides_nothing(tmp_path):
+    path, read = tmp_path / "merges.jsonl", []
+    record = replace(at(100), views={"a": {"x": 1.0}, "recipes": {"skipped": 1.0}}, phase=', "recipes": {')
+    append_record(path, record)
+    keep_records_until(path, 100, read=read.append)
+    assert read == [record]
 
 
 def test_resuming_holds_one_record_at_a_time(tmp_path, monkeypatch):

@@ -95,3 +95,28 @@ def test_a_snapshot_carries_what_was_known_when_it_was_taken():
     taken = window.add(Progress(7, 70, 700), lr=(0.1, 0.2), phase="long")
     assert window.newest is taken
     assert (taken.progress, taken.lr, taken.phase) == (Progress(7, 70, 700), (0.1, 0.2), "long")
+
+
+def test_a_snapshot_after_a_drop_goes_where_nothing_is_held() -> None:
+    window = Window(3)
+    for step in (10, 20, 30, 40):
+        window.add(Progress(step))
+    assert window.drop_after(25) == 2
+    for step in (50, 60, 70):
+        slot = window.next_slot()
+        assert slot not in [item.slot for item in window.snapshots[-2:]]
+        assert window.add(Progress(step)).slot == slot
+        assert len({item.slot for item in window.snapshots}) == len(window.snapshots)
+    assert [item.progress.step for item in window.snapshots] == [50, 60, 70]
+    assert window.num_valid == 3
+
+
+def test_a_drop_counts_the_valid_ones_among_what_it_drops() -> None:
+    window = Window(4)
+    window.add(Progress(10))
+    window.add(Progress(20))
+    window.break_at(Progress(25), "phase")
+    window.add(Progress(30))
+    assert window.drop_after(15) == 1
+    assert [item.progress.step for item in window.snapshots] == [10]
+    assert window.num_valid == 0

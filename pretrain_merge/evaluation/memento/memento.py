@@ -9,6 +9,7 @@ what they own) is never rolled back; `kinds` says what that is.
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
 from types import CellType, FunctionType
 from typing import Any
 
@@ -20,6 +21,7 @@ from pretrain_merge.evaluation.memento.kinds import VALUES
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.evaluation.memento.tensors import TensorState, blocks_of
+from pretrain_merge.evaluation.memento.together import mappings_of
 from pretrain_merge.runtime.log import WarnOnce
 
 MOST_OBJECTS = 100_000
@@ -54,6 +56,9 @@ class Memento:
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             self._walk(list(roots.values()))
             self._keep_memory()
+        self._mappings = mappings_of(self._states)
+        together = {id(state) for mappings in self._mappings for state, _ in mappings.states}
+        self._others = [kept for kept in self._states if id(kept[0]) not in together]
         if self._left:
             paths = "; ".join(f"{path} ({why})" for path, why in list(self._left.items())[:5])
             notices.warn(
@@ -70,10 +75,10 @@ class Memento:
     def put_back(self) -> None:
         """Write back what changed since."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            for container in self._empty:
-                if len(container):
-                    container.clear()
-            for state, index in self._states:
+            for container in filter(None, self._empty):
+                container.clear()
+            changed = (mappings for mappings in self._mappings if not mappings.is_same())
+            for state, index in chain(*(mappings.states for mappings in changed), self._others):
                 if not state.is_same():
                     self._put_back(state, index)
             for block in self._blocks:

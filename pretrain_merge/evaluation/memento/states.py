@@ -143,7 +143,8 @@ class AttributesState(DictState):
 
     def is_same(self) -> bool:
         """By identity."""
-        return type(self.owner) is self.cls and super().is_same()
+        is_its_own = object.__getattribute__(self.owner, "__dict__") is self.item  # a hook may exchange all of them
+        return is_its_own and type(self.owner) is self.cls and super().is_same()
 
     def put_back(self) -> None:
         """As of any mapping, and the class."""
@@ -151,6 +152,8 @@ class AttributesState(DictState):
             return  # a thread was started: the other attributes are its own by now
         if type(self.owner) is not self.cls:
             object.__setattr__(self.owner, "__class__", self.cls)
+        if object.__getattribute__(self.owner, "__dict__") is not self.item:
+            object.__setattr__(self.owner, "__dict__", self.item)
         super().put_back()
 
 

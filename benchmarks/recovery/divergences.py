@@ -1,0 +1,145 @@
+"""What diverges, and how: at a rate that is too high, or over bytes that are no text; and a run and its control.
+
+This module trains; it knows no files.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.annealing import texts
+from benchmarks.annealing.decoder import VOCAB_SIZE, Decoder
+from pretrain_merge import SpikeRecovery
+from pretrain_merge.demo.corpus import Corpus, TrainingBlocks, ValidationBlocks
+from pretrain_merge.demo.fitting import quiet
+from pretrain_merge.errors import DivergenceError
+
+BEYOND = 500  # steps after the onset at which a run is judged
+_BLOCK_LENGTH, _BATCH, _WARMUP = 64, 8, 50
+_MEASURED_AT = range(-100, 1, 20)  # before the end: iterates at a constant rate scatter by more than is told apart
+_LOWER = 0.5  # the default of SpikeRecovery
+_CLIP = 1.0  # likewise
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One run.
+
+    Attributes:
+        mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random.
+        family: "dense" or "moe".
+        seed: Draws weights, data and the shock.
+        lr: After the warm-up, constant.
+        beta2: Of AdamW.
+        shock: First and last step of the bytes at random, where there are any.
+        num_steps: By which it must have diverged.
+    """
+
+    mechanism: str
+    family: str
+    seed: int
+    lr: float
+    beta2: float
+    shock: tuple[int, int] | None = None
+    num_steps: int = 1500
+
+    @property
+    def name(self) -> str:
+        return f"{self.mechanism}-{self.family}-{self.seed}"
+
+
+ALL = tuple(
+    Divergence("rate", family, seed, lr=0.3, beta2=0.999) if mechanism == "rate"
+    else Divergence("shock", family, seed, lr=1e-2, beta2=0.95, shock=(400 + 17 * seed, 439 + 17 * seed))
+    for mechanism in ("rate", "shock")
+    for family in ("dense", "moe")
+    for seed in range(6)
+)  # fmt: skip
+
+
+def measured(divergence: Divergence) -> dict[str, Any]:
+    """Train it with `SpikeRecovery`, and its control to the same step; all that is worth a record."""
+    corpus = texts.TEXTS["stdlib"]()
+    recovery = SpikeRecovery()
+    found: dict[str, Any] = asdict(divergence)
+    run, error = _Model(divergence), ""
+    try:
+        _fit(run, corpus, divergence.num_steps, recovery)
+    except DivergenceError as raised:
+        error = str(raised)
+    found |= {"recoveries": [asdict(item) for item in recovery.recoveries], "error": error}
+    if not recovery.recoveries or error:
+        return found | {"loss": None, "control": None}
+    end = recovery.recoveries[0].onset + BEYOND
+    factor = recovery.recoveries[-1].lr_factor
+    control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip=_CLIP)
+    _fit(control, corpus, end)
+    return found | {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end}
+
+
+class _Model(lightning.LightningModule):
+    def __init__(self, divergence: Divergence, clip: float | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(divergence.seed)
+        width = 48 if divergence.family == "dense" else 32
+        self._decoder = Decoder(width=width, depth=2, block_length=_BLOCK_LENGTH, family=divergence.family, dropout=0.0)
+        self._divergence, self._clip = divergence, clip
+        self.losses: dict[int, float] = {}
+
+    def loss_at(self, end: int) -> float:
+        """Mean held-out loss of the last steps."""
+        return fmean(self.losses[end + before] for before in _MEASURED_AT)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        blocks, first_last = batch["input_ids"], self._divergence.shock
+        if first_last is not None and first_last[0] <= index <= first_last[1]:
+            generator = torch.Generator().manual_seed(1000 * self._divergence.seed + index)
+            blocks = torch.randint(VOCAB_SIZE, blocks.shape, generator=generator)
+        loss: Tensor = self._decoder(blocks)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        betas = (0.9, self._divergence.beta2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self._divergence.lr, betas=betas)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Measuring(lightning.Callback):
+    """Held-out loss at every tenth step, and the end of a run that is far enough beyond its onset."""
+
+    def __init__(self, corpus: Corpus, recovery: SpikeRecovery | None) -> None:
+        blocks = ValidationBlocks(corpus.validation, block_length=_BLOCK_LENGTH, num_blocks=160)
+        self._blocks = torch.stack([blocks[index]["input_ids"] for index in range(len(blocks))])
+        self._recovery = recovery
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        recoveries = self._recovery.recoveries if self._recovery is not None else ()
+        end = recoveries[0].onset + BEYOND if recoveries else trainer.max_steps
+        before = trainer.global_step - end
+        if before in _MEASURED_AT:
+            pl_module._decoder.eval()
+            with torch.no_grad():
+                pl_module.losses[trainer.global_step] = float(pl_module._decoder(self._blocks))
+            pl_module._decoder.train()
+        trainer.should_stop = trainer.should_stop or before == 0
+
+
+def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery | None = None) -> None:
+    blocks = TrainingBlocks(
+        corpus.train, block_length=_BLOCK_LENGTH, num_blocks=(num_steps + BEYOND) * _BATCH, seed=module._divergence.seed
+    )
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_steps=num_steps + (BEYOND if recovery else 0), logger=False,
+            default_root_dir=folder, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            gradient_clip_val=module._clip,
+            callbacks=[*([recovery] if recovery else []), _Measuring(corpus, recovery)],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(blocks, batch_size=_BATCH))

@@ -1,0 +1,55 @@
+"""Many mappings compared by a few calls, since an evaluation leaves nearly all of them as they were.
+
+This module knows the states of plain mappings and of attributes, and how to ask many at once whether anything changed.
+Which of them did, and what is to be done about it, is asked of each state.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from operator import is_
+from typing import Any
+
+from pretrain_merge.evaluation.memento.states import AttributesState, DictState, State
+
+# One of them changes at nearly every pass (the Trainer's own attributes), and then all of its group are asked.
+_TOGETHER = 32
+_attributes_of: Callable[[Any, str], Any] = object.__getattribute__
+
+
+class Mappings:
+    """States of mappings whose keys and values are compared in one go, without a loop of Python's own.
+
+    Args:
+        states: With the index of the object that each is of; all of kind `dict`.
+    """
+
+    __slots__ = ("_classes", "_dicts", "_keys", "_owned", "_owners", "_sizes", "_values", "states")
+
+    def __init__(self, states: Sequence[tuple[DictState, int]]) -> None:
+        self.states = states
+        self._dicts = [state.item for state, _ in states]
+        self._sizes = [len(state.values) for state, _ in states]
+        # the states' own lists, not copies: a mapping may have a million keys
+        self._keys = [state.keys for state, _ in states]
+        self._values = [state.values for state, _ in states]
+        attributes = [state for state, _ in states if isinstance(state, AttributesState)]
+        self._owners = [state.owner for state in attributes]
+        self._owned = [state.item for state in attributes]
+        self._classes = [state.cls for state in attributes]
+
+    def is_same(self) -> bool:
+        """By identity. Sizes come first: what was added at the end of one would shift all that follow."""
+        dicts, owners, of_all = self._dicts, self._owners, chain.from_iterable
+        return (
+            list(map(dict.__len__, dicts)) == self._sizes
+            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))
+            and all(map(is_, of_all(map(dict.__iter__, dicts)), of_all(self._keys)))
+            and all(map(is_, map(_attributes_of, owners, repeat("__dict__")), self._owned))
+            and all(map(is_, map(type, owners), self._classes))
+        )
+
+
+def mappings_of(states: Sequence[tuple[State, int]]) -> list[Mappings]:
+    """Groups of the states that are of plain mappings, in the order of their objects."""
+    plain = [(state, index) for state, index in states if isinstance(state, DictState) and state.kind is dict]
+    return [Mappings(plain[start : start + _TOGETHER]) for start in range(0, len(plain), _TOGETHER)]

@@ -1,0 +1,127 @@
+"""What of a run on this rank can be taken back: weights, buffers and the state of its optimizers, by name.
+
+This module knows modules, optimizers and shards. It knows no steps and no reason to go back.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_merge.errors import CheckpointError, UnsupportedModelError
+from pretrain_merge.parameters import plain_name, reshard
+from pretrain_merge.parameters.shards import local_part
+
+WEIGHT, BUFFER, STATE = "weight/", "buffer/", "state/"
+
+
+class LiveState:
+    """The live tensors of one run.
+
+    Args:
+        module: The module that trains.
+        optimizers: Of the run, in their order.
+        with_optimizers: Whether their state is copied and written, too.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any], *, with_optimizers: bool) -> None:
+        self._module, self._optimizers, self._with_optimizers = module, optimizers, with_optimizers
+
+    @torch.no_grad()
+    def copy(self) -> dict[str, Tensor]:
+        """Everything in host memory; of sharded parameters the shards.
+
+        Raises:
+            UnsupportedModelError: The state of an optimizer is neither tensors nor numbers.
+        """
+        reshard(self._module)  # P18: gathered parameters are no shards
+        tensors = {**self._weights(), **self._buffers()}
+        copies = {name: local_part(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}  # P23
+        if self._with_optimizers:
+            copies |= {name: _on_host(name, state[key]) for name, state, key in self._states()}
+        return copies
+
+    @torch.no_grad()
+    def write(self, saved: Mapping[str, Tensor]) -> None:
+        """Make the run what it was; optimizers begin afresh unless their state was copied, too."""
+        reshard(self._module)
+        for name, weight in self._weights().items():
+            if name in saved:  # one that was added since (P36) was not trained then
+                local_part(weight).copy_(saved[name])
+        for name, owner, key in self._places_of_buffers():
+            _write_buffer(owner, key, saved.get(name))
+        if not self._with_optimizers:
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
+            return
+        for name, state, key in list(self._states()):
+            if name not in saved:
+                del state[key]
+            elif isinstance(state[key], Tensor):
+                local_part(state[key]).copy_(saved[name])
+            else:
+                state[key] = type(state[key])(saved[name].item())
+
+    def refuse_other(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuse tensors of another model, before the first of them is needed.
+
+        Raises:
+            CheckpointError: A weight is not there, or has another shape.
+        """
+        for name, weight in self._weights().items():
+            here = tuple(local_part(weight).shape)
+            there = tuple(saved[name].shape) if name in saved else "missing"
+            if here != there:
+                raise CheckpointError(
+                    f"a restart point in the checkpoint is of another model: {name.removeprefix(WEIGHT)!r} is {here} "
+                    f"on this rank, and {there} there. Build the model, and shard it, as it was; or leave the restart "
+                    f"points out by SpikeRecovery(in_checkpoints=False)."
+                )
+
+    def _weights(self) -> dict[str, Tensor]:
+        stepped = {id(item) for each in self._optimizers for group in each.param_groups for item in group["params"]}
+        return {
+            WEIGHT + plain_name(name): parameter
+            for name, parameter in self._module.named_parameters()
+            if parameter.requires_grad or id(parameter) in stepped  # P36: a GAN freezes one half by turns
+        }
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: owner._buffers[key] for name, owner, key in self._places_of_buffers()}  # type: ignore[misc]
+
+    def _places_of_buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
+        for prefix, part in self._module.named_modules():
+            for key, buffer in part._buffers.items():
+                if buffer is not None:
+                    yield BUFFER + plain_name(f"{prefix}.{key}".lstrip(".")), part, key
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Every value that an optimizer keeps of a parameter: a name, and where it is."""
+        for index, optimizer in enumerate(self._optimizers):
+            parameters = [item for group in optimizer.param_groups for item in group["params"]]
+            for place, parameter in enumerate(parameters):
+                state = optimizer.state.get(parameter, {})
+                for key in [key for key, value in state.items() if value is not None]:
+                    yield f"{STATE}{index}/{place}/{key}", state, key
+
+
+def _on_host(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return local_part(value).detach().to("cpu", copy=True)
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    raise UnsupportedModelError(
+        f"an optimizer keeps a {type(value).__name__} ({name.removeprefix(STATE)}), which a restart point cannot hold. "
+        f"Allowed: tensors and numbers. Set optimizer='fresh', which needs no state of it."
+    )
+
+
+def _write_buffer(owner: nn.Module, key: str, saved: Tensor | None) -> None:
+    live = owner._buffers[key]
+    if saved is None or live is None:
+        return
+    if live.shape == saved.shape and live.layout == saved.layout:
+        local_part(live).copy_(saved)
+    else:  # one that grows, as a cache
+        owner._buffers[key] = saved.to(live.device, copy=True)

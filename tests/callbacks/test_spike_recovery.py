@@ -1,0 +1,247 @@
+"""A diverged run goes back in memory, changes what lasts, and goes on; until then nothing is changed."""
+
+import json
+import logging
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pretrain_merge import ModelMerging, SpikeRecovery
+from pretrain_merge.errors import CheckpointError, ConfigError, DivergenceError
+
+# a resumed run saves into the folder that it came from
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+
+BAD = range(90, 118)  # steps whose batches are shifted, long enough to be confirmed
+SMALL = {"distrust": 20, "every": 15, "rewarm": 10, "confirm": 8}
+RATE = 0.02
+
+
+class Model(pl.LightningModule):
+    """Data depend on the step only (P26); the rates and gradient norms that a step really used are remembered."""
+
+    def __init__(self, *, bad=BAD, shift=1e3, optimizer=torch.optim.AdamW):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.bad, self.shift, self.make_optimizer = bad, shift, optimizer
+        self.losses, self.rates, self.norms, self.weights = [], [], [], []
+
+    @property
+    def step(self):
+        return self.trainer.global_step
+
+    def training_step(self, batch, index):
+        step = self.step
+        self.weights.append(self.layers[0].weight.detach().clone())
+        inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        targets = 2 * inputs[:, :4] + (self.shift if step in self.bad else 0)
+        loss = (self.layers(inputs) - targets).pow(2).mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters(), lr=RATE)
+        optimizer.register_step_post_hook(lambda *_: self.remember(optimizer))
+        return optimizer
+
+    def remember(self, optimizer):
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+        self.norms.append(float(torch.stack([p.grad.norm() for p in self.parameters()]).norm()))
+
+
+def fit(folder, *callbacks, steps=140, model=None, ckpt=None, saves=(), **options):
+    model = model or Model()
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", default_root_dir=folder, callbacks=[*callbacks, *saves],
+        enable_checkpointing=bool(saves), enable_progress_bar=False, enable_model_summary=False,
+        **{"logger": False} | options,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader([torch.zeros(1)] * 1000, batch_size=None), ckpt_path=ckpt)
+    return trainer, model
+
+
+def assert_same(trainer, other):
+    for name, value in other.lightning_module.state_dict().items():
+        assert torch.equal(trainer.lightning_module.state_dict()[name], value), name
+    mine, theirs = (item.optimizers[0].state_dict() for item in (trainer, other))
+    assert mine["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert all(torch.equal(mine["state"][index][key], value) for key, value in state.items())
+
+
+def test_a_diverged_run_goes_back_before_the_damage_and_trains_on(tmp_path):
+    recovery = SpikeRecovery(**SMALL)
+    _, model = fit(tmp_path, recovery)
+    (done,) = recovery.recoveries
+    assert BAD[0] < done.onset <= BAD[0] + 5
+    assert done.onset - SMALL["distrust"] - SMALL["every"] < done.back_to[0] <= done.onset - SMALL["distrust"]
+    assert torch.equal(model.weights[done.step], model.weights[done.back_to[0]])  # before the batch of that index
+    assert max(model.losses[-10:]) < 2 * max(model.losses[BAD[0] - 10 : BAD[0]])
+    (line,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
+    assert json.loads(line)["back_to"] == list(done.back_to)
+
+
+def test_without_a_divergence_training_is_bit_for_bit_that_of_a_run_without(tmp_path):
+    plain, _ = fit(tmp_path / "a", model=Model(bad=()), steps=80)
+    watched, model = fit(tmp_path / "b", SpikeRecovery(**SMALL), model=Model(bad=()), steps=80)
+    assert_same(watched, plain)
+    assert model.rates == [RATE] * 80
+    assert not (tmp_path / "b" / "recoveries.jsonl").exists()
+
+
+def test_a_spike_that_passes_by_itself_costs_nothing(tmp_path):
+    bad = range(90, 93)
+    plain, _ = fit(tmp_path / "a", model=Model(bad=bad, shift=30.0))
+    watched, _ = fit(tmp_path / "b", SpikeRecovery(**SMALL), model=Model(bad=bad, shift=30.0))
+    assert_same(watched, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "newest", "store": "disk", "weights": "merge", "keep": 2}])
+def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_path, options):
+    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL, **options))
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
+    before = SpikeRecovery(**SMALL, **options)
+    fit(tmp_path / "b", before, steps=130, saves=[saving])
+    (done,) = before.recoveries
+    for step in (done.step - 10, done.step + 5):  # before the spike is confirmed, and in the re-warm-up
+        after = SpikeRecovery(**SMALL, **options)
+        path = next((tmp_path / "saved").glob(f"*step={step}.ckpt"))
+        resumed, model = fit(tmp_path / "b", after, ckpt=path, saves=[saving])
+        assert_same(resumed, whole)
+        assert after.recoveries == (done,)
+        assert len(model.losses) == 140 - step
+    assert not list(tmp_path.rglob("point-*"))  # files of restart points go with the run
+
+
+def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
+    class ByHand(Model):
+        def on_train_batch_start(self, batch, index):
+            self.optimizers().param_groups[0]["lr"] = RATE * 0.999**self.trainer.global_step
+
+    recovery = SpikeRecovery(**SMALL)
+    trainer, model = fit(tmp_path, recovery, model=ByHand())
+    (done,) = recovery.recoveries
+    for step, rate in enumerate(model.rates):
+        ramp = min(1.0, (step - done.step + 1) / SMALL["rewarm"])
+        factor = 0.5 * ramp if step >= done.step else 1.0
+        assert rate == pytest.approx(RATE * 0.999**step * factor)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == RATE * 0.999**139  # between steps it is the user's
+
+
+def test_gradients_are_clipped_from_then_on_and_not_before(tmp_path):
+    recovery = SpikeRecovery(**SMALL, clip=0.1)
+    _, model = fit(tmp_path, recovery)
+    step = recovery.recoveries[0].step
+    assert max(model.norms[: BAD[0]]) > 0.2
+    assert max(model.norms[step:]) <= 0.1 + 1e-6
+
+
+def test_a_raw_optimizer_in_a_manual_loop_is_clipped_and_slowed_too(tmp_path):
+    class Manual(Model):
+        automatic_optimization = False
+
+        @property
+        def step(self):  # Lightning counts no step of an optimizer that is stepped by hand
+            return len(self.losses)
+
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.trainer.optimizers[0].zero_grad()
+            loss.backward()
+            self.trainer.optimizers[0].step()
+            return loss
+
+    recovery = SpikeRecovery(**SMALL, clip=0.1)
+    _, model = fit(tmp_path, recovery, model=Manual(), max_epochs=1, limit_train_batches=140)
+    (done,) = recovery.recoveries
+    assert max(model.norms[done.step :]) <= 0.1 + 1e-6
+    assert model.rates[-1] == RATE / 2
+
+
+def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_path):
+    model = Model(bad=range(90, 1000), shift=math.nan)
+    recovery = SpikeRecovery(**SMALL, attempts=2)
+    with pytest.raises(DivergenceError, match=r"2 of 2 attempts were made.* raise attempts, and resume"):
+        fit(tmp_path, recovery, model=model, steps=400)
+    assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.25]
+    assert len((tmp_path / "recoveries.jsonl").read_text().splitlines()) == 2
+
+
+def test_each_attempt_reaches_the_loggers_and_the_log(tmp_path, caplog):
+    logger = pl.loggers.CSVLogger(tmp_path)
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, SpikeRecovery(**SMALL), logger=logger, log_every_n_steps=1000)
+    metrics = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "recovery/attempt" in metrics
+    assert "Attempt 1 of 3: back to the weights of step" in caplog.text
+    assert "keeps up to 3 restart points" in caplog.text
+
+
+def test_merges_do_not_reach_across_a_recovery(tmp_path):
+    merging = ModelMerging(window=4, every=5, validate=False, batch_norm="live", forecast=None)
+    recovery = SpikeRecovery(**SMALL)
+    fit(tmp_path, merging, recovery)
+    (done,) = recovery.recoveries
+    records = [json.loads(line) for line in (tmp_path / "merges.jsonl").read_text().splitlines()]
+    across = [
+        steps
+        for record in records
+        for steps in (recipe["steps"] for recipe in record["recipes"].values())
+        if steps[0] <= done.step < steps[-1]
+    ]
+    assert not across
+    assert records[-1]["recipes"]  # and it merges again
+    assert records[-1]["lr"] == [RATE / 2]  # at the rate that its steps really used
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_way_out(tmp_path):
+    class Wider(Model):
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["optimizer_states"] = []
+
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20)
+    fit(tmp_path, SpikeRecovery(**SMALL), steps=20, saves=[saving])
+    wider = Wider()
+    wider.layers[3] = nn.Linear(8, 5)
+    with pytest.raises(CheckpointError, match=r"is of another model.*in_checkpoints=False"):
+        fit(tmp_path, SpikeRecovery(**SMALL), model=wider, ckpt=saving.best_model_path, saves=[saving])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0.0}, "lr: 0.0 is not a factor"),
+        ({"lr": math.nan}, "lr: nan"),
+        ({"clip": -1}, "clip: -1 is not a norm"),
+        ({"lr": 1.0, "clip": None}, "change nothing that lasts"),
+        ({"optimizer": "old"}, "optimizer: 'old' is not one of fresh, newest"),
+        ({"weights": "merge", "keep": 1}, "keep: 1"),
+        ({"attempts": 0}, "attempts: 0"),
+        ({"distrusts": 3}, "did you mean 'distrust'"),
+    ],
+)
+def test_impossible_keys_are_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SpikeRecovery(**options)
+
+
+def test_steps_without_a_loss_are_refused(tmp_path):
+    class Silent(Model):
+        automatic_optimization = False
+
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    with pytest.raises(ConfigError, match="returned no loss"):
+        fit(tmp_path, SpikeRecovery(), model=Silent(), steps=3)
