@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pretrain_merge.forecast import forecast_anneal as forecast_anneal
     from pretrain_merge.merged_models.merged import load_merged as load_merged
     from pretrain_merge.merged_models.merged import save_merged as save_merged
+    from pretrain_merge.merged_models.starting import start_from_merged as start_from_merged
     from pretrain_merge.merging.rolling_merger import RollingMerger as RollingMerger
     from pretrain_merge.offline.merge import merge_checkpoints as merge_checkpoints
     from pretrain_merge.offline.sweep import sweep_checkpoints as sweep_checkpoints
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "load_merged": "pretrain_merge.merged_models.merged",
     "merge_checkpoints": "pretrain_merge.offline.merge",
     "save_merged": "pretrain_merge.merged_models.merged",
+    "start_from_merged": "pretrain_merge.merged_models.starting",
     "sweep_checkpoints": "pretrain_merge.offline.sweep",
     "forecast_anneal": "pretrain_merge.forecast",
     "is_evaluating_merge": "pretrain_merge.runtime.evaluating",
@@ -43,6 +45,7 @@ __all__ = [
     "load_merged",
     "merge_checkpoints",
     "save_merged",
+    "start_from_merged",
     "sweep_checkpoints",
 ]
 

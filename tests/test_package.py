@@ -31,6 +31,7 @@ PUBLIC_NAMES = [
     "load_merged",
     "merge_checkpoints",
     "save_merged",
+    "start_from_merged",
     "sweep_checkpoints",
 ]
 OPTIONAL = {"matplotlib", "llvmlite", "triton", "transformers", "rich"}

@@ -15,9 +15,11 @@ from benchmarks.ablations.gains import find, nested, raw, unit
 from benchmarks.ablations.merges import LIMIT, WINDOW, Plan
 from benchmarks.ablations.records import Result, Row
 from benchmarks.ablations.setups import BETWEEN, INTERVALS, STAGES
-from pretrain_merge.merging.best_span import best_span
+from pretrain_merge.config import LONGEST_SPAN, SPAN
+from pretrain_merge.merging.best_span import best_span, followed
 from pretrain_merge.merging.best_span import nested as nested_numbers
 
+_MOVES = 12  # four lead from the first share to the largest, and eight to the smallest
 Choice = Callable[[Sequence[Row], Sequence[float], int], Row]
 
 
@@ -83,6 +85,21 @@ def parabola(*numbers: int) -> Choice:
     return choose
 
 
+def following(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
+    """Where the limit of a view settles that merge points move, as if all of them were this one."""
+    known = [(row, loss) for row, loss in zip(rows, losses, strict=True) if row.asked <= WINDOW]
+
+    def nearest(share: float) -> tuple[Row, float]:
+        return min(known, key=lambda item: abs(math.log(item[0].span / (share * step))))
+
+    share, longer = SPAN, nearest(SPAN)
+    for _ in range(_MOVES):
+        longer, half = nearest(share), nearest(share / 2.0)
+        used = longer[0].span / step
+        share = followed(share, used, is_better_longer=longer[1] <= half[1], at_most=LONGEST_SPAN)
+    return longer[0]
+
+
 def seen(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
     """The span with the smallest loss on all the text, the half that judges among it."""
     return min(rows, key=lambda row: row.loss)
@@ -93,7 +110,8 @@ CHOICES: Mapping[str, Choice] = {
     "auto, window 10": parabola(*nested_numbers(WINDOW, "last")),
     "auto, window 42": parabola(7, 12, 23, 42),  # its whole, a half, a quarter, an eighth
     "the best of the nested means, seen on both halves": seen,  # no rule: what the comparison itself costs
-    "every: 1%, N = 10, at most 6%": newest(7),  # the default, which is for small rates, too
+    "every: 1%, N = 10, a limit that follows": following,  # the default
+    "every: 1%, N = 10, at most 6%": newest(7),  # where it begins
     "every: 1%, N = 10": newest(10),
     "every: 1%, N = 12": newest(12),
     "span 10% of the steps so far": nearest_share(0.1),

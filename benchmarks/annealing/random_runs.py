@@ -37,7 +37,7 @@ def train(run: Draw, corpus: Corpus, other: Corpus | None, say: Callable[[str], 
     if run.epochs:
         num_bytes = run.num_steps * run.batch_size * BLOCK_LENGTH // run.epochs
         corpus = Corpus(corpus.train[:num_bytes], corpus.validation, corpus.num_files)
-    validation = _validation([corpus, other] if other else [corpus])
+    validation = validation_blocks([corpus, other] if other else [corpus])
     trained = _Training(run, corpus)
     spans = spans_by_step(run)
     means = _Means(spans, trained.model)
@@ -49,8 +49,8 @@ def train(run: Draw, corpus: Corpus, other: Corpus | None, say: Callable[[str], 
         trained.step(step, factor(step - 1), order=0)
         means.add(step)
         if step in spans:
-            raw = _evaluate(trained.model, validation)
-            merged = {span: _evaluate(means.model(step, span), validation) for span in spans[step]}
+            raw = evaluate(trained.model, validation)
+            merged = {span: evaluate(means.model(step, span), validation) for span in spans[step]}
             points.append([step, run.peak_lr, raw, merged])
         if step in starts:
             states[step] = trained.state()
@@ -62,7 +62,7 @@ def train(run: Draw, corpus: Corpus, other: Corpus | None, say: Callable[[str], 
         curve = lr_shape(branch.shape)
         for done in range(branch.steps):
             trained.step(branch.start + done + 1, curve(done / branch.steps), order=branch.order)
-        anneals.append({**vars(branch), "loss": _evaluate(trained.model, validation)})
+        anneals.append({**vars(branch), "loss": evaluate(trained.model, validation)})
     seconds["anneals"] = time.process_time() - started - seconds["run"]
     parameters = sum(value.numel() for value in trained.model.parameters())
     return {"parameters": parameters, "points": points, "anneals": anneals, "seconds": seconds}
@@ -130,11 +130,11 @@ class _Training:
 
     def state(self) -> Mapping[str, Any]:
         """All that a branch starts from."""
-        return _copied({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()})
+        return copied({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to a state."""
-        state = _copied(state)
+        state = copied(state)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -173,7 +173,7 @@ class _Swapped:
         self._model, self._mean = model, mean
 
     def __enter__(self) -> Decoder:
-        self._kept = _copied(self._model.state_dict())
+        self._kept = copied(self._model.state_dict())
         torch.nn.utils.vector_to_parameters(self._mean.float(), self._model.parameters())
         return self._model
 
@@ -181,26 +181,29 @@ class _Swapped:
         self._model.load_state_dict(self._kept)
 
 
-def _evaluate(model: "Decoder | _Swapped", validation: Tensor) -> float:
+def evaluate(model: "Decoder | _Swapped", validation: Tensor) -> float:
+    """Mean loss on held-out blocks, in nats per byte."""
     if isinstance(model, _Swapped):
         with model as swapped:
-            return _evaluate(swapped, validation)
+            return evaluate(swapped, validation)
     model.eval()
     with torch.no_grad():
         parts = [(model(part) * len(part)).item() for part in validation.split(80)]
     return sum(parts) / len(validation)
 
 
-def _validation(texts: Iterable[Corpus]) -> Tensor:
+def validation_blocks(texts: Iterable[Corpus]) -> Tensor:
+    """Held-out blocks of some texts in equal parts, `(blocks, length)`."""
     chosen = list(texts)
     number = VALIDATION_BLOCKS // len(chosen)
     blocks = [ValidationBlocks(text.validation, block_length=BLOCK_LENGTH, num_blocks=number) for text in chosen]
     return torch.stack([part[index]["input_ids"] for part in blocks for index in range(number)])
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """The same nested values with tensors of their own."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,12 +6,8 @@ This module knows shares of a run and sentences. It knows no tensors and no merg
 import math
 
 from pretrain_merge.cadence import Quantity, Share
-from pretrain_merge.config import SPAN, View, WindowSettings
+from pretrain_merge.config import LONGEST_SPAN, View, WindowSettings
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
-
-# The best span is 4 to 12% of the steps so far, by the learning rate: views keep to the lower half, which is never far
-# wrong, and only a window beyond the upper end is worth a word.
-_WIDE = 0.12
 
 
 def why_too_wide(settings: WindowSettings, num_steps: float) -> str | None:
@@ -26,8 +22,9 @@ def why_too_wide(settings: WindowSettings, num_steps: float) -> str | None:
     """
     for view in settings.views:
         share = _share_spanned(settings, view, num_steps)
-        at_most = view.span or SPAN
-        if share is None or share <= max(at_most, _WIDE) or share * num_steps <= ALWAYS_ALLOWED:
+        # a limit of the user's own below the best span is no reason for a word; what is beyond the best one is
+        at_most = max(LONGEST_SPAN, view.span or 0.0)
+        if share is None or share <= at_most or share * num_steps <= ALWAYS_ALLOWED:
             continue
         reach = _reach(settings, view)
         fixed = math.floor(at_most * num_steps / reach)

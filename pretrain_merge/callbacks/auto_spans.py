@@ -1,21 +1,42 @@
-"""Views that choose their span: by which nested mean was best at the merge point before.
+"""Views that choose what they span, by the losses of plain means at the merge point before.
+
+There are two kinds. `auto` spans what nested means say is best. A view whose `span` is "auto", as it is by default, has
+a limit that moves a little at each merge point: to longer where the mean over it was better than the mean over half of
+it, to shorter where it was worse. One mean more tells which, and forecasts read that one anyway.
 
 A choice is read off the last record and used at the next merge point. So the number that a view reports is not the
 smallest of several that were tried at that very point, nothing is stored beside the records, and a resumed run, which
-reads them, chooses as the run before would have. This module knows records; the parabola is `best_span`'s business.
+reads them, chooses as the run before would have. This module knows records; what follows from losses is `best_span`'s
+business.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from pretrain_merge.cadence import Progress, Quantity, Share
-from pretrain_merge.config import Settings
-from pretrain_merge.merging.best_span import best_span, nested
-from pretrain_merge.records import Choice, MergeRecord, is_plain, metric_names, span_of
+from pretrain_merge.config import LONGEST_SPAN, SPAN, Settings, View
+from pretrain_merge.merging.best_span import best_span, followed, nested
+from pretrain_merge.merging.views import ALWAYS_ALLOWED
+from pretrain_merge.records import FORECAST, Choice, MergeRecord, is_plain, metric_names, span_of
 from pretrain_merge.runtime import ranks
 
+HALF = f"{FORECAST}/sma"  # the view over half of what the leading one spans
+# Steps of a stretch: in a younger one the first limit does not yet bound what is always allowed. So short a mean hardly
+# differs from its half, and the run moves faster than a limit could follow.
+_FOLLOWED_FROM = round(ALWAYS_ALLOWED / SPAN)
 _LEAST_CHOICES = 5  # of fewer, the smallest and the largest say little
 _TYPICAL = (0.1, 0.9)  # quantiles that "spans of 8% to 12%" stands for
+
+
+def leading(settings: Settings) -> View | None:
+    """The view whose losses move the limit of all that follow: the first plain mean of them; None: none moves."""
+    return next((view for view in settings.views if view.follows and view.kind == "sma"), None)
+
+
+def is_followed(settings: Settings, age: int) -> bool:
+    """Whether a limit moves at so many steps since the last break."""
+    return leading(settings) is not None and age >= _FOLLOWED_FROM
 
 
 class AutoSpans:
@@ -28,7 +49,9 @@ class AutoSpans:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._views = [view for view in settings.views if view.is_auto]
+        self._leading = leading(settings)
         self._last: MergeRecord | None = None  # on rank 0, where a resumed run reads its records
+        self._now: Mapping[str, float] = {}  # what views span at this merge point, on all ranks
         self._shares: dict[str, list[float]] = {view.name: [] for view in self._views}
 
     def with_choices(self, record: MergeRecord) -> MergeRecord:
@@ -42,7 +65,7 @@ class AutoSpans:
         self._last = record
         for name, choice in record.choices.items():
             if name in self._shares:
-                self._shares[name].append(choice.span / (record.step - record.since))
+                self._shares[name].append(_share(choice, record))
 
     def shares(self, since: Progress) -> Mapping[str, float]:
         """The share of the steps since the last break that each view is to span now, the same on all ranks. Collective.
@@ -50,10 +73,9 @@ class AutoSpans:
         Args:
             since: The last break. What was best before it says nothing of this stretch.
         """
-        if not self._views:
-            return {}
-        is_known = self._last is not None and self._last.since == since.step
-        return ranks.gather({name: found[-1] for name, found in self._shares.items() if found and is_known})[0]
+        if self._views or self._leading is not None:
+            self._now = ranks.gather(self._known(since.step))[0]
+        return self._now
 
     def advice(self) -> str | None:
         """One line for the end of a run: which spans were best, and which window would reach them. Of rank 0."""
@@ -62,8 +84,30 @@ class AutoSpans:
                 return self._advice(name, sorted(shares), self._last.step - self._last.since)
         return None
 
+    def _known(self, since: int) -> dict[str, float]:
+        """What the last record says; nothing where it is of another stretch."""
+        if self._last is None or self._last.since != since:
+            return {}
+        record = self._last
+        known = {name: _share(choice, record) for name, choice in record.choices.items()}
+        found = {name: known[name] for name in self._shares if name in known}
+        if self._leading is not None and self._leading.name in known:
+            limit = known[self._leading.name]
+            found |= {view.name: limit for view in self._settings.views if view.follows}
+            found[HALF] = limit / 2.0
+        return found
+
     def _choices(self, record: MergeRecord) -> dict[str, Choice]:
         """By view; one is not there where its metric was not measured on any mean."""
+        if record.step <= record.since:
+            return {}
+        chosen = {view.name: self._best(view, record) for view in self._views}
+        if self._leading is not None and is_followed(self._settings, record.step - record.since):
+            chosen[self._leading.name] = self._moved(self._leading, record)
+        return {name: choice for name, choice in chosen.items() if choice is not None}
+
+    def _best(self, view: View, record: MergeRecord) -> Choice | None:
+        """The span that is best by nested means."""
         config = self._settings.config
         numbers = nested(config.window, config.average)
         # no other means: the choice before would be among them, and two that are close tell noise
@@ -72,15 +116,29 @@ class AutoSpans:
             for name, recipe in record.recipes.items()
             if is_plain(recipe) and len(recipe.steps) in numbers
         }
-        found: dict[str, Choice] = {}
-        for view in self._views:
-            wanted = view.metric or metric_names.the_loss(record.raw) or ""
-            metric = metric_names.found(wanted, record.raw) or wanted
-            losses = {span: record.views[name][metric] for name, span in means.items() if metric in record.views[name]}
-            best = best_span(losses)
-            if best is not None and record.step > record.since:
-                found[view.name] = Choice(best.span, losses[max(losses)] / best.loss - 1.0 if best.loss else 0.0)
-        return found
+        metric = _metric(view, record)
+        losses = {span: record.views[name][metric] for name, span in means.items() if metric in record.views[name]}
+        best = best_span(losses)
+        if best is None:
+            return None
+        return Choice(best.span, losses[max(losses)] / best.loss - 1.0 if best.loss else 0.0)
+
+    def _moved(self, view: View, record: MergeRecord) -> Choice | None:
+        """The limit moved by whether the mean within it was better than the mean over half, or than raw."""
+        recipe, half, metric = record.recipes.get(view.name), record.recipes.get(HALF), _metric(view, record)
+        if recipe is None or half is None:
+            return None
+        # two snapshots have no half: the live model is the mean over none
+        shorter = (record.views[HALF] if half != recipe else record.raw).get(metric, math.nan)
+        loss = record.views[view.name].get(metric, math.nan)
+        age = record.step - record.since
+        used = span_of(recipe.steps, record.average) / age
+        share = self._now.get(view.name, used)
+        if not math.isfinite(loss - shorter):  # an evaluation that failed does not start the limit anew
+            return Choice(share * age, 0.0) if view.name in self._now else None
+        following = followed(share, used, is_better_longer=loss < shorter, at_most=LONGEST_SPAN)
+        least = min(loss, shorter)
+        return Choice(following * age, loss / least - 1.0 if least else 0.0)
 
     def _advice(self, name: str, shares: list[float], num_steps: int) -> str:
         low, high = (shares[round(quantile * (len(shares) - 1))] for quantile in _TYPICAL)
@@ -93,3 +151,13 @@ class AutoSpans:
             f'Window {config.window} at every: "{Share.spanning(middle, reach).percent:g}%"{fixed} reaches '
             f"them; it was {every}."
         )
+
+
+def _metric(view: View, record: MergeRecord) -> str:
+    """The loss that a view chooses by, as it is called in the record."""
+    wanted = view.metric or metric_names.the_loss(record.raw) or ""
+    return metric_names.found(wanted, record.raw) or wanted
+
+
+def _share(choice: Choice, record: MergeRecord) -> float:
+    return choice.span / (record.step - record.since)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
+from pretrain_merge.callbacks.auto_spans import HALF, is_followed, leading
 from pretrain_merge.config import Forecast, MergeConfig, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
@@ -48,9 +49,11 @@ class RunForecasts:
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """Means that only forecasts and `auto` need: nested spans, under the forecasts' name, not saved."""
+        """Means that only forecasts and the choice of spans need, under the forecasts' name, not saved."""
         config, forecasts = self._settings.config, self._settings.forecasts.values()
+        follows = leading(self._settings)
         own = [view for view in self._settings.views if view.kind == "sma"]
+        own.sort(key=lambda view: view is not follows)  # one half serves its limit and the forecasts
         needed = {
             number
             for forecast in forecasts
@@ -59,21 +62,27 @@ class RunForecasts:
         }
         needed |= set(nested(config.window, config.average)) if self._chooses_spans else set()
         means = [View(f"{FORECAST}/sma{number}", "sma", number) for number in sorted(needed)]
-        if any(forecast.num_intervals is None for forecast in forecasts):
+        if follows or any(forecast.num_intervals is None for forecast in forecasts):
             means += [view for view in _halved(own, config) if view not in means]
         measured = {num_in_full_window(view, config) for view in own}
         return tuple(view for view in means if view.last is None or view.last not in measured)
 
-    def reads(self, record: MergeRecord | None) -> bool:
-        """Whether a forecast may read what is measured at merge points like this one; None: none was measured yet."""
-        return (
-            record is None
-            or self._chooses_spans
-            or any(self._metric(item, record) for item in self._settings.forecasts.values())
-        )
+    def reads(self, record: MergeRecord | None, age: int) -> bool:
+        """Whether anything reads these means at a merge point.
+
+        Args:
+            record: Of the merge point before, which says what is measured; None: a run, or a resumed one, begins.
+            age: Steps since the last break.
+        """
+        follows = is_followed(self._settings, age)
+        if self._chooses_spans or record is None:
+            return self._chooses_spans or follows or bool(self)
+        has_loss = metric_names.the_loss(record.raw) is not None
+        return (follows and has_loss) or any(self._metric(item, record) for item in self._settings.forecasts.values())
 
     @property
     def _chooses_spans(self) -> bool:
+        """Whether a view needs nested means, over more than the half that a limit follows."""
         return any(view.is_auto for view in self._settings.views)
 
     def of_a_run(self) -> "RunForecasts":
@@ -152,7 +161,7 @@ class RunForecasts:
 
 
 def _halved(own: Sequence[View], config: MergeConfig) -> list[View]:
-    """What a forecast that nobody asked for reads: the user's own mean, and one over half of what it spans.
+    """What a forecast that nobody asked for reads, and a limit follows: a mean over half of what the user's own spans.
 
     One more mean is one more evaluation at each merge point; a quarter would make the forecast hardly better.
     """
@@ -160,7 +169,7 @@ def _halved(own: Sequence[View], config: MergeConfig) -> list[View]:
         return []
     number = num_in_full_window(own[0], config)
     if number is None:  # its length follows the age of the run, and so must the half of it
-        return [View(f"{FORECAST}/sma", "sma", span=(own[0].span or 1.0) / 2)]
+        return [View(HALF, "sma", span=(own[0].span or 1.0) / 2)]
     more = int(config.average == "last")
     numbers = spans(number - more, window=config.window, average=config.average)[-2:]
     return [View(f"{FORECAST}/sma{number}", "sma", number) for number in numbers]

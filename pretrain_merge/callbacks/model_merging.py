@@ -20,7 +20,7 @@ from pretrain_merge.callbacks.lightning_cli import explain_errors
 from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
-from pretrain_merge.config import AUTO, SPAN, MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.config import AUTO, MergeConfig, parse_settings, read, refuse_misfits
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -46,7 +46,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         views: Named merges: "sma", "sma4" (the newest four), "wma", "ema", "wsm", or mappings with `name`, `kind`,
             optionally `last` or `span`, and the parameters of the kind.
         span: A view that names no number of snapshots takes the newest that span at most this share of the run since
-            its last break; None: all that are valid.
+            its last break; "auto": a share that follows what the run measures, 6% at first and 12% at most; None: all
+            that are valid.
         average: "last": a snapshot is the model after a step; "block": the mean of the models in the interval.
         sample_every: With "block": steps between the models that enter the mean.
         tokens_per_batch: Tokens of one batch on one rank: a number, the key of the batch whose elements are counted,
@@ -88,7 +89,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         start: int | str = 0,
         merge_every: int | str | None = None,
         views: Sequence[str | dict[str, Any]] = ("sma",),
-        span: float | str | None = SPAN,
+        span: float | str | None = AUTO,
         average: str = "last",
         sample_every: int = 1,
         tokens_per_batch: int | str | Callable[[Any], int] = _INPUT_IDS,

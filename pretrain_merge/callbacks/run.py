@@ -250,7 +250,8 @@ class Run:
 
     def _measure(self) -> MergeRecord | None:
         """Raw and every view on the same batches; None where a signal ended the evaluation early."""
-        fit, reads = self._fit, self._forecasts.reads(self.last_record)
+        fit, age = self._fit, self.merger.progress.step - self.merger.window.since.step
+        reads = self._forecasts.reads(self.last_record, age)
         return merge_point.measured(
             fit.config,
             fit.trainer,

@@ -4,7 +4,6 @@ This module knows names and defaults of arguments. Whatever a subcommand does is
 """
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -52,9 +51,9 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _commands(asked: list[str]) -> dict[str, Callable[..., Any]]:
+def _commands(asked: list[str]) -> dict[str, Any]:
     """The command that is asked for; all of them where it is none, as for help."""
-    found: dict[str, Callable[..., Any]] = {"demo": demo}
+    found: dict[str, Any] = {"demo": demo}
     for name in _OTHERS:
         # what a merge is done in a forecast would take a tenth of to load
         if asked == [name] or not {*asked} & {*_OTHERS}:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pretrain_merge.cadence import Quantity, Share, parse_interval
 from pretrain_merge.cli.model_shapes import read_model
 from pretrain_merge.cli.results import console_beside, write_result
-from pretrain_merge.config import SPAN, WindowConfig, build, parse_views
+from pretrain_merge.config import LONGEST_SPAN, WindowConfig, build, parse_views
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan import (
     HARDWARE,
@@ -164,7 +164,7 @@ def _yaml(options: Mapping[str, Any]) -> str:
     defaults = {item.name: item for item in fields(WindowConfig)}
     lines = ["# the callback's configuration, as a YAML file"]
     reach = options["window"] - (options["average"] == "last")
-    grows = Share.spanning(SPAN, reach).percent
+    grows = Share.spanning(LONGEST_SPAN, reach).percent
     for key, value in options.items():
         default = defaults[key].default if defaults[key].default is not MISSING else None
         if value != default or key in ("window", "every", "views"):

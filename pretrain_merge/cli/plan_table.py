@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pretrain_merge.cadence import Share
-from pretrain_merge.config import SPAN
+from pretrain_merge.config import LONGEST_SPAN
 from pretrain_merge.plan import Advice, Cost, Plan, Question
 from pretrain_merge.plan.costs import COPIES_IN_TRAINING, STEP
 from pretrain_merge.plan.times import Move
@@ -66,8 +66,10 @@ def _title(question: Question) -> str:
 def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
     yield "the paper's interval", f"{_count(advice.interval)} tokens", advice.how
     yield "the paper's window", str(advice.window), "its nearest row"
-    grows = Share.spanning(SPAN, question.merging.span_in_intervals, "tokens")
-    yield "or a share of the run", f"{grows.percent:g}% of tokens", f"a window always spans {SPAN:.0%} of it, or less"
+    intervals = question.merging.span_in_intervals
+    grows = Share.spanning(LONGEST_SPAN, intervals, "tokens")
+    spans = f"a window always spans {grows.percent * intervals:g}% of it"
+    yield "or a share of the run", f"{grows.percent:g}% of tokens", spans
     every = question.merging.every
     steps = f"{plan.steps_between_snapshots:,.0f} steps of {_count(question.training.tokens_per_step)} tokens"
     yield "interval here", f"{_count(every.amount)} {every.unit}", steps
@@ -80,7 +82,7 @@ def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
         # the first merge needs a second snapshot
         yield "merges in the run", f"{max(0, int(steps_of_run / plan.steps_between_merges) - 1):,}", f"of {of_run}"
         share = merging.span_in_intervals * plan.steps_between_snapshots / steps_of_run
-        whole = f"of the run; a view takes the newest within {SPAN:.0%} of the tokens so far"
+        whole = f"of the run; a view takes the newest within {LONGEST_SPAN:.0%} of the tokens so far"
         yield "a window spans", f"{share:.1%}", whole
 
 

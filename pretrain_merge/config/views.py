@@ -3,12 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Share, parse_interval
 from pretrain_merge.config.reading import did_you_mean
-from pretrain_merge.config.schema import SPAN, WindowConfig
+from pretrain_merge.config.schema import AUTO, SPAN, WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.records import FORECAST, RAW
 
@@ -18,7 +18,6 @@ _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "power": ("power", {"relative_width": 0.05}),  # about the width of a plain mean over a sixth of the run
     "wsm": ("decay", {"shape": "1-sqrt"}),  # the shape that WSM (arXiv 2507.17634) found best
 }
-_AUTO = "auto"
 _RESERVED = (RAW, FORECAST)
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%", re.ASCII)
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
@@ -34,6 +33,7 @@ class View:
         last: Exactly this many of the newest valid snapshots; None: all that are valid, from 2 up.
         params: Parameters of the kind.
         span: Of these, the newest that span at most this share of the steps since the last break; None: all of them.
+        follows: Whether that share follows what merge points measure, beginning with `span`.
         is_auto: Whether the share is chosen anew at each merge point, beginning with `span`.
         metric: By which it is chosen; None: the loss that the run measures.
     """
@@ -43,8 +43,24 @@ class View:
     last: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     span: float | None = None
+    follows: bool = False
     is_auto: bool = False
     metric: str | None = None
+
+
+class Limit(NamedTuple):
+    """How much of a run a view may span.
+
+    Attributes:
+        share: Of the steps since the last break; None: any.
+        follows: Whether it follows what merge points measure, beginning with `share`.
+    """
+
+    share: float | None = None
+    follows: bool = False
+
+
+_ANY = Limit()
 
 
 def parse_views(config: WindowConfig) -> tuple[View, ...]:
@@ -63,13 +79,13 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     return views
 
 
-def parse_view(value: object, key: str, span: float | None = None) -> View:
+def parse_view(value: object, key: str, span: Limit = _ANY) -> View:
     """One view in any of its forms.
 
     Args:
         value: Text or a mapping.
         key: Its path, for messages.
-        span: Share of the run that it may span where it names neither a share nor a number of snapshots.
+        span: What it may span where it names neither a share nor a number of snapshots.
 
     Raises:
         ConfigError: It is not one.
@@ -86,45 +102,47 @@ def parse_view(value: object, key: str, span: float | None = None) -> View:
     kind, last = value.get("kind", value["name"]), value.get("last")
     if last is None and kind == "custom" and isinstance(params.get("weights"), list):
         last = len(params["weights"])
-    if kind == _AUTO:
-        return _auto(View(value["name"], "sma", last, params), key, parse_span(value.get("span", span), f"{key}.span"))
-    if "span" in value:
-        span = parse_span(value["span"], f"{key}.span")
-        if last is not None and span is not None:
-            raise ConfigError(
-                f"{key}.span: {value['span']!r}, and the view is of exactly {last} snapshots. Allowed: a number of "
-                f"snapshots or a share of the run. Remove one of the two."
-            )
-    return View(value["name"], str(kind), last, params, span if last is None else None)
+    own = parse_span(value["span"], f"{key}.span") if "span" in value else None
+    span = own or span
+    if kind == AUTO:
+        return _auto(View(value["name"], "sma", last, params), key, span)
+    if last is not None and own is not None and own.share is not None:
+        raise ConfigError(
+            f"{key}.span: {value['span']!r}, and the view is of exactly {last} snapshots. Allowed: a number of "
+            f"snapshots or a share of the run. Remove one of the two."
+        )
+    return View(value["name"], str(kind), last, params, *(span if last is None else ()))
 
 
-def parse_span(value: object, key: str) -> float | None:
-    """The share of a run that a view may span, from what people write: 0.06, "6%"; None: any.
+def parse_span(value: object, key: str) -> Limit:
+    """The share of a run that a view may span, from what people write: 0.06, "6%", "auto"; None: any.
 
     Raises:
         ConfigError: It is not above 0 and up to 1.
     """
     if value is None:
-        return None
+        return _ANY
+    if value == AUTO:
+        return Limit(SPAN, follows=True)
     match = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     share: Any = float(match[1]) / 100.0 if match else value if is_number else 0.0
     if not 0.0 < share <= 1.0:
         raise ConfigError(
-            f"{key}: {value!r} is not a share of the run. Allowed: above 0 and up to 1, or null for no limit. Write it "
-            f"as 0.06 or '6%'."
+            f"{key}: {value!r} is not a share of the run. Allowed: above 0 and up to 1, 'auto' for one that follows "
+            f"what the run measures, or null for no limit. Write it as 0.06 or '6%'."
         )
-    return float(share)
+    return Limit(float(share))
 
 
-def _auto(view: View, key: str, span: float | None) -> View:
+def _auto(view: View, key: str, span: Limit) -> View:
     metric = view.params.get("metric")
     if view.last is not None or view.params.keys() - {"metric"} or not isinstance(metric, str | None):
         raise ConfigError(
             f"{key}: view {view.name!r} chooses its span by itself. Allowed: `metric`, the name of the loss that it "
             f"chooses by, and `span`, the share that it begins with. Remove what is given besides."
         )
-    return replace(view, params={}, span=span or SPAN, is_auto=True, metric=metric)
+    return replace(view, params={}, span=span.share or SPAN, is_auto=True, metric=metric)
 
 
 def num_in_full_window(view: View, config: WindowConfig) -> int | None:
@@ -134,24 +152,24 @@ def num_in_full_window(view: View, config: WindowConfig) -> int | None:
     if view.span is None:
         return view.last or config.window
     fits = isinstance(every, Share) and reach * every.percent / 100.0 <= view.span
-    return config.window if fits and not view.is_auto else None
+    return config.window if fits and not (view.follows or view.is_auto) else None
 
 
-def _parse_shorthand(text: str, key: str, span: float | None) -> View:
+def _parse_shorthand(text: str, key: str, span: Limit) -> View:
     letters = text.rstrip("0123456789")
     digits = text[len(letters) :]
-    if text == _AUTO:
+    if text == AUTO:
         return _auto(View(text, "sma"), key, span)
     if len(digits) > _MOST_DIGITS:
         raise ConfigError(f"{key}: {text!r} is not a view; no window holds so many snapshots.")
     last = int(digits) if digits else None
     kind, params = _SHORTHANDS.get(letters, (letters, {}))
-    known = list(dict.fromkeys([*coefficients.KINDS, *_SHORTHANDS, _AUTO]))
+    known = list(dict.fromkeys([*coefficients.KINDS, *_SHORTHANDS, AUTO]))
     if kind not in coefficients.KINDS:
         raise ConfigError(
             f"{key}: {text!r} is not a view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}."
         )
-    return View(text, kind, last, params, span if last is None else None)
+    return View(text, kind, last, params, *(span if last is None else ()))
 
 
 def _try_coefficients(view: View, window: int, key: str) -> None:

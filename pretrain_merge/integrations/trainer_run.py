@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks import merge_point, refusals
+from pretrain_merge.callbacks.auto_spans import AutoSpans
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.resuming import refill_or_raise
 from pretrain_merge.callbacks.run_folder import RunFolder, files_of
@@ -75,6 +76,7 @@ class TrainerRun:
         for other in [run for run in _open_runs if run._folder == self._folder]:
             other.close()
         self._forecasts = forecasts.of_a_run()
+        self._auto = AutoSpans(settings)
         self._not_saved = {view.name for view in self._forecasts.views}  # views that only forecasts need
         self._window_folder = Path(self._config.window_folder or self._folder / "window").absolute()
         with ExitStack() as borrowed:
@@ -143,7 +145,7 @@ class TrainerRun:
         Raises:
             CheckpointError: The disk refuses.
         """
-        merger, newest = self.merger, self.merger.window.newest
+        merger, newest = self._with_chosen_spans(), self.merger.window.newest
         if self._config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self._model) as merge_view:
@@ -210,7 +212,12 @@ class TrainerRun:
                 before = files_of(state.identity, Path(state.run_folder)) if state.run_folder else None
                 until = state.progress.step - (state.last_merge < state.progress.step and self.merger.merge_is_due())
                 records = before[0] if before else files.records
-                keep_records_until(files.records, until, before=records, read=self._forecasts.append)
+
+                def read(record: MergeRecord) -> None:
+                    self._forecasts.append(record)
+                    self._auto.append(record)
+
+                keep_records_until(files.records, until, before=records, read=read)
         return ranks.gather(identity)[0]
 
     def _state(self, manifest: Manifest) -> RunState:
@@ -239,12 +246,13 @@ class TrainerRun:
 
     def _measured(self) -> MergeRecord | None:
         """Raw and every view on the same data; None where a signal ended the evaluation early."""
-        reads = self._forecasts.reads(self.last_record)
+        age = self.merger.progress.step - self.merger.window.since.step
+        reads = self._forecasts.reads(self.last_record, age)
         return merge_point.measured(
             self._config,
             self._trainer,
             self._model,
-            self.merger,
+            self._with_chosen_spans(),
             views=[view for view in self.merger.views if reads or view not in self._not_saved],
             evaluators=self._evaluators,
             notices=self._notices,
@@ -252,9 +260,13 @@ class TrainerRun:
             isolate=partial(trainer_evaluation.isolated, ignored=self._ignored),
         )
 
+    def _with_chosen_spans(self) -> RollingMerger:
+        self.merger.span(self._auto.shares(self.merger.window.since))
+        return self.merger
+
     def _publish(self, record: MergeRecord) -> MergeRecord:
         """To the file of records and the Trainer's own reporters."""
-        record = self._forecasts.with_forecasts(record)
+        record = self._forecasts.with_forecasts(self._auto.with_choices(record))
         if ranks.rank() == 0:
             append_record(self._folder / "merges.jsonl", record)
         should_log = self._trainer.control.should_log

@@ -20,8 +20,12 @@ _TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth", ".pth.tar")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _WINDOW = re.compile(r"snapshot-([0-9]{8,20})-[0-9a-f]{8}\.(safetensors|sharded)")
 _OPEN_BLOCK = re.compile(r"block-[0-9]{8,20}-[0-9a-f]{8}\.(safetensors|sharded)")
-# step=1000, step-1000, step_1000, step1000, global_step1000; Hugging Face's checkpoint-1000
-_STEP = re.compile(r"(?:^|[^a-z])(?:global_)?(?:step|steps|checkpoint|iter)[-=_]?([0-9]+)(?![0-9])", re.IGNORECASE)
+# a whole number and what may follow it: step1.5k or 3B tokens say no step that could be relied on
+_NUMBER = r"([0-9]+)([kKM]?)(?![0-9A-Za-z]|\.[0-9])"
+_THOUSANDS = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000}
+# step=1000, step-1000, step_1000, step1000, global_step1000, step5k; Hugging Face's checkpoint-1000
+_STEP = re.compile(r"(?:^|[^A-Za-z])(?:(?i:global_)?(?i:steps?|checkpoint|iter))[-=_]?" + _NUMBER)
+_OURS = re.compile(r"^[a-z]+-([0-9]{8,20})()-")  # our own snapshot-00001000-0123abcd
 _COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template.*)"
     r"\.(json|txt|model|jinja)|merges\.txt"
@@ -52,17 +56,24 @@ def find_one(place: str | Path) -> Source:
 def step_in_name(place: str) -> int | None:
     """The step that a path names: in its last part, else in the one before.
 
-    >>> step_in_name("run/epoch=0-step=1000.ckpt"), step_in_name("run/checkpoint-500/model.safetensors")
+    >>> step_in_name("run/epoch=0-step=1000-v1.ckpt"), step_in_name("run/checkpoint-500/model.safetensors")
     (1000, 500)
+    >>> step_in_name("run/step5k.pt"), step_in_name("run/ckpt-1.5B-tokens.pt")
+    (5000, None)
     """
     parts = place.rstrip("/").split("/")
     # 'checkpoint-500/model.safetensors': the folder has the step, unless the file has one
     for part in reversed(parts[-2:]):
-        if found := _STEP.findall(part) or re.findall(r"^[a-z]+-([0-9]{8,20})-", part):
-            return int(found[-1])
+        if found := _STEP.findall(part) or _OURS.findall(part):
+            return _counted(*found[-1])
     # 'ckpt_0500.pt' has one number, which can only be that; of several, as in dates, none is certain
-    last = re.findall(r"[0-9]+", parts[-1].partition(".")[0])
-    return int(last[-1]) if len(last) == 1 else None
+    stem = re.sub(r"(\.[A-Za-z]+)+$", "", parts[-1])
+    found = re.findall(_NUMBER, stem)
+    return _counted(*found[0]) if found and len(re.findall(r"[0-9]+", stem)) == 1 else None
+
+
+def _counted(number: str, thousands: str) -> int:
+    return int(number) * _THOUSANDS[thousands]
 
 
 def _sources(place: str) -> list[Source]:

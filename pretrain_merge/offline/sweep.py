@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain_merge.config import WindowConfig
+from pretrain_merge.config import SPAN
 from pretrain_merge.offline.sweep_job import Progress, Sweep, SweepJob
 from pretrain_merge.offline.ways import EvaluateLike
 from pretrain_merge.records.modes import Mode
 
-_SPAN = WindowConfig.span
+_SPAN = SPAN  # no merge point before, whose losses a limit could follow, is known here
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ class RestartPoints:
 
     def go_back_to(self, point: RestartPoint) -> None:
         """Forget what came after a point; the next attempt goes further back where it can."""
+        # they hold the damage, and would be old enough one day
         for later in [item for item in self._points if item.step > point.step]:
             self._drop(later)
         self._points[-1] = replace(point, is_used=True)
@@ -108,7 +109,7 @@ class RestartPoints:
 
     def _kept(self, step: int, tensors: Tensors) -> Callable[[], Tensors]:
         if self._folder is None:
-            return lambda: tensors
+            return lambda: tensors  # never written in place: a checkpoint may be on its way to the disk in a thread
         path = self._path(step)
         try:
             atomic.make_folder(self._folder)
@@ -142,7 +143,7 @@ def most_points(distrust: int, every: int, keep: int) -> int:
 def mean_of(points: Sequence[RestartPoint]) -> Tensors:
     """Weights as the mean over points; all else as in the newest of them."""
     read = [point.read() for point in points]
-    newest = dict(read[-1])
+    newest = dict(read[-1])  # a mean of counts or of second moments would belong to no weights
     names = [name for name in newest if name.startswith(WEIGHT) and all(name in tensors for tensors in read)]
     # what is restored must not be written into what is kept
     means = [newest[name].clone() for name in names]

@@ -18,9 +18,9 @@ def test_a_window_over_nearly_half_of_the_run_is_said_with_numbers_that_fit():
     text = said(window=10, every=100)
     assert "view 'sma' of 10 snapshots every 100 steps spans 45% of this run" in text
     assert "newest within these (`span`)" in text
-    assert text.endswith('every: "0.6%", or 13 steps.')
-    assert said(window=10, every=13) is None
-    assert said(window=10, every="0.6%") is None
+    assert text.endswith('every: "1%", or 26 steps.')
+    assert said(window=10, every=26) is None
+    assert said(window=10, every="1%") is None
 
 
 def test_nothing_is_said_of_a_window_over_a_tenth_of_the_run_which_is_best_at_ordinary_rates():
@@ -30,7 +30,7 @@ def test_nothing_is_said_of_a_window_over_a_tenth_of_the_run_which_is_best_at_or
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"window": 20, "every": "2%"}, 'every: "0.3%", or 6 steps.'),
+        ({"window": 20, "every": "2%"}, 'every: "0.6%", or 12 steps.'),
         ({"window": 10, "every": 100, "views": ["sma10"]}, "and so will this one"),
         ({"window": 10, "every": 100, "views": ["sma2", "sma6"]}, "view 'sma6' of 6 snapshots"),
         ({"window": 10, "every": 30, "average": "block"}, "spans 15% of this run"),

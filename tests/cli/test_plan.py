@@ -40,7 +40,7 @@ def test_the_table_shows_each_figure_with_its_arithmetic(call):
 
 
 def test_restart_points_are_counted_where_they_are_asked_for(call):
-    printed = " ".join(call("7B", "--gpus", 8, "--restart-points", 3).split())
+    printed = " ".join(call("7B", "--gpus", 8, "--restart_points", 3).split())
     assert "restart points 10.5 GB 3 × parameters × 4 bytes, on the host" in printed
 
 

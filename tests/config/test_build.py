@@ -328,19 +328,19 @@ def test_the_nearest_name_is_offered_only_where_one_is_near():
 
 def test_shorthands_of_views_are_spelt_out():
     assert views_of("sma", "sma4", "wma", "ema", "ema6", "wsm") == (
-        View("sma", "sma", span=0.06),
+        View("sma", "sma", span=0.06, follows=True),
         View("sma4", "sma", 4),
-        View("wma", "wma", span=0.06),
-        View("ema", "ema", None, {"alpha": 0.2}, 0.06),
+        View("wma", "wma", span=0.06, follows=True),
+        View("ema", "ema", None, {"alpha": 0.2}, 0.06, follows=True),
         View("ema6", "ema", 6, {"alpha": 0.2}),
-        View("wsm", "decay", None, {"shape": "1-sqrt"}, 0.06),
+        View("wsm", "decay", None, {"shape": "1-sqrt"}, 0.06, follows=True),
     )
 
 
 def test_a_mapping_names_a_view_its_kind_its_length_and_its_parameters():
     assert views_of({"name": "cos4", "kind": "decay", "last": 4, "shape": "cosine"}, {"name": "wma"}) == (
         View("cos4", "decay", 4, {"shape": "cosine"}),
-        View("wma", "wma", span=0.06),
+        View("wma", "wma", span=0.06, follows=True),
     )
 
 
@@ -427,7 +427,7 @@ def test_a_share_of_the_run_is_a_number_or_a_percentage(given):
 
 @pytest.mark.parametrize("given", [0, -0.1, 1.5, 12, "12", "120%", "0%", "x", True, [], float("nan"), 10**400])
 def test_what_is_not_a_share_of_a_run_is_refused_with_the_ways_to_write_one(given):
-    with pytest.raises(ConfigError, match=r"^span: .* Allowed: above 0 and up to 1, or null .* 0\.06 or '6%'\.$"):
+    with pytest.raises(ConfigError, match=r"^span: .* Allowed: above 0 and up to 1, .* null .* 0\.06 or '6%'\.$"):
         build(MergeConfig, {"span": given})
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_merge.merging.best_span import BestSpan, best_span, nested
+from pretrain_merge.merging.best_span import BestSpan, best_span, followed, nested
 
 
 def parabola(best, bend, spans, least=2.0):
@@ -48,3 +48,17 @@ def test_the_answer_lies_within_what_was_measured_and_is_no_worse_than_the_best_
 )
 def test_means_halve_the_window_three_times(window, average, numbers):
     assert nested(window, average) == numbers
+
+
+def test_a_limit_moves_by_the_fourth_root_of_two_and_not_beyond_what_it_may_be():
+    assert followed(0.05, 0.05, is_better_longer=True, at_most=0.12) == pytest.approx(0.05 * 2**0.25)
+    assert followed(0.05, 0.05, is_better_longer=False, at_most=0.12) == pytest.approx(0.05 / 2**0.25)
+    assert followed(0.11, 0.11, is_better_longer=True, at_most=0.12) == 0.12
+
+
+def test_a_limit_does_not_run_away_from_what_a_full_window_can_span():
+    share = 0.02
+    for _ in range(40):
+        share = followed(share, 0.02, is_better_longer=True, at_most=1.0)
+    assert share <= 0.02 * 1.5 * 2**0.25
+    assert followed(share, 0.02, is_better_longer=False, at_most=1.0) < 0.03
