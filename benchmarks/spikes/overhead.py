@@ -37,7 +37,9 @@ def main() -> None:
             training += trained - begin
             watching += time.process_time_ns() - observed
         ratios.append(watching / training)
-        print(f"{watching / _STEPS / 1e3:.0f} us of {training / _STEPS / 1e6:.1f} ms a step: {ratios[-1]:.3%}", flush=True)
+        print(
+            f"{watching / _STEPS / 1e3:.0f} us of {training / _STEPS / 1e6:.1f} ms a step: {ratios[-1]:.3%}", flush=True
+        )
     print(f"median {sorted(ratios)[_ROUNDS // 2]:.3%}")
 
 
