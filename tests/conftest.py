@@ -9,10 +9,13 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("suite", max_examples=50)  # of each law; one that needs more says so
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pretrain_merge.demo.corpus import Corpus, TrainingBlocks
 BLOCK_LENGTH = 64
 _SMOOTHED = 10  # steps; a collapse is judged by the mean of so many losses
 _LOOKS_EVERY = 50
-COLLAPSED, SOUND = 0.5, 0.15  # nats of the smoothed loss above its lowest: it has collapsed; it is as good as ever
+COLLAPSED, SOUND = 1.0, 0.3  # nats of the smoothed loss above its lowest: it has collapsed; it is as good as ever
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         kind: What it is an example of.
-        seed: Draws weights and data; even seeds may set thresholds, odd ones judge them.
+        seed: Draws weights and data.
         text: A name in `texts.TEXTS`.
         optimizer: A name that `make_optimizer` knows.
         peak_lr: Learning rate after the warm-up.
@@ -78,8 +78,8 @@ STABLE = (
 COLLAPSING = (
     Run("divergence", 0, peak_lr=0.3, beta2=0.999, clip=math.inf),
     Run("divergence-wide", 0, peak_lr=0.1, beta2=0.999, clip=math.inf, width=96, num_steps=800),
-    Run("creeping", 0, peak_lr=0.3, clip=math.inf),
     Run("creeping-headers", 0, peak_lr=0.3, clip=math.inf, text="headers", batch_size=8),
+    Run("creeping", 0, peak_lr=0.3, clip=math.inf),
 )
 
 
@@ -100,13 +100,16 @@ def trained(run: Run, corpus: Corpus, *, until_collapse: bool) -> NDArray[np.flo
     for loss, norm in _steps(run, corpus):
         found.append((loss, norm))
         looks = until_collapse and len(found) % _LOOKS_EVERY == 0
-        if looks and (onset := sound_until([loss for loss, _ in found])) is not None and len(found) >= onset + 100:
+        if looks and (onset := collapse([loss for loss, _ in found])) is not None and len(found) >= onset + 100:
             break
     return np.array(found, dtype=np.float32).T
 
 
-def sound_until(losses: list[float]) -> int | None:
-    """The last step at which the smoothed loss was as good as ever, counted from 1; None: it never collapsed."""
+def collapse(losses: list[float]) -> int | None:
+    """The last step at which the smoothed loss was as good as ever, counted from 1; None: it never collapsed.
+
+    With hindsight and by nats, where the detector has neither.
+    """
     lowest, sound = math.inf, 0
     for step in range(_SMOOTHED, len(losses) + 1):
         smoothed = sum(losses[step - _SMOOTHED : step]) / _SMOOTHED

@@ -64,6 +64,7 @@ class Announcements:
         config, live = self._fit.config, merger.tensors(self._fit.module)
         sizes = _sizes(self._fit.module, live, config.slot_dtype)
         window = config.window * sizes.slot
+        # likely: the store is chosen at the first snapshot, by what is free then
         place = likely_store(config.store, list(live.values()), window) if live else config.store
         likely = ", by the memory that is free now" if config.store == "auto" else ""
         self._say(
@@ -130,6 +131,7 @@ class Announcements:
                 f"{bytes_text(sizes.snapshot)} each, at most {self._fit.config.window} new ones for a checkpoint "
                 f"(keep_windows bounds that)"
             )
+        # save_last is a copy or a link beside the top k; it may be of another step
         number = math.inf if -1 in kept else sum(kept) + sum(bool(getattr(item, "save_last", 0)) for item in callbacks)
         number = int(number if limit is None else min(number, limit))
         most = bytes_text(number * self._fit.config.window * sizes.snapshot)
@@ -140,6 +142,7 @@ class Announcements:
     def _saved(self, sizes: _Sizes) -> str:
         """How much the merged models take that are kept."""
         save = self._fit.config.save
+        # forecasts' own views are never saved
         views = len(self._fit.settings.views) + save.raw
         number = views * save.keep * (save.every is not None) + (save.best is not None) + views * save.at_end
         return (
@@ -149,6 +152,7 @@ class Announcements:
     def _compared(self, record: MergeRecord) -> str:
         """The metric that matters most, of raw and every view."""
         best = self._fit.config.save.best
+        # what the user saves by is what the user looks at
         wanted = metric_names.found(best, record.raw) if best is not None else None
         metric = wanted or metric_names.the_loss(record.raw) or next(iter(record.raw), None)
         if metric is None:
@@ -170,6 +174,7 @@ def _why_no_merge(merger: RollingMerger, clock: Clock) -> str:
             f"Steps count where an optimizer of torch steps, or one of the Trainer's through Lightning."
         )
     last, num_valid = merger.window.last_break, merger.window.num_valid
+    # the reason that matters is why the window did not fill
     if last is not None and num_valid < 2:  # what the view would say of its next chance was never to come
         across = "Set breaks: {lr: off} to merge across changes of the learning rate. "
         return (
@@ -194,6 +199,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
     held = window.newest.progress.count(unit) if window.newest is not None and window.num_valid else None
     before = since.count(unit)
     first = held if held is not None else cadence.due_after(at(before), since=origin).amount
+    # how many tokens a step has is known when it is made
     if merging.every.unit != unit:
         return merging.due_after(since, since=origin), None
     # the first multiple of merges past the first snapshot, and the snapshot that sees it crossed
@@ -214,6 +220,7 @@ def merge_points_to_come(fit: Fit, merger: RollingMerger, since: Progress) -> tu
 
 def last_step(trainer: Any) -> float:
     """The last step of `fit` by what the Trainer was told; infinite where it was told nothing."""
+    # -1 is without end, and Lightning lets both limits stand: the first that is reached ends
     by_steps = float(trainer.max_steps) if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches):
         return by_steps
@@ -232,6 +239,7 @@ def _sizes(module: Any, live: Mapping[str, torch.Tensor], dtype: str | None) -> 
 
 
 def _beside(value: float, raw: float) -> str:
+    # a share of nothing, or of what overflows, is left out
     return f"{value:.5g} ({value / raw - 1:+.1%})" if raw and math.isfinite(value / raw) else f"{value:.5g}"
 
 

@@ -49,6 +49,7 @@ class Fits:
 
     def forget_other(self, trainer: Any, module: Any) -> None:
         """Forget the state of another Trainer's run, or model (P24); that of a resumed run is loaded after this."""
+        # P24: one callback serves several Trainers; what is of another model must not reach this run
         if not has_begun(trainer) or self.last_run is None or self.last_run.module is not module:
             self.state = {}
 
@@ -59,6 +60,7 @@ class Fits:
     def begin(self, trainer: Any, module: Any) -> None:
         """Begin a run, or go on with one; makes the merge that its checkpoint owes."""
         if self.last_run is not None:
+            # its window may be large, and the new run takes one of its own
             self.last_run.release()
             self.last_run = None
         fit = self._fit_of(trainer, module)

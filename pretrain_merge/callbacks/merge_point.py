@@ -55,6 +55,7 @@ def measured(
     Returns:
         The record; None where a signal ended the evaluation early.
     """
+    # asked before the swap: a view that cannot be merged is a sentence, not an exception in the middle
     ready = [view for view in views if merger.why_not(view) is None]
     skipped = {view: reason for view in views if (reason := merger.why_not(view))}
     for view, reason in skipped.items():
@@ -93,8 +94,10 @@ def measured(
                     stopwatch.lap(f"evaluate_{view}")
                     keep(view, recipes[view], metrics[view], bool(failures.reasons))
                     stopwatch.lap(f"save_{view}")
+            # after the swap: where no view saw the whole window, its end takes one more pass
             spread = _spread(module, merger) if recipes else float("nan")
             stopwatch.lap("restore")
+    # raw is back; the merge is owed, and made by the run that is resumed
     except EvaluationInterrupted:
         return None
     if not raw and not any(metrics.values()) and not failures.reasons:
@@ -103,6 +106,7 @@ def measured(
             "merges are made, but nothing is measured: no validation loader and no evaluator, or a validation_step "
             "that logs nothing.",
         )
+    # equal bits of different weights: more likely a module that swaps than a coincidence
     if raw and spread > 0 and raw in metrics.values():
         notices.warn(
             "equal",
@@ -134,6 +138,7 @@ def measured(
 def _spread(module: Any, merger: RollingMerger) -> float:
     """That of the whole model. A merge itself communicates nothing: two numbers of each rank are added up here."""
     sums = merger.spread_sums or Spread(0.0, 0.0)
+    # replicas hold the same and are averaged, so that rounding cannot make them differ
     how: How = "sum" if parameters.is_sharded(module) else "mean"
     parts = {name: Part(value, how=how) for name, value in zip(Spread._fields, sums, strict=True)}
     return Spread(**reduction.over_ranks(parts)).relative_rms

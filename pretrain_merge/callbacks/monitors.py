@@ -52,6 +52,7 @@ class Monitors:
         """
         measured = record.metrics()
         for item in {str(item.monitor) for item in [*self._watching, *self._plateaus]}:
+            # a merge whose metric is missing for good must raise in the monitor, not wait for ever
             was_made = item.split("/")[1] in {RAW, *record.views} and not record.num_failed
             self._num_values[item] += item in measured or was_made
 
@@ -63,10 +64,12 @@ class Monitors:
                 waiting = {hook: self._waiting(callback.monitor, getattr(callback, hook)) for hook in _CHECKS}
                 hooks.enter_context(isolation.replaced(callback, **waiting))
             if self._plateaus:
+                # P29: Lightning raises where the monitor is missing, and offers no hook around it
                 hooks.enter_context(wrapped(self._loop, "_update_learning_rates", self._updating()))
             yield
 
     def _waiting(self, monitor: str, check: Any) -> Any:
+        # per callback: each counts what it has looked at itself
         seen = 0
 
         def check_new_value(trainer: Any, module: Any) -> None:
@@ -94,4 +97,5 @@ class Monitors:
 
     def _has_turn(self, config: Any, interval: str) -> bool:
         past = self._loop.batch_idx if interval == "step" else self._loop.trainer.current_epoch
+        # Lightning's own rule, which it keeps to itself: a value that is not its turn stays new
         return bool(config.interval == interval and (past + 1) % config.frequency == 0)

@@ -50,6 +50,7 @@ def find_state(
 
 def has_begun(trainer: Any) -> bool:
     """Whether a Trainer trained before: what it counts differs between automatic and manual optimisation."""
+    # by hand-stepped optimizers `global_step` may stay 0; batches count all the same
     return bool(trainer.global_step or trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -95,6 +96,7 @@ class Start:
             except (CheckpointError, ConfigError) as error:
                 self._refill_or_raise(error, state.progress.step)
                 merger.resume_from(state.progress)
+        # after the restore: until then the files that it reads are needed by nobody
         kept_window.prune()
 
     def open_folder(self, files: RunFolder | None, *, until: int, read: Callable[[MergeRecord], object]) -> str:
@@ -120,6 +122,7 @@ class Start:
                 before = files_of(state.identity, Path(state.run_folder)) if state.run_folder else None
                 records, self._merged_before = before or (files.records, files.merged)
                 self._cut(files.records, until, before=records, read=read)
+        # rank 0 alone looks into the folder; what it found is true of all
         identity, self._merged_before = ranks.gather((identity, self._merged_before))[0]
         return identity
 
@@ -134,6 +137,7 @@ class Start:
     def _cut(self, records: Path, until: int, *, before: Path, read: Callable[[MergeRecord], object]) -> None:
         state = self.state
         newest = keep_records_until(records, until, before=before, read=read)
+        # said, not refused: records are a curve, and the window is whole without them
         if min(state.last_merge, until) > newest:
             self._notices.warn(
                 "records",

@@ -72,6 +72,7 @@ class Run:
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
+            # P36: before the first step, or what is frozen then would be missed
             self.merger.watch(fit.module, fit.trainer.optimizers)
             self.merger.resume_from(state.progress)
             share, counters = evaluate.data_share(fit.trainer), (state.progress, state.pending, state.lr)

@@ -232,6 +232,7 @@ def _numbered(path: Path, number: int) -> Path:
 def _read_identity(path: Path) -> str | None:
     try:
         with path.open(encoding="utf-8") as file:
+            # a thousand bytes hold any identity of ours; a file of another size is none
             return str(json.loads(file.read(1000))["run"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

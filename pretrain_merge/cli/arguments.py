@@ -20,10 +20,11 @@ def as_one_list(arguments: Sequence[str]) -> list[str]:
     """
     if not arguments or arguments[0] not in _FLAGS:
         return list(arguments)
+    # jsonargparse takes one value per argument, and a list as JSON; a shell's user gives words
     end = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     named, given = arguments[1:end], arguments[end:]
     options: list[str] = []
-    for word, following in itertools.pairwise([*given, "--"]):
+    for word, following in itertools.pairwise([*given, "--"]):  # a last word, so that a flag at the end is alone too
         is_alone = word in _FLAGS[arguments[0]] and following.startswith("-")
         options += [word, "true"] if is_alone else [word]
     return [arguments[0], *([json.dumps(named)] if named else []), *options]

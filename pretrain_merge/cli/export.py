@@ -26,6 +26,7 @@ def export(
             for hf, a folder with config.json.
         optimizer: Of a ckpt: the base's, the averaged one of `merge --optimizer average`, or none.
     """
+    # here, not above: `--help` must not wait for torch
     with loading():
         from pretrain_merge.offline.export import export_checkpoint
 

@@ -63,6 +63,7 @@ def forecast(
     """
     console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
+    # once, so that the table, the sentence and the picture are of the same metric
     metric = find_metric(records, metric)
     options: dict[str, Any] = {"shape": shape, "metric": metric, "coverage": coverage}
     options["calibration"] = Calibration.load(calibration) if calibration else None
@@ -73,6 +74,7 @@ def forecast(
     rows = [(length, back(length), ahead(length)) for length in lengths]
     answers = [answer for _, *both in rows for answer in both]
     found = [answer for answer in answers if isinstance(answer, Forecast)]
+    # a table of dashes answers nothing; the reasons do
     if not found:
         raise ForecastError("; ".join(dict.fromkeys(str(answer) for answer in answers)))
     say = partial(console.print, soft_wrap=True, markup=False)
@@ -80,6 +82,7 @@ def forecast(
     console.print(_table(rows, reference=_reference(records[-1], metric), title=title))
     for line in [*_decisions(records, rows, options), *_remarks(answers)]:
         say(printable(line))
+    # lengths that the calibration does not cover leave the fan, as they left the table
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
         say(_reached(records[-1], metric, target) or _budget(fan, target))
@@ -115,17 +118,20 @@ def _asking(ask: Callable[..., Forecast]) -> Ask:
 def _usual_lengths(newest: MergeRecord) -> list[int]:
     """Shares of the steps so far that the means reach over, and the longest mean itself: it answers both questions."""
     spans = [span_of(recipe.steps, newest.average) for recipe in newest.recipes.values() if len(recipe.steps) > 1]
+    # beyond the calibration a row would be a dash
     longest = [round(max(spans))] if spans and max(spans) <= _SHARES[-1] * newest.step else []
     usual = [length for length in _lengths(newest.step, _SHARES) if not spans or length >= min(spans)]
     return sorted({*usual, *longest}) or _lengths(newest.step, _SHARES[-1:])
 
 
 def _lengths(step: int, shares: Sequence[float]) -> list[int]:
+    # early in a run several shares round to one length
     return list(dict.fromkeys(max(1, round(share * step)) for share in shares))
 
 
 def _fan_shares() -> list[float]:
     first, last = _SHARES[0], _SHARES[-1]
+    # evenly in the logarithm: the curve is steepest where anneals are short
     return [first * (last / first) ** (index / (_FAN - 1)) for index in range(_FAN)]
 
 

@@ -47,6 +47,7 @@ def main() -> None:
             prog="pretrain-merge",
             version=__version__,
         )
+    # users' own mistakes end in a sentence; any other exception is a fault of ours and keeps its traceback
     except PretrainMergeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

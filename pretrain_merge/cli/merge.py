@@ -89,6 +89,7 @@ def read_mergekit(path: Path, dtype: str | None) -> tuple[list[str], list[float]
     values = plain if isinstance(plain, dict) else {}
     known = {"models", "merge_method", "parameters", "dtype", "out_dtype", "tokenizer_source"}
     models, method, parameters = values.get("models"), values.get("merge_method"), values.get("parameters") or {}
+    # a key that is passed over would give another model than the file asks for
     if method != "linear" or not isinstance(models, list) or values.keys() - known:
         raise ConfigError(
             f"{path} is not a plain linear merge: merge_method is {method!r}, keys are {', '.join(map(str, values))}. "
@@ -100,6 +101,7 @@ def read_mergekit(path: Path, dtype: str | None) -> tuple[list[str], list[float]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: a model needs `model` and a number as `weight` ({error!r}).") from error
     total = sum(weights)
+    # mergekit's default; weights that sum to 0 stay, and are refused by name further on
     if parameters.get("normalize", True) and total:
         weights = [weight / total for weight in weights]
     return places, weights, dtype or values.get("out_dtype") or values.get("dtype")
@@ -113,6 +115,7 @@ def _ranks_of_torchrun() -> Iterator[bool]:
         return
     import torch.distributed as dist
 
+    # gloo: files are merged in host memory, whatever devices there are
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank() == 0
@@ -128,7 +131,7 @@ def _progress_bar(*, hidden: bool) -> Iterator[Any]:
 
         def show(done: int, total: int) -> None:
             bar.total = total
-            bar.update(done - bar.n)
+            bar.update(done - bar.n)  # tqdm takes what is new, we know what is done
 
         yield show
 

@@ -30,6 +30,7 @@ _MOST_PARTS = (  # by what a key says; a layer takes some milliseconds to build
     (re.compile("layer|depth|block|stage|stack"), 2_000),
     (re.compile("expert|head|codebook"), 20_000),
 )
+# a size makes tensors larger, which costs nothing on the meta device; a number of parts costs time
 _IS_SIZE = re.compile("size|len|dim|pos|max|token")
 _MOST_MODULES = 100_000  # of all kinds; the largest public model has 60,000
 
@@ -74,6 +75,7 @@ def _model(source: str, shapes: Shapes, activated: str | None, configuration: Ma
 
 def _count(text: str, key: str) -> int:
     match = _COUNT.fullmatch(text.strip()) if len(text) <= _LONGEST_COUNT else None
+    # rounded: 1.3B is not a whole number of floats
     amount = round(float(match[1]) * _MULTIPLIERS[match[2].upper()]) if match else 0
     if not 1 <= amount <= _MOST_PARAMETERS:
         raise ConfigError(
@@ -90,6 +92,7 @@ def _activated(shapes: Shapes, configuration: Mapping[str, Any]) -> int:
     routed = sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
     if not routed:
         return total
+    # of a model that sees and reads, the experts are in the part that reads
     text = configuration.get("text_config", configuration)
     text = text if isinstance(text, dict) else configuration
     experts = next((text[key] for key in _EXPERTS if isinstance(text.get(key), int)), None)
@@ -99,6 +102,7 @@ def _activated(shapes: Shapes, configuration: Mapping[str, Any]) -> int:
             "activated: the model has routed experts, and nothing says how many of them work on a token. Give the "
             "number of activated parameters, or a config.json that has num_experts_per_tok and num_local_experts."
         )
+    # an integer division: a model has whole parameters
     return total - routed + routed * int(per_token) // int(experts)
 
 
@@ -165,6 +169,7 @@ def _limited_to(most: int, path: Path) -> Iterator[None]:
                 f"model.safetensors.index.json."
             )
 
+    # a hook of torch for every module of the process; the block is short, and takes it away
     hook = register_module_module_registration_hook(registered)
     try:
         yield
@@ -179,9 +184,11 @@ def _shapes_of_index(path: Path) -> Shapes:
     if not isinstance(named, dict) or not isinstance(metadata, dict):
         raise CheckpointError(f"{path} is not an index of safetensors files. Name another file.")
     names = sorted(set(map(str, named.values())))
+    # a downloaded index could name any file of this machine
     if elsewhere := next((name for name in names if Path(name).name != name), None):
         raise CheckpointError(f"{path} names a file that is not beside it: {elsewhere[:80]!r}. Name another file.")
     files = [path.with_name(name) for name in names]
+    # some of the files would give a smaller model without a word
     if files and all(map(os.path.exists, files)):
         return {name: shape for file in files for name, shape in _header(file).items()}
     total = metadata.get("total_parameters")
@@ -197,6 +204,7 @@ def _header(path: Path) -> Shapes:
     try:
         with untrusted.opened(path) as file:
             (size,) = struct.unpack("<Q", file.read(8))
+            # the file says how much to read; a crafted one says all there is
             if size > untrusted.MOST_BYTES:
                 raise ValueError(f"a header of {size} bytes")
             entries = untrusted.parse_json(file.read(size))
@@ -210,6 +218,7 @@ def _header(path: Path) -> Shapes:
 
 def _configuration_beside(path: Path) -> Mapping[str, Any]:
     beside = path.with_name("config.json")
+    # without it a dense model can still be counted
     return _json(beside) if beside.is_file() else {}
 
 

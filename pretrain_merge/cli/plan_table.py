@@ -88,11 +88,13 @@ def _cadence(question: Question, plan: Plan, advice: Advice) -> Iterator[Row]:
 
 def _memory(question: Question, plan: Plan, restart_points: int) -> Iterator[Row]:
     merging, layout = question.merging, question.layout
+    # replicas hold the same, so they divide nothing
     divided = layout.shard * layout.tensor
     held = f"{_count(question.model.total)} / {divided:,}, rows rounded up" if divided > 1 else "all"
     yield "parameters", f"{plan.elements:,}", held
     yield "snapshot", _size(plan.slot_bytes), f"parameters × {merging.slot_itemsize} bytes"
     yield "window", _size(plan.window_bytes), f"{merging.window} × {_size(plan.slot_bytes)}"
+    # P31: the newest slot stands for raw only where its bits are equal, which a smaller dtype rules out
     aside = f"parameters × {merging.itemsize} bytes" if plan.scratch_bytes else "none: the newest snapshot is raw"
     yield "copy of raw in an evaluation", _size(plan.scratch_bytes), aside
     summed = f"parameters × {merging.accumulator_itemsize} bytes" if plan.accumulator_bytes else "none: average is last"
@@ -133,6 +135,7 @@ def _times(question: Question, plan: Plan) -> Iterator[Row]:
 
 def _origin(cost: Cost) -> str:
     parts = [f"{_moved(move)} = {_duration(move.seconds)}" for move in cost.moves]
+    # what the run waits for besides is what was not done beside it in time
     late = cost.seconds - sum(move.seconds for move in cost.moves)
     beside = [f"{_duration(move.seconds)} beside the run ({_moved(move)})" for move in cost.beside]
     waiting = [f"of which it waits for {_duration(late)}"] if late > 0 else []
@@ -157,6 +160,7 @@ def _files(question: Question, plan: Plan) -> Iterator[Row]:
     yield "a window saved to resume from", _size(plan.saved_window_bytes), saved
     if question.training.total_tokens is not None:
         number = int(question.training.total_tokens / question.training.tokens_per_step / plan.steps_between_snapshots)
+        # snapshots are files of their own, which checkpoints share
         most = max(number, merging.window) * plan.saved_window_bytes // merging.window
         yield "with save_top_k=-1, at most", _size(most), f"{number:,} snapshots in the run; keep_windows bounds it"
     yield "a merged model", _size(plan.merged_model_bytes), f"{total} × {merging.itemsize} bytes"
@@ -187,6 +191,7 @@ def _size(num_bytes: float) -> str:
 
 def _scaled(number: float, base: float, units: Sequence[str], space: str) -> str:
     index = 0
+    # of the rounded number: 999.9 would be shown as 1e+03
     while float(f"{number:.3g}") >= base and index < len(units) - 1:
         number, index = number / base, index + 1
     return f"{number:.3g}{space if units[index] else ''}{units[index]}"
@@ -198,6 +203,7 @@ def _duration(seconds: float) -> str:
     >>> _duration(0.0012), _duration(53.1), _duration(172_800)
     ('1.2 ms', '53.1 s', '48 h')
     """
+    # 90 s are read more easily than 1.5 min
     for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= size * (2 if unit == "min" else 1):
             return f"{seconds / size:.3g} {unit}"

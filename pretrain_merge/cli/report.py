@@ -52,6 +52,7 @@ def report(
     names = _names(runs)
     records = {run: read_run.read_run(run, name=name, needs_recipes=False) for run in runs}
     known = dict.fromkeys(key for items in records.values() for key in items[-1].raw)
+    # else as it was typed, so that the error names what the user wrote
     metric = metric_names.found(metric, known) or metric
     for run in runs:
         title = names[run] if len(runs) > 1 else None
@@ -73,6 +74,7 @@ def _print_table(
     from rich.measure import Measurement
 
     views = [view for view in plots.view_names(records) if any(metric in item.views.get(view, {}) for item in records)]
+    # where columns are left out, the best stay; shown in the order of the configuration
     ranked = sorted(views, key=tables.rank(records, metric, mode))
     for number in range(len(views), -1, -1):
         columns = [view for view in views if view in ranked[: max(1, number)]]
@@ -98,6 +100,7 @@ def _draw(
     try:
         plots.save(plots.curves(records, metric=metric, title=title), wanted or default)
     except MissingDependencyError as error:
+        # a picture by default is a present; one that was asked for is owed
         if wanted is not None:
             raise
         console.print(f"No picture: {error}", soft_wrap=True, markup=False)
@@ -133,6 +136,7 @@ def _config(folder: Path) -> str:
 def _names(runs: Sequence[Path]) -> dict[Path, str]:
     """What the runs are called: the ends of their paths, as long as it takes to tell them apart."""
     parts = {run: _folder(run).absolute().parts[1:] or ("/",) for run in runs}
+    # the shortest ends of paths that tell the runs apart, with the folder above: many are called `run`
     for length in range(2, max(map(len, parts.values())) + 1):
         names = {run: "/".join(part[-length:]) for run, part in parts.items()}
         if len(set(names.values())) == len(names):

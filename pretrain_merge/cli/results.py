@@ -23,6 +23,7 @@ def console_beside(result: Path | None = None) -> "Console":
     require_rich()
     from rich.console import Console
 
+    # with the result on standard output, all else goes beside it, so that a pipe gets nothing but JSON
     return Console(highlight=False, stderr=result == _STANDARD_OUTPUT)
 
 

@@ -96,6 +96,7 @@ def _verdict(comparison: "Comparison") -> list[str]:
         f"merge points{_in_errors(gain.in_errors)}."
     ]
     if comparison.next:
+        # a best of many views is best by luck, too
         told = "" if comparison.is_clear else " The two are not told apart."
         lines.append(f"It is {margin} better than {comparison.next}, the next one{_in_errors(margin.in_errors)}.{told}")
     return lines

@@ -50,6 +50,7 @@ def wandb_view(
         for key in record.skipped
         if key.startswith(f"{FORECAST}/")
     }
+    # a run that does not count tokens has 0 everywhere: one column of points
     has_tokens = not records or records[-1].tokens > 0
     names = Names(
         metric=metric,

@@ -14,6 +14,7 @@ from pretrain_merge.errors import CoefficientError
 
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%", re.ASCII)
 _STEEPEST = 1e6  # a power law so steep is its newest snapshot alone
+# standard deviation of a uniform density over [0, 1]
 _WIDEST = 12.0**-0.5
 
 
@@ -50,6 +51,7 @@ def wma(n: int) -> Coefficients:
     >>> wma(4)
     (0.1, 0.2, 0.3, 0.4)
     """
+    # an integer, so that each quotient is rounded once
     total = n * (n + 1) // 2
     return tuple(i / total for i in range(1, n + 1))
 
@@ -115,6 +117,7 @@ def power(
     [0.062, 0.188, 0.312, 0.438]
     """
     exponent = _exponent(relative_width, gamma) + 1.0
+    # a mean interval would be one over none
     if n == 1:
         return (1.0,)
     # the oldest stands for a mean interval, or for what there was
@@ -192,6 +195,7 @@ def _ema_shares(taken: Sequence[float], alpha: float | None, half_life: float | 
     if alpha is not None:
         if not 0.0 < finite_number("alpha", alpha) <= 1.0:
             raise CoefficientError(f"alpha is {alpha!r}; it must lie in (0, 1]. PMA uses 0.1 and 0.2.")
+        # PMA's recursion does not know how far apart snapshots are
         return [float(alpha)] * (len(taken) - 1)
     is_share = isinstance(half_life, str)
     half = _share_of_newest(str(half_life), taken[-1]) if is_share else finite_number("half_life", half_life)

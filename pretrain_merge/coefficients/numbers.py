@@ -23,6 +23,7 @@ def absorb_rounding(values: Iterable[float]) -> tuple[float, ...]:
 
 def summing_to_one(name: str, values: Sequence[float], n: int | None = None) -> tuple[float, ...]:
     """Coefficients as they are, if they sum to 1 within `SUM_TOLERANCE`; else the error has the normalised ones."""
+    # fsum: a thousand terms must not drift out of the tolerance by themselves
     checked = finite_numbers(name, values, n)
     total = math.fsum(checked)
     if not abs(total - 1.0) <= SUM_TOLERANCE:
@@ -58,6 +59,7 @@ def finite_numbers(name: str, values: object, n: int | None) -> tuple[float, ...
 
 def finite_number(name: str, value: object) -> float:
     """A number whose sums and differences do not overflow."""
+    # `yes` in YAML is a bool, which Python counts as 1; NaN fails the comparison
     if isinstance(value, bool) or not isinstance(value, Real) or not value <= _LARGEST or value < -_LARGEST:
         raise CoefficientError(f"{name} is {value!r}; allowed are finite numbers. Replace it by one.")
     return float(value)

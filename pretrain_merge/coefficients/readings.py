@@ -28,6 +28,7 @@ def decay_curve(coefficients: Sequence[float]) -> tuple[float, ...]:
     (0.75, 0.5)
     """
     checked = summing_to_one("coefficients", coefficients)
+    # n sums of n terms instead of one running sum, whose rounding would add up
     return tuple(math.fsum(checked[i:]) for i in range(1, len(checked)))
 
 

@@ -40,6 +40,7 @@ def build(schema: type[_ConfigT], values: object) -> _ConfigT:
         ConfigError: Unknown key, wrong type or impossible value; the message names the key's path.
     """
     config = typed(schema, read(values), at="")
+    # parsed for the errors alone: who asks for values as they stand wants them checked, too
     _settings_of(config) if isinstance(config, MergeConfig) else _window_settings_of(config)
     return config
 
@@ -93,6 +94,7 @@ def _window_settings_of(config: WindowConfig) -> WindowSettings:
                 f"{key}: {getattr(config, key)!r} is a URL. Allowed: a folder of a local file system, since its files "
                 f"are locked and mapped into memory. Checkpoints of Lightning may lie elsewhere."
             )
+    # a callback has the run's folder to fall back on; a merger that is driven by hand has none
     if config.store == "disk" and not config.store_folder and not isinstance(config, MergeConfig):
         raise ConfigError("store_folder: null, and store 'disk' needs a folder. Name one on local storage.")
     cadence = snapshot_cadence(config)
@@ -110,6 +112,7 @@ def _window_settings_of(config: WindowConfig) -> WindowSettings:
 def _settings_of(config: MergeConfig) -> Settings:
     window = _window_settings_of(config)
     tokens = config.tokens_per_batch
+    # `true` in YAML is an int to Python
     if isinstance(tokens, bool) or not (isinstance(tokens, str) or (isinstance(tokens, int) and tokens >= 1)):
         raise ConfigError(
             f"tokens_per_batch: {tokens!r} is neither a number of at least 1 nor a key of the batch. In Python a "
@@ -125,6 +128,7 @@ def _settings_of(config: MergeConfig) -> Settings:
     require(config, "on_publish_timeout", lambda value: 0.0 < value < math.inf, "seconds, above 0")
     if config.on_publish is not None:
         refuse_command(config.on_publish)
+    # `best` is the best of merges, beside which raw has no place
     may_be_raw = config.save.every is not None or config.save.at_end
     require(config.save, "raw", lambda value: not value or may_be_raw, "true beside every or at_end", at="save.")
     require(config.save, "keep", lambda value: value >= 1, "an integer of at least 1", at="save.")
@@ -134,6 +138,7 @@ def _settings_of(config: MergeConfig) -> Settings:
 
 
 def _refuse_taken_name(name: str) -> None:
+    # lower: some file systems take Merged and merged for one
     if name.split(".")[0].lower() in _FILES_OF_A_RUN:
         raise ConfigError(
             f"name: {name!r} is that of files of a run, in whose folder a callback of this name would write. Allowed: "

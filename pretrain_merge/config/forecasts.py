@@ -23,6 +23,7 @@ def parse_forecasts(config: MergeConfig) -> dict[str, Forecast]:
     Raises:
         ConfigError: A name, key or value that is not allowed, or a nowcast longer than the window.
     """
+    # `forecast: auto` and `forecast: true` are one word; so are its opposites
     given = config.forecast
     if given is True or given == AUTO:
         return {name: Forecast(forecast, None) for name, forecast in _AUTOMATIC.items()}
@@ -41,6 +42,7 @@ def num_intervals(config: MergeConfig, forecast: ForecastConfig) -> float:
     """Length of a forecast's anneal as a number of intervals between snapshots; of a growing one, the whole window."""
     every = parse_interval(config.every)
     if forecast.steps is None or isinstance(every, Share):
+        # fence posts: N snapshots have N - 1 intervals between, N block means cover N
         return float(config.window - (config.average == "last"))
     return Quantity.parse(forecast.steps).amount / every.amount
 
@@ -71,6 +73,7 @@ def _parse_forecast(config: MergeConfig, name: object, value: object) -> Forecas
     steps = every if forecast.steps is None else Quantity.parse(forecast.steps, key=f"{key}.steps")
     if steps.unit != every.unit:
         raise ConfigError(f"{key}.steps: {steps}, and snapshots are counted in {every.unit}. Give the length in these.")
+    # a nowcast replays an anneal from snapshots, so it can be no longer than they reach
     most = num_intervals(config, ForecastConfig())
     if forecast.kind == "nowcast" and not 1 <= num_intervals(config, forecast) <= most:
         raise ConfigError(

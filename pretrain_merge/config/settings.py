@@ -70,5 +70,6 @@ class Settings(WindowSettings):
             more_views: Views that are measured besides.
         """
         store_folder = Path(self.config.store_folder or folder / "window").absolute()  # for good, should the run chdir
+        # a copy: the configuration itself is saved with merged models as the user wrote it
         config = replace(self.config, store_folder=str(store_folder))
         return WindowSettings(config, self.cadence, self.merge_cadence, (*self.views, *more_views))

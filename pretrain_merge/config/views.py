@@ -75,6 +75,7 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     if not views or len(set(names)) < len(names):
         raise ConfigError(f"views: {names} must be at least one view, each with a name of its own; set `name`.")
     for index, view in enumerate(views):
+        # at the start of a run, not at its first merge hours later
         _try_coefficients(view, config.window, f"views[{index}]")
     return views
 
@@ -100,6 +101,7 @@ def parse_view(value: object, key: str, span: Limit = _ANY) -> View:
         )
     params = {str(name): item for name, item in value.items() if name not in ("name", "kind", "last", "span")}
     kind, last = value.get("kind", value["name"]), value.get("last")
+    # the weights say of how many snapshots; a second number could only contradict them
     if last is None and kind == "custom" and isinstance(params.get("weights"), list):
         last = len(params["weights"])
     own = parse_span(value["span"], f"{key}.span") if "span" in value else None

@@ -107,6 +107,7 @@ class TrainingBlocks(Dataset[dict[str, Tensor]]):
         return self._num_blocks
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        # a data set that is read past its end would go on for ever: any index has a place
         if not 0 <= index < self._num_blocks:
             raise IndexError(f"block {index} of {self._num_blocks}")
         digest = hashlib.blake2b(f"{self._seed}:{self._first + index}".encode(), digest_size=8).digest()
@@ -148,15 +149,18 @@ def _source_files(root: Path) -> list[str]:
     names: list[str] = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_FOLDERS]  # in place: os.walk skips them
+        # forward slashes, since the name decides the side
         names += [(Path(folder) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")]
     return sorted(names)
 
 
 def _is_held_out(name: str) -> bool:
+    # not `hash()`, which differs from process to process
     return hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % 12 == 0
 
 
 def _as_tensor(text: bytearray) -> Tensor:
+    # frombuffer refuses an empty buffer
     return torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 

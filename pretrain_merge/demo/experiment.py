@@ -63,6 +63,7 @@ def last_window(experiment: Experiment, config: MergeConfig) -> Branch:
     merging = merge_cadence(config) or cadence
     snapshots = _due(cadence, range(1, experiment.num_steps + 1), since)
     merges = _due(merging, snapshots, since)
+    # a block mean reaches one interval further back than the snapshot that ends it
     back = config.window + (config.average == "block")
     reached = [step for step in snapshots if step >= since.step][-back:]
     if merges[-1:] != [experiment.num_steps] or len(reached) < back:
@@ -72,6 +73,7 @@ def last_window(experiment: Experiment, config: MergeConfig) -> Branch:
             f"after its {experiment.warmup_steps} steps of warm-up. Merge points so far: {merges[-3:]}."
         )
     num_steps = experiment.num_steps - reached[0]
+    # validations are counted from the run's first step, so only a divisor of its last ends on it
     at_most = max(1, num_steps // _POINTS)
     validate_every = next(step for step in range(at_most, 0, -1) if experiment.num_steps % step == 0)
     return Branch(reached[0], num_steps, validate_every)

@@ -67,6 +67,7 @@ def fit(
         accelerator=accelerator,
         devices=1,
         max_steps=experiment.num_steps if last_step is None else last_step,
+        # as models of this kind are pre-trained; the peak rate is high enough to need it
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         log_every_n_steps=20,
@@ -79,6 +80,7 @@ def fit(
         _loader(train_blocks, experiment.batch_size),
         validation_loader(experiment, corpus),
         ckpt_path=ckpt_path,
+        # a checkpoint is tensors and plain values here, never code
         weights_only=True,
     )
     return trainer
@@ -135,6 +137,7 @@ class NamedBar(TQDMProgressBar):
         """Open the bar at the step where training starts."""
         super().on_train_start(trainer, *_)
         bar = self.train_progress_bar
+        # Lightning's bar is of one epoch; this run has as many as the data set's length makes
         bar.total, bar.initial = trainer.max_steps, trainer.global_step
         bar.set_description(self._name)
 
@@ -173,6 +176,7 @@ def offline_run(experiment: Experiment, folder: Path) -> Iterator[WandbLogger]:
     try:
         yield logger
     finally:
+        # W&B writes in the background; what it has not written when the process ends is lost
         logger.experiment.finish()
 
 

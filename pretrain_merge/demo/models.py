@@ -53,6 +53,7 @@ def build_model(family: str, *, seed: int, width: int = 64, depth: int = 2) -> A
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
     }
+    # the weights are the seed's, and the caller's random numbers stay where they are
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "llama":

@@ -92,7 +92,9 @@ def summarise(
     last = records[-1]
     raw, annealed = last.raw[METRIC], anneal_curve[last.step]
     merged = {view: last.views[view][METRIC] for view in views if view in last.views}
+    # the forecast of the moment at which the branch left, not a later one that saw more
     start = next((record for record in records if record.step == min(anneal_curve)), None)
+    # early merges lag behind a loss that still falls fast
     late = [record for record in records if record.step > last.step / 4]
     return Summary(
         raw=raw,
@@ -103,6 +105,7 @@ def summarise(
         steps=last.step,
         seconds=seconds_train + seconds_anneal,
         best=min(merged, key=lambda view: merged[view]),
+        # where the anneal did not lower the loss there is no gap, and the share would be of noise
         gap_closed={view: (raw - loss) / (raw - annealed) if raw > annealed else None for view, loss in merged.items()},
         better_than_raw={view: sum(_beats_raw(record, view) for record in late) / len(late) for view in merged},
         window=last.window,
@@ -202,6 +205,7 @@ def sentence(summary: Summary) -> str:
         f"What you just saw: a {summary.model} of {summary.parameters:,} parameters trained for {summary.steps} steps "
         f"without ever lowering its learning rate, and a merge of its last {summary.window} snapshots "
     )
+    # the sentence is printed whatever came out; it may not claim what was not seen
     if closed is None or merged >= summary.raw:
         return before + (
             f"({summary.best}: {merged:.4f}) did not tell what a real anneal reaches ({summary.annealed:.4f}; raw "

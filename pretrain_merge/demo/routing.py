@@ -57,6 +57,7 @@ def read_routers(model: Any, blocks: Iterable[Tensor]) -> Tensor:
         Float32, shape `(layers, tokens, experts)`.
     """
     logits = [torch.stack(model(input_ids=ids, output_router_logits=True).router_logits) for ids in blocks]
+    # float32: choices are ranked by differences that 8 bits of a bfloat16 logit hide
     return torch.cat(logits, dim=1).float()
 
 

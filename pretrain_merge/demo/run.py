@@ -67,9 +67,11 @@ def demo(
     """
     _require_libraries()
     experiment = experiment or Experiment()
+    # all that can be refused is refused before an earlier run's folder is emptied
     callback = ModelMerging.from_config(merging)
     branch = last_window(experiment, callback.config)
     corpus = load_corpus()
+    # built once more only to be counted: the module itself is made inside, when the clock runs
     parameters = build_model(experiment.family, seed=experiment.seed).num_parameters()
     name = FAMILIES[experiment.family]
     prepare_folder(out)
@@ -189,6 +191,7 @@ def routing(
         return None
     other = language_model(experiment, constant_after_warmup(experiment.warmup_steps))
     batches = [batch["input_ids"] for batch in validation_loader(experiment, corpus)]
+    # read before `other` gets weights: one model after another, so that two are in memory at most
     raw = read_routers(module.model.eval(), batches)
     other.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     before = read_routers(other.model.eval(), batches)
@@ -223,6 +226,7 @@ def prepare_folder(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()  # first, so that a run that is interrupted leaves a folder that the next one recognises
     for path in out.iterdir():
+        # a link in the folder is removed, and never what it points to
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _MARKER:

@@ -76,7 +76,9 @@ class Batch:
             path, target = self._drafts[0]
             publish(path, target, outlives_run=False)
             self._folders.add(target.parent)
+            # one by one, so that `discard` deletes what has no name yet and nothing else
             del self._drafts[0]
+        # names last: one that is on the disk must not stand for contents that are not
         for folder in self._folders:
             sync(folder)
         self._folders.clear()
@@ -129,6 +131,7 @@ def draft(target: Path, *, outlives_run: bool = True, batch: Batch | None = None
             publish(path, item.target, outlives_run=outlives_run)
     except BaseException:
         with suppress(OSError):
+            # an error of the deletion would hide the one that matters
             path.unlink(missing_ok=True)
         raise
 
@@ -175,6 +178,7 @@ def publish(temporary: Path, target: Path, *, outlives_run: bool = True) -> None
         OSError: The disk refuses, or a link or something else than a file has the name.
     """
     with suppress(FileNotFoundError):
+        # between this look and the rename a link may come; the rename replaces it and follows none
         mode = target.lstat().st_mode
         if not stat.S_ISREG(mode):
             raise OSError(f"{target} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}. Move it away")

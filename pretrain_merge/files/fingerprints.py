@@ -39,6 +39,7 @@ class Fingerprints:
             status = os.stat(os.path.normpath(self._folder / path))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        # ValueError: a null byte in a path that a crafted list names
         except (OSError, ValueError):
             return UNKNOWN
         return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
@@ -51,6 +52,7 @@ class Fingerprints:
         thread = Thread(target=lambda: answers.append(_asked(url)), daemon=True)  # nothing else ends a silent server
         thread.start()
         thread.join(PATIENCE)
+        # asked once: a server that is silent now would hold up every save
         if not answers:
             self._silent.add(scheme)
             return UNKNOWN

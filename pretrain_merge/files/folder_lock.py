@@ -50,6 +50,7 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False, name: str 
     if held is not None and held.process == os.getpid():
         if not is_shared_here:
             raise _in_use(folder, held.holder, remedy)
+        # the record lock is the process's already; a second one would be given, and closing it would drop both
         held.num_holders += 1
         return False
     try:

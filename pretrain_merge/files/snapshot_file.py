@@ -71,6 +71,7 @@ def write(
                 draft.file.write(piece)
                 num_bytes, checksum = num_bytes + len(piece), zlib.crc32(piece, checksum)
             entry = _entry(stem, num_bytes, checksum)
+            # the name has the checksum, which is known once all is written
             draft.target = folder / entry.name
     except OSError as error:
         raise CheckpointError(
@@ -106,6 +107,7 @@ def link(
     try:
         atomic.make_folder(folder)
         os.link(path, temporary, follow_symlinks=False)
+        # a store may have put a new file at the name between the note and the link
         if identity_of(temporary) != identity:
             return None
         entry = _entry(stem, temporary.stat().st_size, checksum)
@@ -141,6 +143,7 @@ def read(folder: Path, file: SnapshotFile, layout: Layout) -> list[Tensor]:
     """
     path = folder / file.name
     pages = _mapped(path, file)
+    # the whole of it before a single byte is used: half a window is worse than none
     found = zlib.crc32(pages)
     if found != file.crc32:
         raise CheckpointError(
@@ -161,6 +164,7 @@ def _mapped(path: Path, file: SnapshotFile) -> mmap.mmap:
     try:
         with untrusted.opened(path, is_ours=True) as opened:
             num_bytes = os.fstat(opened.fileno()).st_size
+            # mapping an empty file raises, and one that was cut would kill the process where it is read
             if num_bytes != file.num_bytes or num_bytes <= 0:
                 raise CheckpointError(
                     f"{path} has {num_bytes} bytes, and {file.num_bytes} were written. Copy it again from where it is "

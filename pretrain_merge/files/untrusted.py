@@ -51,6 +51,7 @@ def read_bytes(path: Path, *, at_most: int = MOST_BYTES, is_ours: bool = False) 
         ValueError: It is larger than anything that it could be.
     """
     with opened(path, is_ours=is_ours) as file:
+        # one byte more than allowed tells a file that is too large without reading it
         content = file.read(at_most + 1)
     if len(content) > at_most:
         raise ValueError(f"it has more than {at_most:,} bytes")
@@ -73,10 +74,12 @@ def parse_json(text: bytes, *, most_values: int = MOST_VALUES) -> Any:
     Raises:
         ValueError: It is not JSON, or holds more values than anything that it could be, or is nested without end.
     """
+    # before parsing, which would take the memory; a comma in a text counts too, which is on the safe side
     if sum(map(text.count, (b"[", b"{", b","))) > most_values:
         raise ValueError(f"it has more than {most_values:,} values")
     try:
         return json.loads(text.decode("utf-8"))
+    # of the parser; a stranger's file must not look like a fault of ours
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 

@@ -16,6 +16,7 @@ from pretrain_merge.records import Expected, MergeRecord
 _LEAST_MERGES = 3
 _ALARMS = ("below", "bend")
 _BENT = 1.5  # times wider
+_WIDER = 1.05  # times: less is no reason that a reader would see
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,9 @@ def _widened(reading: Reading, calibration: Calibration, shape: str) -> list[str
     """Why the interval is wider than that of another run, and how many times where that is one number."""
     outside, below, bend = (calibration.widening(reading), *(calibration.widened_by(reading, x) for x in _ALARMS))
     reasons = {
-        f"widened {outside:.1f} times, being outside of the lengths calibrated on": outside > 1,
-        f"widened {below:.1f} times: halves of the mean lie below the whole, as no noise would have them": below > 1,
+        f"widened {outside:.1f} times, being outside of the lengths calibrated on": outside > _WIDER,
+        f"widened {below:.1f} times: halves of the mean lie below the whole, as no noise would have them": below
+        > _WIDER,
         f"widened {bend:.1f} times: the merged loss fell otherwise of late than before, as after a sudden drop": bend
         > _BENT,
         "widened, since no means over half the length were measured (a view such as 'sma4'), which say how much noise "

@@ -16,6 +16,7 @@ from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, lef
 _TREND_FROM = 0.5  # of the steps so far: what lies before says little of the trend of the raw loss now
 _FALL_FROM, _BEND_FROM = 0.75, 0.5
 _EXPONENT = 0.5
+_LEAST_ON_LINE = 4  # points of the last quarter
 _UNKNOWN_BEND = 1 / 3  # of the fall, where the run is too short to tell: about what it is in the suite
 HALVES_FROM = 0.7  # Jensen's gap moves slowly, its mean over these is less noisy
 SPANS_UP_TO = 1.05  # times the longest that was measured
@@ -91,9 +92,10 @@ class Curves:
             span: Steps that the mean spans.
             to: The step on the way; behind the middle of the newest mean it is higher there.
         """
-        steps, losses = self._along(span)
         newest = self.step - span / 2
         way = 1.0 - (to / newest) ** -_EXPONENT
+        span = self._followed(span)
+        steps, losses = self._along(span)
         if len(steps) < 2:
             alone = max(self._raw_slope, 0.0) / _EXPONENT * way
             return alone, abs(alone)
@@ -105,6 +107,17 @@ class Curves:
             return fall, abs(fall) * _UNKNOWN_BEND
         before = _steepness(places[from_ : first + 1], losses[from_ : first + 1]) * way
         return fall, abs(fall - before)
+
+    def _followed(self, span: float) -> float:
+        """This span, or the first of its halves whose means tell of a slope: enough of them lie in the last quarter.
+
+        Every mean follows the same way, half its span behind; of one that was hardly measured the slope was read as 0.
+        """
+        for half in (span, span / 2, span / 4, span / 8):
+            steps, _ = self._along(half)
+            if np.count_nonzero(steps >= _FALL_FROM * self.step - 1e-9) >= _LEAST_ON_LINE:
+                return half
+        return span
 
     def sampling_noise(self, span: float) -> float:
         """The share of `noise` that a finite number of snapshots adds to a mean over this span."""
@@ -131,7 +144,9 @@ class Curves:
         steps, losses = self._along(span)
         if not len(steps):
             return np.full(len(at), np.nan)
-        return np.where(at < steps[0] - 1e-9, np.nan, np.interp(np.log(at), np.log(steps), losses))
+        # on the way of training, where the loss is nearly straight: a chord of its curve in steps lies too high
+        way = -(np.maximum(at - span / 2, 0.5) ** -_EXPONENT)
+        return np.where(at < steps[0] - 1e-9, np.nan, np.interp(way, -((steps - span / 2) ** -_EXPONENT), losses))
 
     def _halves_above_whole(self, span: float, at: Floats) -> Floats:
         halves = self._merged_at(span / 2, at) + self._merged_at(span / 2, at - span / 2)

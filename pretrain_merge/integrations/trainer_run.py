@@ -73,6 +73,7 @@ class TrainerRun:
         _refuse(settings, trainer)
         output = Path(trainer.args.output_dir).absolute()  # for good, should the run change directory
         self._folder = output if self._config.name == MergeConfig.name else output / self._config.name
+        # P8: an exception leaves train() without an event, and its locks would refuse the next call
         for other in [run for run in _open_runs if run._folder == self._folder]:
             other.close()
         self._forecasts = forecasts.of_a_run()
@@ -82,6 +83,7 @@ class TrainerRun:
         with ExitStack() as borrowed:
             window = settings.window_in(self._folder, self._forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
+            # P36: what is frozen at this moment may train later; the optimizer knows it
             self.merger.watch(self._model, [trainer.optimizer])
             with ranks.all_or_none("open the run's folder"):
                 self._checkpoints = None
@@ -96,6 +98,7 @@ class TrainerRun:
             )
             if state.saved is not None:
                 self._merged_models.resume_from(state.saved, Path(state.run_folder) / "merged")
+            # complete: what failed before this line was given back by the block
             self._borrowed = borrowed.pop_all()
         _open_runs.add(self)
 
@@ -112,6 +115,7 @@ class TrainerRun:
     def step(self, lr: tuple[float, ...]) -> None:
         """After a step of the optimizer, with the rates that it used: observe it; at a merge point, publish."""
         trainer, before = self._trainer, self.merger.progress
+        # the Trainer counts no samples; the last batch of an epoch may be smaller, which this cannot see
         batch = trainer._train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
         tokens = int(trainer.state.num_input_tokens_seen)
         now = Progress(trainer.state.global_step, before.samples + batch, tokens)
@@ -125,6 +129,7 @@ class TrainerRun:
             CheckpointError: The disk refuses.
         """
         step = self.merger.progress.step
+        # asked before the checkpoint is written and after it, and by a save that nothing announced
         if self._kept == step:
             return
         with ranks.all_or_none("keep the window for a checkpoint"):
@@ -186,6 +191,7 @@ class TrainerRun:
                 if self._checkpoints is not None and folder == own:
                     self._checkpoints.hold(file.name for file in manifest.files)
                 return state
+            # rank 0 alone has the list; all must take the same way out
             if ranks.any_rank(self._checkpoints is not None and self._checkpoints.knows(step)):
                 raise CheckpointError(f"{own} had a window for the checkpoint of step {step}, and its state is gone.")
             self._notices.warn(
@@ -210,6 +216,7 @@ class TrainerRun:
             else:
                 identity = files.resume(state.identity, self._notices)
                 before = files_of(state.identity, Path(state.run_folder)) if state.run_folder else None
+                # the merge of the checkpoint's own step is owed where a signal broke it off: its record is not there
                 until = state.progress.step - (state.last_merge < state.progress.step and self.merger.merge_is_due())
                 records = before[0] if before else files.records
 
@@ -218,6 +225,7 @@ class TrainerRun:
                     self._auto.append(record)
 
                 keep_records_until(files.records, until, before=records, read=read)
+        # of rank 0, which alone looked into the folder
         return ranks.gather(identity)[0]
 
     def _state(self, manifest: Manifest) -> RunState:
@@ -235,6 +243,7 @@ class TrainerRun:
         if not self.merger.merge_is_due():
             return
         step = self.merger.progress.step
+        # one rank's failure must end all, or the others wait in their next reduction for ever
         with ranks.all_or_none(f"merge at step {step}"):
             record = self._measured()
             if record is not None:
@@ -266,6 +275,7 @@ class TrainerRun:
 
     def _publish(self, record: MergeRecord) -> MergeRecord:
         """To the file of records and the Trainer's own reporters."""
+        # on every rank: `last_record` is part of each one's state
         record = self._forecasts.with_forecasts(self._auto.with_choices(record))
         if ranks.rank() == 0:
             append_record(self._folder / "merges.jsonl", record)
@@ -289,6 +299,7 @@ class TrainerRun:
 
 def _refuse(settings: Settings, trainer: Any) -> None:
     config = settings.config
+    # P19: parameters are not plain tensors outside of its forward
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise UnsupportedModelError(
             "DeepSpeed is not supported: its engine owns parameters and optimizer at every ZeRO stage. Allowed: one "

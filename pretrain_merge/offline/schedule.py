@@ -6,7 +6,8 @@ snapshots, with the same window, so that records of both say the same.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Progress
@@ -18,6 +19,7 @@ from pretrain_merge.records import Recipe
 from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.window import Window
 
+LATEST = 2**53  # steps; beyond, floats skip integers
 _SMALLEST = 2  # checkpoints of a view that takes all there are
 
 
@@ -89,6 +91,32 @@ def nested_views(window: int) -> list[str]:
     """Plain means of 2, 4, 8, … checkpoints and of the whole window; and what the callback makes of it on its own."""
     doubled = [2**power for power in range(1, window.bit_length()) if 2**power < window]
     return [*(f"sma{number}" for number in (*doubled, window)), "sma", "wsm"]
+
+
+def in_order(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[Source, ...]:
+    """Checkpoints by their steps, of which each needs one of its own.
+
+    Raises:
+        ConfigError: One has none, or two have the same.
+    """
+    if steps is not None:
+        if len(steps) != len(sources):
+            raise ConfigError(f"steps: {len(steps)} were given for {len(sources)} checkpoints. Give one for each.")
+        sources = [replace(source, step=step) for source, step in zip(sources, steps, strict=True)]
+    for source in sources:
+        if source.step is None or not 0 <= source.step < LATEST:
+            raise ConfigError(
+                f"steps: {source.place} is of step {source.step}, as far as it says. Each checkpoint needs one from 0 "
+                f"on, since records are by step: name them with steps, or put it into the file's name (step=1000)."
+            )
+    ordered = sorted(sources, key=lambda source: source.step or 0)
+    for first, second in pairwise(ordered):
+        if first.step == second.step:
+            raise ConfigError(
+                f"steps: {first.place} and {second.place} are both of step {first.step}. Leave one of them out, or say "
+                f"with steps which is which."
+            )
+    return tuple(ordered)
 
 
 def merge_points(sources: Sequence[Source], views: Sequence[SweptView], settings: WindowSettings) -> list[Point]:

@@ -7,8 +7,7 @@ bench. Its records are those of a live run, so that whatever reads them reads th
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +20,15 @@ from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.candidates import Candidate, Measured
 from pretrain_merge.offline.comparison import Comparison, compare
 from pretrain_merge.offline.options import find, find_base, new_folder, refuse_text
-from pretrain_merge.offline.schedule import Point, SweptView, merge_points, nested_views, swept_views
+from pretrain_merge.offline.schedule import (
+    LATEST,
+    Point,
+    SweptView,
+    in_order,
+    merge_points,
+    nested_views,
+    swept_views,
+)
 from pretrain_merge.offline.tensors import Source
 from pretrain_merge.offline.ways import EvaluateLike, bench, described
 from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, metric_names, read_records
@@ -31,7 +38,6 @@ from pretrain_merge.records.modes import Mode, mode_of
 RECORDS, SUMMARY = "merges.jsonl", "sweep.json"
 _SCRATCH = ".scratch.tmp"  # goes with what else a killed process left half written
 _NAME = "merge"  # of the callback, by default
-_LATEST = 2**53  # steps; beyond, floats skip integers
 Progress: TypeAlias = Callable[[int, int], object]
 
 
@@ -83,7 +89,7 @@ class SweepJob:
         """
         target = new_folder(out)
         refuse_text(newest=newest, average=average)
-        sources = _in_order(find(places), steps)
+        sources = in_order(find(places), steps)
         settings = _settings(sources, keys)
         views = swept_views(settings.views, intervals, settings.config.window)
         points = merge_points(sources, views, settings)
@@ -120,7 +126,7 @@ class SweepJob:
     def _evaluate(self, folder: Path, evaluate: EvaluateLike, metric: str | None, progress: Progress) -> None:
         """Append a record for each point behind the last one that is there."""
         # a kill amid a line leaves half of it, which this cuts off
-        last = keep_records_until(folder / RECORDS, _LATEST)
+        last = keep_records_until(folder / RECORDS, LATEST)
         left = [point for point in self.points if self._step(point) > last]
         total = self.num_evaluations
         done = total - sum(len(_candidates(point)) for point in left)
@@ -208,28 +214,6 @@ def _candidates(point: Point) -> dict[_Merge, str]:
     for view, (indices, recipe) in point.merges.items():
         found.setdefault(_key(indices, recipe), view)
     return found
-
-
-def _in_order(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[Source, ...]:
-    """By their steps, of which each needs one of its own."""
-    if steps is not None:
-        if len(steps) != len(sources):
-            raise ConfigError(f"steps: {len(steps)} were given for {len(sources)} checkpoints. Give one for each.")
-        sources = [replace(source, step=step) for source, step in zip(sources, steps, strict=True)]
-    for source in sources:
-        if source.step is None or not 0 <= source.step < _LATEST:
-            raise ConfigError(
-                f"steps: {source.place} is of step {source.step}, as far as it says. Each checkpoint needs one from 0 "
-                f"on, since records are by step: name them with steps, or put it into the file's name (step=1000)."
-            )
-    ordered = sorted(sources, key=lambda source: source.step or 0)
-    for first, second in pairwise(ordered):
-        if first.step == second.step:
-            raise ConfigError(
-                f"steps: {first.place} and {second.place} are both of step {first.step}. Leave one of them out, or say "
-                f"with steps which is which."
-            )
-    return tuple(ordered)
 
 
 def _settings(sources: Sequence[Source], keys: Mapping[str, Any]) -> WindowSettings:

@@ -58,6 +58,7 @@ class Cost:
     @property
     def seconds(self) -> float:
         """How long the run waits, one time."""
+        # what goes on beside costs nothing until it is not done when the next one begins
         late = sum(move.seconds for move in self.beside) - self.slack
         return sum(move.seconds for move in self.moves) + max(0.0, late)
 
@@ -121,6 +122,7 @@ def make_plan(question: Question) -> Plan:
     model, layout, hardware = question.model, question.layout, question.hardware
     merging = question.merging
     elements = layout.elements(model.shapes)
+    # a run of fewer ranks than a host has room for shares its memory among those
     sharing = min(hardware.ranks_per_host, layout.num_ranks)
     slot = elements * merging.slot_itemsize
     scratch = elements * merging.itemsize if merging.has_scratch else 0
@@ -136,6 +138,7 @@ def make_plan(question: Question) -> Plan:
         all_window_bytes=merging.window * merging.slot_itemsize * layout.elements_of_all_ranks(model.shapes),
         scratch_bytes=scratch,
         accumulator_bytes=accumulator,
+        # without a link the model is in host memory, and slots are read where they lie
         staging_device_bytes=DEVICE_STAGING if store != "device" and hardware.link_rate else 0,
         staging_host_bytes=HOST_STAGING if store == "disk" else 0,
         places=places,
@@ -160,10 +163,13 @@ def _places(hardware: Hardware, merging: Merging, elements: int, sharing: int, *
     slot = elements * merging.slot_itemsize
     window = merging.window * slot
     in_training = COPIES_IN_TRAINING * elements * merging.itemsize
+    # every rank of a host keeps a window there
     host = hardware.host_bytes // sharing
     if hardware.device_bytes is None:
+        # there is one memory: what the one takes the other lacks
         device = host = max(0, host - in_training)
     else:
+        # never below 0: a model that does not fit leaves no room, and the plan says so
         device = max(0, hardware.device_bytes - in_training)
     return {
         "device": Place(window + beside, device),
@@ -182,6 +188,7 @@ def _step_seconds(question: Question) -> float:
     training = question.training
     if training.step_seconds is not None:
         return training.step_seconds
+    # of experts that rest, no operation is done
     operations = STEP * question.model.activated * training.tokens_per_step
     return operations / (question.layout.num_ranks * question.hardware.flops * training.utilisation)
 
@@ -192,6 +199,7 @@ def _steps(merging: Merging, training: Training) -> tuple[float, float]:
     def in_steps(quantity: Quantity) -> float:
         return quantity.amount if quantity.unit == "steps" else max(1.0, quantity.amount / training.tokens_per_step)
 
+    # a count that one step crosses several times is due once: at most one snapshot per step
     every = in_steps(merging.every)
     return every, every if merging.merge_every is None else max(every, in_steps(merging.merge_every))
 
@@ -206,7 +214,9 @@ def _costs(
     if merging.in_blocks:
         costs["sample"] = Cost(operations.sample(), merging.sample_every * step)
     costs["merge"] = Cost(operations.merge(), between_merges)
+    # raw is measured at each merge point, on the same batches
     passes = 1 + len(merging.views)
+    # an evaluation runs forward only, at the rate of training's operations
     tokens_per_second = training.tokens_per_step / step * STEP / FORWARD
     evaluated = Move(passes * training.tokens_per_evaluation, tokens_per_second, "model")
     costs["evaluation"] = Cost((evaluated,), between_merges)

@@ -54,9 +54,10 @@ def _sizes(entry: Path) -> Iterator[int]:
     waiting = [os.fspath(entry)]
     while waiting and left > 0:
         path = waiting.pop()
+        # of entries, not of bytes: time is what a folder too many costs
         left -= 1
         try:
-            if os.path.isdir(path) and not os.path.islink(path):
+            if os.path.isdir(path) and not os.path.islink(path):  # a link may lead up again, without end
                 waiting += (item.path for item in os.scandir(path))
             else:
                 yield os.lstat(path).st_size

@@ -37,6 +37,7 @@ def append_late(path: Path, late: Late) -> None:
 def _append(path: Path, line: MergeRecord | Late) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # one write of a whole line: who reads a live run's file sees no half of it
         atomic.append(path, line.to_json() + "\n")
     except OSError as error:
         raise CheckpointError(
@@ -58,6 +59,7 @@ def read_records(path: Path) -> list[MergeRecord]:
             raise
         raise CheckpointError(f"cannot read {path}: {error}. Name the merges.jsonl of a run.") from error
     records = [item for item in parsed if isinstance(item, MergeRecord)]
+    # by the last of a step: a run that was resumed may have measured it twice
     places = {record.step: place for place, record in enumerate(records)}
     for late in parsed:
         if isinstance(late, Late) and late.step in places:
@@ -96,6 +98,7 @@ def keep_records_until(
             return newest
         for number, line in enumerate(untrusted.lines(source), start=1):
             start, stop = stop, stop + len(line)
+            # the last line of a run that was killed while it wrote; its merge is made again
             if not line.endswith(b"\n"):
                 continue
             record = _parsed(source, number, line, read_resumed)
@@ -103,10 +106,12 @@ def keep_records_until(
                 if isinstance(record, MergeRecord):
                     newest, last = record.step, (number, line)
                     read(record)
+                # as ranges of bytes, not as records: one record at a time is in memory, however long the run
                 first = kept.pop()[0] if kept and kept[-1][1] == start else start
                 kept.append((first, stop))
         if last is not None:
             _parsed(source, *last)  # its recipes may be asked for when this is done, and an error belongs here
+        # where nothing is cut the file stays as it is: long runs resume often
         if source != path or kept != [(0, stop)]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.draft(path) as draft:

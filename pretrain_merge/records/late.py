@@ -43,6 +43,7 @@ class Late:
 
     def to_json(self) -> str:
         """One line of JSON, of another form than a record's; non-finite numbers are text."""
+        # strict JSON has no word for NaN; `float` reads it back from text
         numbers = {key: value if math.isfinite(value) else str(value) for key, value in self.numbers.items()}
         late = {"name": self.name, "step": self.step, "view": self.view, "numbers": numbers}
         return json.dumps({"late": late}, allow_nan=False)
@@ -60,6 +61,7 @@ class Late:
         values = untrusted.parse_json(line)["late"]
         late = cls(**values | {"numbers": {key: float(value) for key, value in values["numbers"].items()}})
         is_step = type(late.step) is int and 0 <= late.step < _LARGEST
+        # JSON of anybody: a bool is an int to `isinstance`
         if not (is_step and isinstance(late.name, str) and isinstance(late.view, str)):
             raise ValueError("a value is of another type than ours, or out of range")
         return late

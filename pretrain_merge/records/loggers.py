@@ -58,8 +58,9 @@ class Tracker:
             self._lay_out(index, logger, record)
             for step, metrics in rows.items():
                 self._define_axes(index, logger, record.name, metrics, self._best(record))
+                # P15: an explicit step for all, since the loggers' own is one behind in validation
                 logger.log_metrics(metrics, step=step)
-            logger.save()
+            logger.save()  # a run that is killed keeps what it measured
         if self._showcase is not None:
             self._showcase.add(record, [logger for logger in loggers if _is_wandb(logger)])
 
@@ -105,10 +106,12 @@ class Tracker:
         """TensorBoard reads the first layout of a run only: written once, by patterns, before most curves exist."""
         add_custom_scalars = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
         if callable(add_custom_scalars) and index not in self._with_layout:
+            # TensorBoard keeps the last layout that it was given, and this one would be the same
             self._with_layout.add(index)
             add_custom_scalars({record.name: self._charts(_prefix(logger) + record.name, record.raw)})
 
     def _charts(self, name: str, metrics: Iterable[str]) -> dict[str, list[Any]]:
+        # names are the user's, and the charts match by patterns
         literal = re.escape(name)
         charts: dict[str, list[Any]] = {
             metric: ["Multiline", [rf"^{literal}/({FORECAST}/)?[^/]+/{re.escape(metric)}$"]] for metric in metrics
@@ -129,6 +132,7 @@ def _is_wandb(logger: Any) -> bool:
     """Whether it logs to W&B, here: the stand-in of other ranks has a `config` that is a function."""
     experiment = getattr(logger, "experiment", None)
     has_axes = callable(getattr(experiment, "define_metric", None))
+    # by what it can do, not by its class: there are wrappers, and the client may not be installed
     return has_axes and hasattr(getattr(experiment, "config", None), "update")
 
 

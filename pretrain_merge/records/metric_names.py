@@ -23,6 +23,7 @@ def found(wanted: str, measured: Iterable[str]) -> str | None:
     if wanted in names:
         return wanted
     alike = [name for name in names if _plain(name) == _plain(wanted)]
+    # `val/loss` for `val_loss`; of two such names neither is guessed
     return alike[0] if len(alike) == 1 else None
 
 

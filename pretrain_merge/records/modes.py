@@ -16,9 +16,11 @@ def mode_of(metric: str) -> Mode:
     >>> mode_of("val_loss"), mode_of("val_acc")
     ('min', 'max')
     """
+    # by words: an unknown metric is taken for a loss, which most are
     return "max" if _LARGER_IS_BETTER.search(metric) else "min"
 
 
 def is_better(value: float, than: float, mode: Mode) -> bool:
     """Whether a value is as good or better; NaN is not."""
+    # as good counts: a view that equals raw is not worse
     return value <= than if mode == "min" else value >= than

@@ -118,9 +118,11 @@ def _curves(records: Sequence[MergeRecord], metric: str) -> dict[str, Any]:
 def _band(records: Sequence[MergeRecord], name: str, metric: str) -> dict[str, list[float]]:
     """A forecast by where its anneals end; tokens there as if they went on as they came."""
     found = [(record, record.forecasts[name][metric]) for record in records if metric in record.forecasts.get(name, {})]
+    # by the step that is forecast: a band is drawn from left to right
     found.sort(key=lambda item: item[1].step)
     return {
         "steps": [value.step for _, value in found],
+        # at the rate so far: the step lies ahead, where tokens are not counted yet
         "tokens": [record.tokens / max(1, record.step) * value.step for record, value in found],
         "mean": [value.mean for _, value in found],
         "low": [value.low for _, value in found],
@@ -135,6 +137,7 @@ def _short(name: str) -> str:
 
 def _json(values: Mapping[str, Any]) -> str:
     """JSON that may stand in a script element: `<` is spelled out, so that nothing in it ends the element."""
+    # inside of a script element `</script>` in a name would end it
     return json.dumps(_plain(values), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -144,6 +147,7 @@ def _plain(values: Any) -> Any:
         return {key: _plain(value) for key, value in values.items()}
     if isinstance(values, list):
         return [_plain(value) for value in values]
+    # a gap in the curve; JSON has no word for NaN
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
@@ -151,6 +155,7 @@ def _policy(*scripts: str) -> str:
     """The browser runs scripts with these contents only, and asks nobody for anything."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    # nothing is fetched and only these two scripts run, whatever a name in the records says
     rules = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
     return html.escape(f"{rules}; base-uri 'none'; form-action 'none'")
 

@@ -65,6 +65,7 @@ def summary(run: Reported, metric: str, mode: Mode, *, named: bool) -> str:
 def merges(run: Reported, metric: str, mode: Mode, views: Sequence[str]) -> str:
     """Raw and every view at each merge point; of many, some with the first, the best and the last."""
     measured = [record for record in run.records if metric in record.raw]
+    # one row is left for the best merge, wherever it lies
     places = evenly(len(measured), _MOST_ROWS - 1) | {_best_place(measured, metric, mode)}
     forecasts = list(dict.fromkeys(name for record in measured for name in record.forecasts))
     more = [f"forecast {name}" for name in forecasts]
@@ -119,6 +120,7 @@ def recipes(run: Reported) -> str:
     for view, recipe in newest.recipes.items():
         squares = sum(value * value for value in recipe.coefficients)
         shown = [f"{value:.3g}" for value in recipe.coefficients]
+        # both ends say what kind it is; ten thousand numbers would be a page
         if len(shown) > _MOST_COEFFICIENTS:
             shown = [*shown[:4], "…", *shown[-4:]]
         steps = f"{recipe.steps[0]:,} to {recipe.steps[-1]:,}" if recipe.steps else "–"
@@ -163,8 +165,10 @@ def _truth(made: MergeRecord, expected: Expected, metric: str, then: Iterable[Me
     rates = [(_share_of_rate(record, made), record.raw[metric]) for record in then]
     if not rates:
         return [_cell("–"), _cell("–"), _cell("not measured")]
+    # the most annealed of the runs that were measured at that step
     rate, value = min(rates, key=lambda item: (math.isnan(item[0]), item[0]))
     cells = [_cell(_number(value)), _cell("–" if math.isnan(rate) else f"{rate:.0%}")]
+    # so that NaN, a rate that nobody knows, judges nothing
     if not rate <= _ANNEALED:
         return [*cells, _cell("rate has not fallen")]
     is_inside = expected.low <= value <= expected.high
@@ -183,6 +187,7 @@ def _measured(record: MergeRecord, metric: str) -> dict[str, float]:
 
 def _best(values: dict[str, float], mode: Mode) -> str:
     sign = 1.0 if mode == "min" else -1.0
+    # NaN is never the best, whichever way is up
     return min(values, key=lambda view: math.inf if math.isnan(values[view]) else sign * values[view])
 
 

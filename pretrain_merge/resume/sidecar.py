@@ -110,6 +110,7 @@ class WindowFolder:
         if thoroughly:
             unneeded |= {file.name for file in self._files()}
         for name in unneeded - self._held:
+            # the list is a file that others may have written: a name in it must not leave the folder
             if not self._needs.is_needed(name) and is_ours(name):
                 atomic.delete(self.folder / name)
 
@@ -127,6 +128,7 @@ class WindowFolder:
         old = set()
         # the one without a name needs what was there when the list was damaged
         for checkpoint in filter(None, reversed(self._needs.checkpoints)):
+            # several checkpoints of one step need one window, which counts once
             window = tuple(self._needs[checkpoint][-1])
             if window not in windows and len(windows) == self._keep:
                 old.add(checkpoint)

@@ -46,6 +46,7 @@ class States:
             CheckpointError: The disk refuses, or another run uses the folder.
         """
         folder = self._required()
+        # every rank saves the same window otherwise, into one folder
         if ranks.rank() != 0 and not is_sharded:
             return {}
         manifest = save(folder)
@@ -62,6 +63,7 @@ class States:
         Raises:
             CheckpointError: It is damaged.
         """
+        # what rank 0 has counts: others may have got nothing, or an older one
         text = ranks.gather(state.get(_KEY))[0]
         try:
             plain = json.loads(text)  # type: ignore[arg-type]  # a TypeError says that it is not text
@@ -82,6 +84,7 @@ class States:
         for place in places:
             if all((place / file.name).exists() for file in manifest.files):
                 return place
+        # of the place that the user named: the other one is where the state was written, maybe elsewhere
         absent = next(file.name for file in manifest.files if not (places[0] / file.name).exists())
         raise CheckpointError(
             f"{absent} is not there. Looked in {', '.join(map(str, places))}. Set window_folder to the folder that has "

@@ -67,6 +67,7 @@ class WindowFiles:
         """
         if not self._is_sharded:
             return store.save(slot, self.folder, stem, batch=self._batch)
+        # DCP writes tensors, not slots: one snapshot more in memory while it is saved
         tensors = {name: torch.empty(kind.shape, dtype=kind.dtype, device=kind.device) for name, kind in kinds.items()}
         store.read_(list(tensors.values()), slot)
         return self.write(stem, tensors)
@@ -99,6 +100,7 @@ class WindowFiles:
             tensors = {name: torch.empty_like(tensor, dtype=dtype) for (name, tensor), dtype in chosen}
             sharded_folder.read(self.folder, file, parameters.as_shards(self._module, tensors))
             return list(tensors.values())
+        # every rank has the whole in that file, and nothing in it says which part is whose
         if self._is_sharded:
             raise CheckpointError(
                 f"{self.folder / file.name} was written without sharding, and this run is sharded. Resume it as it "

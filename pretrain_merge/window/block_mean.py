@@ -22,7 +22,7 @@ class BlockMean:
 
     def __init__(self, sample_every: int) -> None:
         self._sample_every = sample_every
-        self._is_valid = True
+        self._is_valid = True  # of the open interval: no break in it, and no step missed
         self.num_seen = 0
         self.num_samples = 0
         self.names: tuple[str, ...] = ()
@@ -51,8 +51,10 @@ class BlockMean:
         tensors = list(named.values())
         if self.num_samples == 0:
             if not self._fits(tensors):
+                # the memory of the interval before is taken again where it fits: an allocation each would fragment
                 self.sums = [torch.empty_like(tensor, dtype=accumulator_dtype(tensor)) for tensor in tensors]
             self.names = tuple(named)
+            # the first sample is written, not added: the memory holds the interval before
             weighted_sum_(self.sums, [tensors], [1.0])
         elif self.names != tuple(named) or not self._fits(tensors):
             self.invalidate()  # other parameters train, or they have another shape
@@ -80,6 +82,7 @@ class BlockMean:
 
     def invalidate(self) -> None:
         """A break: the open interval can no longer give a mean, unless none of its models was seen yet."""
+        # a break at the interval's very start is the start of an interval that is whole
         self._is_valid = self._is_valid and self.num_seen == 0
 
     def miss(self) -> None:

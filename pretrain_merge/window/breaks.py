@@ -54,6 +54,7 @@ class Breaks:
                 self._say_if_it_decays(now, lr)
                 changed = f"learning rate changed from {_listed(self.segment_lr)} to {_listed(lr)}"
                 self.at(now, changed, said_as="lr")
+            # also from the first rate that is known on, which ends nothing
             self.segment_lr = lr
 
     def _say_if_it_decays(self, now: Progress, lr: tuple[float, ...]) -> None:
@@ -100,6 +101,7 @@ class Breaks:
             self._block.invalidate()
         if num_lost:
             self._notices.warn(
+                # schedules break at every step: by its kind it is said once, by its text each time
                 said_as or reason,
                 f"break at step {now.step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
             )
@@ -113,5 +115,6 @@ def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) 
     if lr == reference:
         return False  # as on almost every step
     if len(lr) != len(reference):
-        return True
+        return True  # another number of groups is another optimizer
+    # so that NaN differs from everything, itself included
     return any(not abs(a - b) <= tolerance * max(abs(a), abs(b)) for a, b in zip(lr, reference, strict=True))

@@ -119,6 +119,7 @@ class Capture:
     def _take(self, module: nn.Module, now: Progress, lr: tuple[float, ...]) -> bool:
         with ranks.all_or_none(f"take the snapshot of step {now.step}"):
             live = self.trained.tensors(module)
+            # P36: layers are frozen and unfrozen in a run; what is held then can be merged with nothing that comes
             if others := self.stored.why_others(live):
                 self._breaks.at(now, f"the set of merged parameters changed: {others}")
                 self.stored.clear()
@@ -127,6 +128,7 @@ class Capture:
                 return False
             if self.counts.keys() != live.keys():
                 self.counts = _counts_over_ranks(module, live)
+            # only now: it is a pass over the accumulator, which a snapshot that is refused need not pay
             source = self._block.mean() if self._block is not None else [sources[name] for name in live]
             self.stored.capture(live, source, now, lr=lr, phase=self._breaks.phase)
         return True
@@ -142,6 +144,7 @@ class Capture:
         has_broken = window.segment != self._segment_of_all
         is_refused = is_complete and not is_finite
         num_broken, num_partial, num_non_finite = ranks.count(has_broken, not is_complete, is_refused)
+        # rates are read on each rank, and one may see a change that others do not
         if num_broken and not has_broken:
             self._breaks.at(now, "another rank had one")
         self._segment_of_all = window.segment
@@ -151,6 +154,7 @@ class Capture:
                 f"step {now.step}: no block mean, since its interval was not observed from its start.",
             )
         elif num_non_finite:
+            # a break too, and all ranks have it: it is not news at the next snapshot
             self._breaks.at_refused(now)
             self._segment_of_all = window.segment
         return not num_partial and not num_non_finite
@@ -162,6 +166,7 @@ def _counts_over_ranks(module: nn.Module, live: Mapping[str, Tensor]) -> dict[st
     Every element of a parameter is held by as many ranks as every other, however meshes divide it, so n is what all
     ranks hold together over the size of the whole. Where nothing is sharded every rank has the whole model: 1.
     """
+    # without a word to other ranks, whose turn of speaking this need not be
     if not parameters.is_sharded(module):
         return dict.fromkeys(live, 1.0)
     held = ranks.sum_over_ranks([tensor.numel() for tensor in live.values()])

@@ -107,6 +107,7 @@ class StoredWindow:
         by_name = dict(zip(live, source, strict=True))
         ordered = {name: live[name] for name in self._kinds or live}  # as in the slots before
         store = self.open_store(ordered)
+        # only now: a store that has no room must not leave names of snapshots that are not held
         self._kinds = {name: Kind.of(tensor) for name, tensor in ordered.items()}
         store.write(self.window.next_slot(), {name: by_name[name] for name in ordered}, self.slot_dtypes(ordered))
 
@@ -153,6 +154,7 @@ class StoredWindow:
         """Forget all snapshots and give their memory back; breaks are remembered."""
         if self._store is not None:
             self._store.clear()
+            # chosen anew, of tensors that may be larger or on another device
             self._store = None
         self.window.clear()
         self._kinds = {}
@@ -162,6 +164,7 @@ class StoredWindow:
         if self._store is None:
             live = live or {}
             sizes = zip(live.values(), self.slot_dtypes(live), strict=True)
+            # of this rank's shards, as the live tensors are
             slot_bytes = sum(tensor.numel() * dtype.itemsize for tensor, dtype in sizes)
             folder = self._settings.store_folder and Path(self._settings.store_folder) / f"rank-{ranks.rank():04d}"
             self._store, said = choose_store(

@@ -135,7 +135,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_resumed_from_any_checkpoint_is_the_uninterrupted_run(store, average, tmp_path):
     options = {"store": store, "average": average, "save": {"every": 4, "keep": 9}}
     raw, _ = fit(tmp_path / "whole", **options)
-    for step in (3, 6, 9, 12):
+    # every store is resumed at every step, and so is every average at two of them
+    for step in (3, 9) if average == "last" else (6, 12):
         folder = tmp_path / f"resumed at {step}"
         fit(folder, max_steps=step, **options)
         resumed, _ = fit(folder, ckpt_path=checkpoint(folder, step), **options)

@@ -299,7 +299,7 @@ def test_a_value_that_contains_itself_says_so():
         assert "a value contains itself" in message_of(values)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(strategies.configs)
 def test_no_configuration_raises_an_error_that_is_not_ours(values):
     try:

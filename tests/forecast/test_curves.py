@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from forecast.synthetic import MEMORY, NOISE, left, mean_loss, river, run
+from forecast.synthetic import MEMORY, NOISE, left, mean_loss, record, river, run
 
 from pretrain_merge.forecast.curves import Curves
 from pretrain_merge.forecast.history import read_history
@@ -61,6 +61,18 @@ def test_between_merge_points_a_mean_is_interpolated_and_before_the_first_unknow
     assert river(4000 - 75) < known.merged(150, 3950) < known.merged(150, 3900)
     assert np.isnan(known.merged(350, 100))
     assert np.isnan(known.merged(1000, 4000))
+
+
+def test_between_distant_merge_points_a_mean_lies_on_the_curve_and_not_on_a_chord_above_it():
+    known = curves(last=4000, merge_every=1000, noise=0.0)
+    assert known.merged(150, 3500) == pytest.approx(river(3500 - 75), rel=1e-6)
+
+
+def test_a_span_that_was_measured_lately_alone_falls_on_as_its_halves_do():
+    records = [*run(last=3900, spans=(2, 4)), record(4000, spans=(2, 4, 8))]
+    fall, bend = Curves(read_history(records, "val_loss")).fall(350, to=4400)
+    assert fall == pytest.approx(river(4000 - 175) - river(4400), rel=1e-3)
+    assert bend < fall / 100
 
 
 @pytest.mark.parametrize("to", [3600, 3925, 4400])

@@ -1,22 +1,24 @@
 """Seeded faults: breaks the package in one place at a time and asks whether the named tests notice.
 
-`python -m tests.mutations` runs the unbroken tests first and last, and every fault of `catalogue.py` in between, each
-in a copy of the repository. Exits with 1 if a fault was not caught.
+`python -m tests.mutations` runs the named tests unbroken, then each fault of `catalogue.py` in a copy of the
+repository, and last, unbroken again, every test that noticed one. Exits with 1 if a fault was not caught.
 """
 
 import argparse
 import os
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.mutations.catalogue import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 _COPIED = ("pretrain_merge", "tests", "benchmarks", "examples", "pyproject.toml")
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 
 
 def main() -> int:
@@ -27,39 +29,94 @@ def main() -> int:
     faults = [fault for fault in FAULTS if arguments.only in fault.what]
     for fault in faults:
         fault.check(ROOT)
-    tests = sorted({test for fault in faults for test in fault.tests.split()})
-    code, output = run_tests(None, tests)
-    if not report("unbroken, first", code == 0, "pass", "FAIL"):
-        print(output[-3000:])
+    import_what_is_slow()
+    named = sorted({test for fault in faults for test in fault.tests.split()})
+    if not unbroken_passes("unbroken, first", named):
         return 1
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        caught = list(pool.map(is_caught, faults))
-    whole = report("unbroken, last", run_tests(None, tests)[0] == 0, "pass", "FAIL")
-    print(f"{sum(caught)} of {len(faults)} faults caught")
-    return 0 if whole and all(caught) else 1
+    noticed: set[str] = set()
+    num_caught = 0
+    for fault, code, output in run_all(faults, arguments.jobs):
+        failed = _FAILED.findall(output)
+        # pytest exits with 1 for failed tests; anything else is an error of collection or usage, which proves nothing
+        num_caught += report(fault.what, code == 1 and bool(failed), "caught", f"NOT CAUGHT (exit code {code})")
+        noticed.update(failed)
+    # a full disk fails tests too: what failed for a fault must pass without one, now as before
+    whole = unbroken_passes("unbroken, last", sorted(noticed))
+    print(f"{num_caught} of {len(faults)} faults caught")
+    return 0 if whole and num_caught == len(faults) else 1
 
 
-def is_caught(fault: Fault) -> bool:
-    """Whether a test notices; said at once, since the whole list takes a while."""
-    code, _ = run_tests(fault, fault.tests.split())
-    # pytest exits with 1 for failed tests; anything else is an error of collection or usage, which proves nothing
-    return report(fault.what, code == 1, "caught", f"NOT CAUGHT (pytest exit code {code})")
+def import_what_is_slow() -> None:
+    """So that the forked tests begin behind it. Nothing of the package, which is another one in each fork."""
+    import lightning.pytorch
+    import pytest  # noqa: F401
+    import scipy.stats
+    import torch
+
+    del lightning, scipy
+    torch.set_num_threads(1)
 
 
-def run_tests(fault: Fault | None, tests: list[str]) -> tuple[int, str]:
-    """Exit code and output of pytest on a copy of the repository with one fault in it."""
+def unbroken_passes(what: str, tests: list[str]) -> bool:
+    [(_, code, output)] = run_all([None], 1, " ".join(tests))
+    if not report(what, code == 0, "pass", "FAIL"):
+        print(output[-3000:])
+    return code == 0
+
+
+def run_all(faults: Sequence[Fault | None], jobs: int, tests: str = "") -> Iterator[tuple[Fault | None, int, str]]:
+    """The exit code and output of pytest for each fault, as they end, `jobs` of them at a time; None breaks nothing."""
+    waiting, running = list(faults), {}
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in _COPIED:
-            source = ROOT / name
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
-        if fault is not None:
-            fault.break_(copy)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                fault, copy = waiting.pop(0), Path(tempfile.mkdtemp(dir=folder))
+                copy_repository(copy)
+                if fault is not None:
+                    fault.break_(copy)
+                running[fork_tests(copy, (tests or fault.tests).split())] = fault, copy
+            pid, status = os.wait()
+            fault, copy = running.pop(pid)
+            output = (copy / "output").read_text(encoding="utf-8", errors="replace")
+            shutil.rmtree(copy, ignore_errors=True)  # what a test left running may still write there
+            yield fault, os.waitstatus_to_exitcode(status), output
+
+
+def copy_repository(copy: Path) -> None:
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+
+
+def fork_tests(copy: Path, tests: list[str]) -> int:
+    """A process of pytest on a copy; it imports the package of that copy, and so do the processes that it starts."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 70  # of no exit of pytest
+    try:
+        output = os.open(copy / "output", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(copy)
+        os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        # what `python -m` put in front, and this package, are of the unbroken repository
+        sys.path[0] = str(copy)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        import pytest
+
+        # what Lightning imports has a plugin for pytest, which comes too late to rewrite it
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = pytest.main([*options, *tests])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def report(what: str, good: bool, yes: str, no: str) -> bool:

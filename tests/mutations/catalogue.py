@@ -1484,6 +1484,20 @@ FAULTS = (
         "tests/forecast",
     ),
     Fault(
+        "a mean between two merge points is read half a span late",
+        "forecast/curves.py",
+        "way = -(np.maximum(at - span / 2, 0.5) ** -_EXPONENT)",
+        "way = -(np.maximum(at, 0.5) ** -_EXPONENT)",
+        "tests/forecast/test_curves.py",
+    ),
+    Fault(
+        "a span that was measured at one point alone falls on no more",
+        "forecast/curves.py",
+        "span = self._followed(span)",
+        "span = 1.0 * span",
+        "tests/forecast/test_curves.py",
+    ),
+    Fault(
         "a long run is not thinned, so a forecast costs more at each merge",
         "forecast/points.py",
         "if self._num > MOST and",
