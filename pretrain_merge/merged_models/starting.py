@@ -39,7 +39,7 @@ def start_from_merged(module: nn.Module, path: str | Path, which: Which | None =
 
 def _refuse_running(module: nn.Module) -> None:
     # Lightning's own attribute: its property `trainer` raises where there is none, and this module imports no trainer
-    trainer = getattr(module, "_trainer", None)
+    trainer: Any = getattr(module, "_trainer", None)
     state = getattr(trainer, "state", None)
     if state is None or getattr(state, "fn", None) != "fit" or getattr(state, "status", None) != "running":
         return
