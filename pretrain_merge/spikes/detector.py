@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain_merge.runtime import ranks
@@ -18,6 +21,7 @@ _MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution in one m
 _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noise must not take rounding for a spike
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
+_Floats = NDArray[np.float64]
 _Given = tuple[Tensor | None, Tensor | None]  # loss and norm of a step on this rank
 
 
@@ -75,7 +79,7 @@ class SpikeDetector:
     def restart(self) -> None:
         """Forget all steps, as where the data changed: no earlier loss says what to expect."""
         # judged already; the first of the newest `within` steps needs `lag` and `history` before it
-        self._known = torch.full((self._num_kept, 2), math.nan, dtype=torch.float64)
+        self._known: _Floats = np.full((self._num_kept, 2), math.nan)
         self._ahead = self._known[:0]  # on the host, not judged yet
         self._unread.clear()
         self._newest: int | None = None  # step of the last row of all these
@@ -112,7 +116,7 @@ class SpikeDetector:
         self._skip_to(step)
         self.fetch()
         before = self._onset
-        known = torch.cat([self._known, self._ahead])
+        known = np.concatenate([self._known, self._ahead])
         first = step - len(self._ahead) + 1
         for index in self._spikes(known):
             self._onset = self._with(first + index, known[index : index + self._num_kept + 1])
@@ -128,7 +132,7 @@ class SpikeDetector:
             RankError: Another rank failed before it came here.
         """
         if self._unread:
-            self._ahead = torch.cat([self._ahead, _means(self._unread, ranks.sum_of_floats)])
+            self._ahead = np.concatenate([self._ahead, _means(self._unread, ranks.sum_of_floats)])
             self._unread.clear()
 
     def state_dict(self, *, meet: bool = True) -> dict[str, Any]:
@@ -140,10 +144,11 @@ class SpikeDetector:
         if meet:
             self.fetch()
         unread = _means(self._unread, lambda sums: sums) if self._unread else self._ahead[:0]
-        num_unknown = int((~self._known.isnan().all(dim=1)).cumsum(0).eq(0).sum())
+        is_known: NDArray[np.bool_] = np.any(~np.isnan(self._known), axis=1)
+        num_unknown = int(is_known.argmax()) if is_known.any() else len(is_known)
         return {
             "known": self._known[num_unknown:].tolist(),
-            "ahead": torch.cat([self._ahead, unread]).tolist(),
+            "ahead": np.concatenate([self._ahead, unread]).tolist(),
             "newest": self._newest,
             "onset": None if self._onset is None else asdict(self._onset),
         }
@@ -152,7 +157,7 @@ class SpikeDetector:
         """Go on where another run was; what this one observed so far is forgotten."""
         self.restart()
         known, self._ahead = (
-            torch.tensor(state_dict[name], dtype=torch.float64).reshape(-1, 2) for name in ("known", "ahead")
+            np.array(state_dict[name], dtype=np.float64).reshape(-1, 2) for name in ("known", "ahead")
         )
         self._known[self._num_kept - len(known) :] = known
         self._newest = state_dict["newest"]
@@ -164,37 +169,42 @@ class SpikeDetector:
             self._unread += [(None, None)] * min(step - self._newest, self._num_kept)
         self._newest = step
 
-    def _spikes(self, known: Tensor) -> list[int]:
+    def _spikes(self, known: _Floats) -> list[int]:
         """Which of the steps that are not judged yet belong to a spike, counted from the first of them."""
-        z = self._robust_z(known)  # from the step `within - 1` before the first on
-        newest = z.unfold(0, self._within, 1)  # (step, 2, within)
-        out = newest > self._threshold
-        enough = (out[:, _LOSS].sum(dim=-1) >= self._sustained) & out[:, _LOSS, -1]
-        no_norm = newest[:, _NORM].isnan().all(dim=-1)
-        spikes = enough & (no_norm | out[:, _NORM].any(dim=-1))
-        broken = known[self._num_kept :, _LOSS] == math.inf
-        return [int(index) for index in (spikes | broken).nonzero()]
+        out = sliding_window_view(self._loss_z(known) > self._threshold, self._within)
+        spikes = (out.sum(axis=-1) >= self._sustained) & out[:, -1]
+        if not np.isnan(known[:, _NORM]).all():  # mostly nobody knows them, and medians are what a read costs
+            newest = sliding_window_view(self._robust_z(known[:, _NORM], lambda median: _LEAST_SCALE), self._within)
+            spikes &= np.isnan(newest).all(axis=-1) | (newest > self._threshold).any(axis=-1)
+        return [int(index) for index in np.flatnonzero(spikes | (known[self._num_kept :, _LOSS] == math.inf))]
 
-    def _robust_z(self, known: Tensor) -> Tensor:
-        """`(step, 2)`: how far each step beyond the first `history + lag` lies from them; NaN: not judged."""
-        num_steps = len(known) - self._history - self._lag
-        before = known.unfold(0, self._history, 1)[:num_steps]  # (step, 2, history)
-        median = before.nanmedian(dim=-1, keepdim=True).values
-        mad = (before - median).abs().nanmedian(dim=-1).values
-        median = median.squeeze(-1)
-        least = torch.stack([_LEAST_SCALE * median[:, _LOSS].abs(), torch.full_like(median[:, _NORM], _LEAST_SCALE)], 1)
-        z = (known[-num_steps:] - median) / torch.maximum(_MAD_OF_NORMAL * mad, least).clamp(min=1e-30)
-        return torch.where(before.isfinite().sum(dim=-1) >= self._fewest, z, math.nan)
+    def _loss_z(self, known: _Floats) -> _Floats:
+        return self._robust_z(known[:, _LOSS], lambda median: _LEAST_SCALE * np.abs(median))
 
-    def _with(self, step: int, known: Tensor) -> Onset:
+    def _robust_z(self, values: _Floats, least: Callable[[_Floats], _Floats | float]) -> _Floats:
+        """How far each step beyond the first `history + lag` lies from those before it; NaN: not judged.
+
+        Args:
+            values: One number of each step.
+            least: From medians to the least scale that a distance is told in.
+        """
+        judged = values[self._history + self._lag :]
+        before = sliding_window_view(values, self._history)[: len(judged)]  # (step, history)
+        median = _median(before)
+        with np.errstate(invalid="ignore"):  # infinity, which is a spike by itself, less infinity
+            mad = _median(np.abs(before - median[:, None]))
+            z = (judged - median) / np.maximum(np.maximum(_MAD_OF_NORMAL * mad, least(median)), 1e-30)
+        return np.where(np.isfinite(before).sum(axis=-1) >= self._fewest, z, math.nan)
+
+    def _with(self, step: int, known: _Floats) -> Onset:
         """The spike so far, with this step of it."""
         if self._onset is not None and step - self._onset.last <= self._calm:
             return replace(self._onset, last=step)
         loss = float(known[-1, _LOSS])
         if loss == math.inf:
             return Onset(step, step, "the training loss is NaN or infinite")
-        out = (self._robust_z(known)[:, _LOSS] > self._threshold).nonzero()
-        median = float(known[: self._history, _LOSS].nanmedian())
+        out = np.flatnonzero(self._loss_z(known) > self._threshold)
+        median = float(_median(known[: self._history, _LOSS]))
         return Onset(
             step - (self._within - 1) + int(out[0]), step, f"the training loss rose to {loss:.3g} from {median:.3g}"
         )
@@ -221,19 +231,27 @@ def find_onsets(
     return list(onsets.values())
 
 
-def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+def _median(rows: _Floats) -> _Floats:
+    """The lower median of what is known in each row; NaN where nothing is."""
+    ordered = np.sort(rows, axis=-1)  # NaN comes last
+    middle = np.maximum((~np.isnan(rows)).sum(axis=-1, keepdims=True) - 1, 0) // 2
+    medians: _Floats = np.take_along_axis(ordered, middle, axis=-1)[..., 0]
+    return medians
+
+
+def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> _Floats:
     """`(step, 2)` in float64: loss and log of the norm; NaN: unknown, infinity: not finite. The same on all ranks."""
-    columns = [[step[column] for step in given] for column in (_LOSS, _NORM)]
-    tensors = [value for column in columns for value in column if value is not None]
+    tensors = [value for step in given for value in step if value is not None]
     # one copy to the host, which waits for the device
     host = iter(_on_host(tensors) if tensors else [])
-    values = torch.tensor([[0.0 if value is None else next(host) for value in column] for column in columns])
-    present = torch.tensor([[value is not None for value in column] for column in columns])
-    finite = torch.where(values.isfinite(), values, math.inf)
-    sums = sum_over_ranks(torch.stack([finite.double(), present.double()]))
-    means = sums[0] / sums[1]  # nobody had one: 0 / 0
-    means = torch.where(means.isfinite() | (sums[1] == 0), means, math.inf)
-    return torch.stack([means[_LOSS], means[_NORM].log()], dim=1)
+    values = np.array([[math.nan if value is None else next(host) for value in step] for step in given])
+    present = np.array([[value is not None for value in step] for step in given])
+    finite = np.where(np.isfinite(values), values, np.where(present, math.inf, 0.0))
+    sums, counts = sum_over_ranks(torch.from_numpy(np.stack([finite, present]))).numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):  # nobody had one: 0 / 0
+        means = sums / counts
+        means = np.where(np.isfinite(means) | (counts == 0), means, math.inf)
+        return np.stack([means[:, _LOSS], np.log(means[:, _NORM])], axis=1)
 
 
 def _on_host(values: list[Tensor]) -> list[float]:
