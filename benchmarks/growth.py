@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.measure import chosen_device, machine, new_parser, show, write_json
 from pretrain_merge import RollingMerger, coefficients
-from pretrain_merge.cli.main import report
+from pretrain_merge.cli.report import report
 from pretrain_merge.forecast import RunHistory, forecast_of
 from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until
 from pretrain_merge.resume.sidecar import WindowFolder
