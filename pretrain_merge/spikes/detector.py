@@ -22,7 +22,8 @@ _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noi
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
 _Floats = NDArray[np.float64]
-_Given = tuple[Tensor | None, Tensor | None]  # loss and norm of a step on this rank
+_Number = Tensor | float
+_Given = list[_Number | None]  # loss and norm of a step on this rank
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class SpikeDetector:
         self._newest: int | None = None  # step of the last row of all these
         self._onset: Onset | None = None
 
-    def observe(self, step: int, loss: Tensor | None, gradient_norm: Tensor | None = None) -> None:
+    def observe(self, step: int, loss: _Number | None, gradient_norm: _Number | None = None) -> None:
         """Note what a step gave, without waiting for the device.
 
         Args:
@@ -93,10 +94,12 @@ class SpikeDetector:
             loss: Training loss of this rank, one number of any floating dtype on any device; None: there was none.
             gradient_norm: Norm of the gradient before clipping, likewise; None: not known.
         """
-        self._skip_to(step - 1)
+        if self._newest is not None and step > self._newest + 1:
+            self._skip_to(step - 1)
         # copies: a compiled step may write its next loss into the same memory
-        loss, norm = (None if value is None else value.detach().clone() for value in (loss, gradient_norm))
-        self._unread.append((loss, norm))
+        self._unread.append(
+            [value.detach().clone() if isinstance(value, Tensor) else value for value in (loss, gradient_norm)]
+        )
         self._newest = step
 
     def read(self, step: int) -> Onset | None:
@@ -147,8 +150,8 @@ class SpikeDetector:
         is_known: NDArray[np.bool_] = np.any(~np.isnan(self._known), axis=1)
         num_unknown = int(is_known.argmax()) if is_known.any() else len(is_known)
         return {
-            "known": self._known[num_unknown:].tolist(),
-            "ahead": np.concatenate([self._ahead, unread]).tolist(),
+            "known": _without_nan(self._known[num_unknown:]),
+            "ahead": _without_nan(np.concatenate([self._ahead, unread])),
             "newest": self._newest,
             "onset": None if self._onset is None else asdict(self._onset),
         }
@@ -166,7 +169,7 @@ class SpikeDetector:
     def _skip_to(self, step: int) -> None:
         """Steps up to this one that nobody observed."""
         if self._newest is not None and step > self._newest:
-            self._unread += [(None, None)] * min(step - self._newest, self._num_kept)
+            self._unread += [[None, None]] * min(step - self._newest, self._num_kept)
         self._newest = step
 
     def _spikes(self, known: _Floats) -> list[int]:
@@ -231,6 +234,11 @@ def find_onsets(
     return list(onsets.values())
 
 
+def _without_nan(rows: _Floats) -> list[list[float | None]]:
+    """NaN as None: it is not JSON, and two states that are the same would not be equal."""
+    return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
+
+
 def _median(rows: _Floats) -> _Floats:
     """The lower median of what is known in each row; NaN where nothing is."""
     ordered = np.sort(rows, axis=-1)  # NaN comes last
@@ -254,8 +262,8 @@ def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> _
         return np.stack([means[:, _LOSS], np.log(means[:, _NORM])], axis=1)
 
 
-def _on_host(values: list[Tensor]) -> list[float]:
-    numbers: list[float] = torch.stack(
-        [value.reshape(()).to(values[0].device, torch.float32) for value in values]
-    ).tolist()
+def _on_host(values: list[_Number]) -> list[float]:
+    tensors = [torch.as_tensor(value) for value in values]
+    device = tensors[0].device
+    numbers: list[float] = torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors]).tolist()
     return numbers

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pretrain_merge.cadence import Progress
@@ -43,7 +42,7 @@ class SpikeBreaks:
         Returns:
             Whether the segment ended here.
         """
-        self._detector.observe(now.step, _as_tensor(loss), _as_tensor(gradient_norm))
+        self._detector.observe(now.step, loss, gradient_norm)
         if before.step // _READ_EVERY == now.step // _READ_EVERY:
             return False
         onset = self._detector.read(now.step)
@@ -77,7 +76,3 @@ class SpikeBreaks:
         held = self._window.snapshots
         span = held[-1].progress.step - held[0].progress.step if held else 0
         return max(_DISTRUSTED, math.ceil(_SHARE_DISTRUSTED * span))
-
-
-def _as_tensor(value: Tensor | float | None) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
