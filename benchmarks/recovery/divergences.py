@@ -74,7 +74,10 @@ def measured(divergence: Divergence) -> dict[str, Any]:
     except DivergenceError as raised:
         error = str(raised)
     found |= {"recoveries": [asdict(item) for item in recovery.recoveries], "error": error}
-    if not recovery.recoveries or error:
+    # one that begins in the steps which are there for others to be judged ends before it can be: it came too late
+    if not recovery.recoveries or recovery.recoveries[0].onset > divergence.num_steps:
+        return found | {"recoveries": [], "loss": None, "control": None}
+    if error:
         return found | {"loss": None, "control": None}
     end = recovery.recoveries[0].onset + BEYOND
     factor = recovery.recoveries[-1].lr_factor
