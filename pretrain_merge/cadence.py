@@ -227,7 +227,9 @@ class Cadence:
             after: Counters now.
             since: Where the stretch began of which the interval is a share; a fixed interval does not ask.
         """
-        last, now = self.index(before, since=since), self.index(after, since=since)
+        # not by `index`: at every step this is asked twice, and calls are what a step costs on which nothing is due
+        unit = self.every.unit
+        last, now = self._index(before.count(unit), since), self._index(after.count(unit), since)
         if now > last and self.start.unit == self.every.unit:  # at most steps, it is not
             # a multiple before `start` is not due late because the counter jumped over both
             last = max(last, self._index(self.start.amount - 1, since))
