@@ -23,6 +23,7 @@ from pretrain_merge.errors import printable
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import FORECAST, MergeRecord, metric_names
+from pretrain_merge.records.disk_use import bytes_text
 from pretrain_merge.stores.choose import likely_store
 from pretrain_merge.stores.store import slot_dtype
 
@@ -249,15 +250,3 @@ def _forecasts(record: MergeRecord) -> list[str]:
         for name, expected in record.forecasts.items()
         for metric, value in expected.items()
     ]
-
-
-def bytes_text(number: float) -> str:
-    """As in the plan: decimal units, three digits.
-
-    >>> bytes_text(231_000_000)
-    '231 MB'
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"

@@ -63,3 +63,15 @@ def _sizes(entry: Path) -> Iterator[int]:
                 yield os.lstat(path).st_size
         except OSError:  # gone meanwhile: a live run deletes what it does not need
             continue
+
+
+def bytes_text(number: float) -> str:
+    """A number of bytes for a reader: decimal units, three digits.
+
+    >>> bytes_text(231_000_000)
+    '231 MB'
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pretrain_merge.errors import printable
-from pretrain_merge.records.disk_use import Use
+from pretrain_merge.records.disk_use import Use, bytes_text
 from pretrain_merge.records.modes import Mode, is_better
 from pretrain_merge.records.record import Expected, MergeRecord, gaps_closed
 from pretrain_merge.records.thinning import evenly
@@ -143,8 +143,8 @@ def files(run: Reported) -> str:
     rows = []
     for use in run.uses:
         name = f'<a href="{html.escape(use.link)}">{text(use.name)}</a>'
-        rows.append([f"<td>{name}</td>", _cell(_size(use.num_bytes)), _cell(f"{use.num_files:,}")])
-    total = f"<p>{_size(sum(use.num_bytes for use in run.uses))} together.</p>"
+        rows.append([f"<td>{name}</td>", _cell(bytes_text(use.num_bytes)), _cell(f"{use.num_files:,}")])
+    total = f"<p>{bytes_text(sum(use.num_bytes for use in run.uses))} together.</p>"
     return total + _table(["what", "bytes", "files"], rows)
 
 
@@ -209,13 +209,6 @@ def _change(value: float, raw: float) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def _cell(value: str, style: str = "") -> str:
