@@ -14,20 +14,21 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from pretrain_merge.callbacks.announcements import bytes_text
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
 from pretrain_merge.callbacks.run_folder import logs_folder
+from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.errors import ConfigError, DivergenceError, printable
 from pretrain_merge.files import atomic
+from pretrain_merge.files.folders import move_aside
+from pretrain_merge.records.disk_use import bytes_text
 from pretrain_merge.runtime import ranks
-from pretrain_merge.spikes import Onset, SpikeDetector
+from pretrain_merge.spikes import READ_EVERY, Onset, SpikeDetector
 from pretrain_merge.spikes.changed_steps import ChangedSteps
 from pretrain_merge.spikes.live_state import LiveState
 from pretrain_merge.spikes.restart_points import RestartPoints, mean_of, most_points
 
-_READ_EVERY = 10  # steps; the host waits for the device once in as many
 _RECORDS = "recoveries.jsonl"
 _NAME = "recovery"
 
@@ -79,15 +80,15 @@ class RecoveryRun:
         self._high_since: int | None = None  # first step of the reads in a row that told of a spike
         self.recoveries: tuple[Recovery, ...] = ()
         self._stepped, self._had_loss = False, False
-        self._loss: Tensor | None = None
+        self._loss = TrainingLoss()
         if state:
             self._go_on(state)
         if not self._points.steps or (self._step % settings.every == 0 and self._points.steps[-1] != self._step):
             self._keep()  # the first one, or one that a checkpoint saved at this very step had not seen yet
         if state:
             self._write_records()  # without what came after the checkpoint
-        else:
-            self._put_records_aside()
+        elif trainer.is_global_zero:
+            move_aside(self._folder / _RECORDS)  # of another run in this folder
         self._announce()
         self._changed: ChangedSteps | None = None
         self._borrowed = ExitStack()  # last: whoever raises above leaves nothing behind
@@ -122,16 +123,15 @@ class RecoveryRun:
         Raises:
             DivergenceError: It diverged once more than there are attempts.
         """
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # of a micro-batch, as its part of the mean
-            self._loss = loss.detach().float() if self._loss is None else self._loss + loss.detach().float()
+        self._loss.add(outputs)
         if not self._stepped:
             return
-        self._refuse_no_loss()
+        loss = self._loss.take()
+        self._refuse_no_loss(loss)
         self._step += 1
-        self._detector.observe(self._step, self._loss)
-        self._stepped, self._loss = False, None
-        if self._step % _READ_EVERY == 0 or self._step % self._settings.every == 0:
+        self._detector.observe(self._step, loss)
+        self._stepped = False
+        if self._step % READ_EVERY == 0 or self._step % self._settings.every == 0:
             self._look(self._detector.read(self._step))
         if self._step % self._settings.every == 0:
             self._keep()
@@ -166,8 +166,8 @@ class RecoveryRun:
         last, rewarm = self.recoveries[-1], self._settings.rewarm
         return last.lr_factor * min(1.0, (self._step - last.step + 1) / max(1, rewarm))
 
-    def _refuse_no_loss(self) -> None:
-        self._had_loss = self._had_loss or self._loss is not None
+    def _refuse_no_loss(self, loss: Tensor | None) -> None:
+        self._had_loss = self._had_loss or loss is not None
         if not self._had_loss:
             raise ConfigError(
                 f"training_step of {type(self._module).__name__} returned no loss, and SpikeRecovery watches it. "
@@ -185,7 +185,7 @@ class RecoveryRun:
             self._high_since = None
             return
         if self._high_since is None:
-            self._high_since = max(onset.step, self._step - _READ_EVERY + 1)
+            self._high_since = max(onset.step, self._step - READ_EVERY + 1)
         if onset.last - self._high_since >= self._settings.confirm:
             self._recover(onset)
 
@@ -250,17 +250,9 @@ class RecoveryRun:
             atomic.make_folder(self._folder)
             atomic.write(path, "".join(json.dumps(asdict(item)) + "\n" for item in self.recoveries))
 
-    def _put_records_aside(self) -> None:
-        """Those of another run in this folder get a number."""
-        path, number = self._folder / _RECORDS, 1
-        if self._trainer.is_global_zero and path.exists():
-            while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-                number += 1
-            path.rename(aside)
-
     def _announce(self) -> None:
         settings = self._settings
-        size = sum(tensor.nbytes for tensor in self._points.points[-1].read().values())
+        size = self._points.points[-1].num_bytes
         most = most_points(settings.distrust, settings.every, settings.num_kept)
         where = "in host memory" if settings.store == "host" else f"in {settings.folder_of_rank(self._folder)}"
         saved = ", and in each checkpoint" if settings.in_checkpoints else ""

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain_merge.errors import CheckpointError, ConfigError, nearest
+from pretrain_merge.config.reading import did_you_mean
+from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.parameters import is_sharded
 from pretrain_merge.runtime import ranks
 from pretrain_merge.spikes.restart_points import RestartPoint
@@ -74,7 +75,7 @@ class RecoverySettings:
         known = [item.name for item in fields(cls)]
         for key in given:
             if key not in known:
-                meant = f"; did you mean {near!r}?" if (near := nearest(key, known)) else "."
+                meant = did_you_mean(key, known)
                 raise ConfigError(f"{key}: not a key of SpikeRecovery{meant} Allowed: {', '.join(known)}.")
         return cls(**given)
 

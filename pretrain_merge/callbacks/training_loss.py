@@ -20,7 +20,7 @@ class TrainingLoss:
         """What the hooks after a batch are given: a loss, a mapping with one, or whatever a manual loop returned."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-            loss = loss.detach()
+            loss = loss.detach().float()  # a sum in bfloat16 would keep two digits
             # a loss of tensor parallelism is whole on each rank
             loss = loss.to_local() if hasattr(loss, "to_local") else loss
             self._sum = loss if self._sum is None else self._sum + loss

@@ -19,6 +19,9 @@ from pretrain_merge.runtime import ranks
 
 _MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noise must not take rounding for a spike
+# Steps between two reads of a run: each waits for the device and for all ranks, and a collapse shall be known within 15
+# steps of its begin.
+READ_EVERY = 10
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
 _Floats = NDArray[np.float64]

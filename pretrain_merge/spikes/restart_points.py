@@ -28,12 +28,14 @@ class RestartPoint:
     Attributes:
         step: The step.
         read: Gives its tensors, by name.
+        num_bytes: Of all of them.
         watch: What was known of the loss then.
         is_used: Whether a run went back to it already.
     """
 
     step: int
     read: Callable[[], Tensors]
+    num_bytes: int
     watch: Mapping[str, Any]
     is_used: bool = False
 
@@ -84,7 +86,9 @@ class RestartPoints:
         old = [point for point in self._points if point.step <= step - self._distrust]
         for point in old[: max(0, len(old) - self._keep)]:
             self._drop(point)
-        self._points.append(RestartPoint(step, self._kept(step, copy()), watch, is_used))
+        tensors = copy()
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._points.append(RestartPoint(step, self._kept(step, tensors), num_bytes, watch, is_used))
 
     def trusted(self, onset: int) -> tuple[RestartPoint, ...]:
         """Points from before the damage, oldest first, at most `keep`; where none is old enough, the oldest."""

@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from pretrain_merge.cadence import Progress
-from pretrain_merge.spikes import SpikeDetector
+from pretrain_merge.spikes import READ_EVERY, SpikeDetector
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.window import Window
 
-# Steps. Reading waits for the device and for all ranks; a collapse shall be known within 15 steps of its begin.
-_READ_EVERY = 10
-# Of nine collapses five had done damage up to 100 steps before the loss showed it. Long windows move slowly.
+# Steps. Of nine collapses five had done damage up to 100 steps before the loss showed it. Long windows move slowly.
 _DISTRUSTED, _SHARE_DISTRUSTED = 100, 0.05
 
 
@@ -43,7 +41,7 @@ class SpikeBreaks:
             Whether the segment ended here.
         """
         self._detector.observe(now.step, loss, gradient_norm)
-        if before.step // _READ_EVERY == now.step // _READ_EVERY:
+        if before.step // READ_EVERY == now.step // READ_EVERY:
             return False
         onset = self._detector.read(now.step)
         if onset is None:
