@@ -65,8 +65,11 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
         in_checkpoints: bool = True,
         **options: NoReturn,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "options", "__class__")}
-        self.settings = RecoverySettings.of(given | options)
+        diverged = {"confirm": confirm, "attempts": attempts}
+        changes = {"lr": lr, "clip": clip, "optimizer": optimizer, "rewarm": rewarm, "weights": weights}
+        points = {"distrust": distrust, "every": every, "keep": keep}
+        kept = {"store": store, "store_folder": store_folder, "in_checkpoints": in_checkpoints}
+        self.settings = RecoverySettings.of(diverged | changes | points | kept | options)
         self._run: RecoveryRun | None = None
         self._state: dict[str, Any] = {}
         self._recoveries: tuple[Recovery, ...] = ()
