@@ -17,6 +17,7 @@ from dataclasses import replace
 from pretrain_merge.cadence import Progress, Quantity, Share
 from pretrain_merge.config import LONGEST_SPAN, SPAN, Settings, View
 from pretrain_merge.merging.best_span import best_span, followed, nested
+from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
 from pretrain_merge.records import FORECAST, Choice, MergeRecord, is_plain, metric_names, span_of
 from pretrain_merge.runtime import ranks
@@ -66,6 +67,11 @@ class AutoSpans:
         for name, choice in record.choices.items():
             if name in self._shares:
                 self._shares[name].append(_share(choice, record))
+
+    def tell(self, merger: RollingMerger) -> RollingMerger:
+        """Let the views of a merger span what was chosen for them; returns it. Collective."""
+        merger.span(self.shares(merger.window.since))
+        return merger
 
     def shares(self, since: Progress) -> Mapping[str, float]:
         """The share of the steps since the last break that each view is to span now, the same on all ranks. Collective.

@@ -121,7 +121,7 @@ class Run:
         Raises:
             CheckpointError: The disk refuses.
         """
-        merger, newest = self._with_chosen_spans(), self.merger.window.newest
+        merger, newest = self._auto.tell(self.merger), self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self.module) as merge_view:
@@ -257,16 +257,12 @@ class Run:
             fit.config,
             fit.trainer,
             fit.module,
-            self._with_chosen_spans(),
+            self._auto.tell(self.merger),
             views=[view for view in self.merger.views if reads or view not in self._not_saved],
             evaluators=fit.evaluators,
             notices=fit.notices,
             keep=self._save_if_due,
         )
-
-    def _with_chosen_spans(self) -> RollingMerger:
-        self.merger.span(self._auto.shares(self.merger.window.since))
-        return self.merger
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:

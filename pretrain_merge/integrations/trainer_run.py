@@ -150,7 +150,7 @@ class TrainerRun:
         Raises:
             CheckpointError: The disk refuses.
         """
-        merger, newest = self._with_chosen_spans(), self.merger.window.newest
+        merger, newest = self._auto.tell(self.merger), self.merger.window.newest
         if self._config.save.at_end and newest is not None:
             try:
                 with ranks.all_or_none("save merged models at the end"), merger.swap(self._model) as merge_view:
@@ -261,17 +261,13 @@ class TrainerRun:
             self._config,
             self._trainer,
             self._model,
-            self._with_chosen_spans(),
+            self._auto.tell(self.merger),
             views=[view for view in self.merger.views if reads or view not in self._not_saved],
             evaluators=self._evaluators,
             notices=self._notices,
             keep=self._save_if_due,
             isolate=partial(trainer_evaluation.isolated, ignored=self._ignored),
         )
-
-    def _with_chosen_spans(self) -> RollingMerger:
-        self.merger.span(self._auto.shares(self.merger.window.since))
-        return self.merger
 
     def _publish(self, record: MergeRecord) -> MergeRecord:
         """To the file of records and the Trainer's own reporters."""
