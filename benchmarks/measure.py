@@ -8,9 +8,12 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,23 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def provenance(module: str, text_digest: str, *packages: str) -> dict[str, str]:
+    """What a committed result says of how it came about.
+
+    Args:
+        module: Of the benchmark, as after `python -m`.
+        text_digest: Of what was trained on.
+        packages: Whose versions matter, beside torch and this one.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "text_digest": text_digest,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", *packages, "pretrain-merge")},
+        "machine": machine(torch.device("cpu")),
+    }
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:

@@ -2,13 +2,10 @@
 
 import argparse
 import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +13,7 @@ import torch
 from benchmarks.ablations import page, picture, records, rules, training
 from benchmarks.ablations.setups import RUNS, Run
 from benchmarks.annealing import texts
-from benchmarks.measure import machine, show
+from benchmarks.measure import provenance, show
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,13 +52,7 @@ def _chosen(names: Sequence[str]) -> list[Run]:
 
 
 def _about(text_digest: str) -> dict[str, str]:
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]]),
-        "text_digest": text_digest,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "transformers", "pretrain-merge")},
-        "machine": machine(torch.device("cpu")),
-    }
+    return provenance("benchmarks.ablations", text_digest, "lightning", "transformers")
 
 
 def _now() -> str:

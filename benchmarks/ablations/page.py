@@ -1,12 +1,12 @@
 """The numbers of `docs/windows.md`: tables between marks, written from the records. Knows Markdown; judges nothing."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.ablations import rules
 from benchmarks.ablations.claims import LATE, claims
 from benchmarks.ablations.gains import Spread, gain, of_cells
@@ -14,25 +14,25 @@ from benchmarks.ablations.merges import KINDS
 from benchmarks.ablations.records import Result
 from benchmarks.ablations.setups import BETWEEN, CELLS, INTERVALS, STAGES
 from benchmarks.first_run.runs import FILE, verdicts
+from benchmarks.pages import table
 
 PAGE = Path(__file__).parents[2] / "docs" / "windows.md"
-_BLOCK = re.compile(r"(<!-- records: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SETTLED = [units for units in sorted((*STAGES, *BETWEEN)) if units >= 12]  # from a quarter of the run on
 
 
 def written(text: str, results: Sequence[Result]) -> str:
     """The page with every table as the records have it."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found['name']](results)}\n\n{found[3]}", text)
+    return pages.written(text, TABLES, results)
 
 
 def _claims(results: Sequence[Result]) -> str:
-    return _table(["the paper", "here, dense / mixture of experts", "verdict"], claims(results))
+    return table(["the paper", "here, dense / mixture of experts", "verdict"], claims(results))
 
 
 def _regret(results: Sequence[Result]) -> str:
     rows = rules.table(rules.regrets(results, rules.CHOICES))
     cells = [(row["rule"], f"{row['mean']:.3f}%", f"{row['max']:.2f}%", row["worst_at"]) for row in rows]
-    return _table(["rule", "mean", "worst", "worst at"], cells)
+    return table(["rule", "mean", "worst", "worst at"], cells)
 
 
 def _cells(results: Sequence[Result]) -> str:
@@ -56,7 +56,7 @@ def _cells(results: Sequence[Result]) -> str:
                 )
             )
     heads = ["cell", "size", "optimizer, rate, batch, steps", "seeds", "best span", "breaks even at", "gain at the end"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _kinds(results: Sequence[Result]) -> str:
@@ -66,7 +66,7 @@ def _kinds(results: Sequence[Result]) -> str:
         return f"{Spread.of(gain(run, units, kind, part) for run in runs).mean:+.2f}%"
 
     heads = [f"{STAGES[units]}, V = {INTERVALS[part]}" for part, units in places]
-    return _table(["kind", *heads], [(kind, *(cell(kind, *place) for place in places)) for kind in (*KINDS, "block")])
+    return table(["kind", *heads], [(kind, *(cell(kind, *place) for place in places)) for kind in (*KINDS, "block")])
 
 
 def _routing(results: Sequence[Result]) -> str:
@@ -76,7 +76,7 @@ def _routing(results: Sequence[Result]) -> str:
         for step in sorted({step for step, _ in found}):
             rows.append((cell, str(step), *_routers([item for at, item in found if at == step])))
     heads = ["balance, raw", "merged", "entropy, raw", "merged", "exchanged by the merge", "by training"]
-    return _table(["cell", "step", *heads], rows)
+    return table(["cell", "step", *heads], rows)
 
 
 def _routers(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,7 +101,7 @@ def _first_run(results: Sequence[Result]) -> str:
         )
         for row in sorted(verdicts(FILE), key=_place)
     ]
-    return _table(["lines", "view", "model", "rate", "below raw", "above at worst", "at the end"], rows)
+    return table(["lines", "view", "model", "rate", "below raw", "above at worst", "at the end"], rows)
 
 
 _LINES = {"readme": '`window=10, every="1%"`', "fixed": "`window=10, every=100`"}
@@ -131,8 +131,3 @@ def _median(values: Sequence[float]) -> float:
     """Where a mean was better than raw over every span that was measured, the break-even lies beyond all others."""
     ordered = sorted(math.inf if math.isnan(value) else value for value in values)
     return ordered[len(ordered) // 2]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

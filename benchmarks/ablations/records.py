@@ -1,11 +1,12 @@
 """Results on disk: one small JSON file a run. Knows the format, neither torch nor Lightning."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.result_files import as_object, write_whole
 
 FOLDER = Path(__file__).with_name("records")
 _DIGITS = 6  # of a loss in nats: a thousandth of what is told apart here
@@ -75,12 +76,7 @@ def write(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about
         "seconds": _rounded(result["seconds"], 1),
         "about": about,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    # a line for each step and part: small, and a diff can be read
-    lines = [f" {json.dumps(key)}: {_part(value)}" for key, value in content.items()]
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, as_object(f" {json.dumps(key)}: {_part(value)}" for key, value in content.items()))
 
 
 def read(path: Path) -> Result:

@@ -4,20 +4,17 @@ import argparse
 import dataclasses
 import logging
 import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.annealing import design, random_runs, records, texts, training
 from benchmarks.annealing.setups import FRESH, SUITE, Setup
-from benchmarks.measure import machine
+from benchmarks.measure import provenance
 from pretrain_merge.demo.corpus import Corpus
 
 
@@ -69,13 +66,7 @@ def _chosen(setups: Sequence[Setup], names: Sequence[str]) -> list[Setup]:
 
 
 def _about(text_digest: str) -> dict[str, str]:
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.annealing", *sys.argv[1:]]),
-        "text_digest": text_digest,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "transformers", "pretrain-merge")},
-        "machine": machine(torch.device("cpu")),
-    }
+    return provenance("benchmarks.annealing", text_digest, "lightning", "transformers")
 
 
 def _now() -> str:

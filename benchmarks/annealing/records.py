@@ -5,12 +5,12 @@ newest n snapshots by n. `Run.records` gives them back as what `ModelMerging` re
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result_files import write_whole
 from pretrain_merge.records import MergeRecord, Recipe
 
 FOLDER = Path(__file__).with_name("records")
@@ -63,10 +63,7 @@ def _write(
         "seconds": {part: round(value, 1) for part, value in result["seconds"].items()},
         "about": about,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_compact(content), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, _compact(content))
 
 
 def write_random_run(path: Path, setup: Mapping[str, Any], result: Mapping[str, Any], about: Mapping[str, Any]) -> None:

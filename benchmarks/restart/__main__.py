@@ -2,18 +2,14 @@
 
 import argparse
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.annealing import texts
-from benchmarks.measure import machine
+from benchmarks.measure import provenance
 from benchmarks.restart import records
 from benchmarks.restart.loop import Followed
 from benchmarks.restart.questions import QUESTIONS, corpus
@@ -43,14 +39,7 @@ def _measure(question: str, seed: int, path: Path, *, quick: bool) -> None:
     found = QUESTIONS[question](setup, _QUICK_STEPS if quick else AFTER)
     seconds = time.process_time() - started
     arms = {name: _arm(arm) for name, arm in found.items()}
-    about = {
-        "command": shlex.join(["python", "-m", "benchmarks.restart", *sys.argv[1:]]),
-        "text_digest": texts.digest(corpus(setup.text)),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "pretrain-merge")},
-        "machine": machine(torch.device("cpu")),
-        "seconds": round(seconds, 1),
-    }
+    about = provenance("benchmarks.restart", texts.digest(corpus(setup.text))) | {"seconds": round(seconds, 1)}
     records.write(path, records.Result(question, seed, setup.describe(), arms), about)
     print(time.strftime("%H:%M:%S"), f"{path.stem}: {len(arms)} arms, {seconds:.0f} s of CPU", flush=True)
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from benchmarks.annealing.decoder import VOCAB_SIZE, Decoder
 from benchmarks.annealing.random_runs import copied, evaluate
+from benchmarks.collapse import Collapse
 from benchmarks.restart.setups import BLOCK_LENGTH, TAIL, Setup
 from pretrain_merge.demo.corpus import Corpus, TrainingBlocks
 
 OptimizerState = Literal["fresh", "newest", "average"]
 Batches = Callable[[int], Tensor]
-_SMOOTHED = 10  # steps that the loss is averaged over before it is judged
-_COLLAPSED, _DAMAGED = 0.5, 0.15  # nats above the lowest so far
 
 
 @dataclass(frozen=True)
@@ -124,30 +123,6 @@ def merged(states: Sequence[State], optimizer: OptimizerState) -> State:
 def with_fresh_optimizer(state: State) -> State:
     """The same weights."""
     return State(state.step, state.model, None)
-
-
-class Collapse:
-    """Tells from training losses when they have risen for good; knows nothing of the rest of the run.
-
-    Args:
-        lowest: Of the smoothed loss before; a restart is measured by what its trunk had reached.
-    """
-
-    def __init__(self, lowest: float = math.inf) -> None:
-        self.lowest = lowest
-        self.sound_until = 0  # the last step at which the smoothed loss was about as low as ever
-        self._recent: list[float] = []
-
-    def sees(self, step: int, loss: float) -> bool:
-        """Whether the loss of a step makes it a collapse."""
-        self._recent = [*self._recent, loss][-_SMOOTHED:]
-        smoothed = sum(self._recent) / len(self._recent)
-        if len(self._recent) == _SMOOTHED:
-            self.lowest = min(self.lowest, smoothed)
-        if smoothed <= self.lowest + _DAMAGED:
-            self.sound_until = step
-        # written so that NaN is a collapse
-        return not smoothed <= self.lowest + _COLLAPSED and len(self._recent) == _SMOOTHED
 
 
 def follow(

@@ -4,19 +4,19 @@ Knows Markdown and which arms stand beside which control; the verdicts follow fr
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from benchmarks import pages
 from benchmarks.ablations.gains import Spread
+from benchmarks.pages import table
 from benchmarks.restart.gains import Survival, Value, at, gain, norm, of_question, other_at, tail, unsteadiness
 from benchmarks.restart.questions import DECAYS, SHORT
 from benchmarks.restart.records import Result
 from benchmarks.restart.setups import AFTER
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-merging-can-rescue.md"
-_BLOCK = re.compile(r"(<!-- records: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # standard errors from which a difference counts as one, by seeds: 95% of Student's t, since seeds are few
 _SIGMAS = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 _STATES = ("merge, newest", "merge, average", "merge, fresh, re-warmed", "merge, fresh")
@@ -26,7 +26,7 @@ _SAME, _HALF = "same rate", "half rate"
 
 def written(text: str, results: Sequence[Result]) -> str:
     """The page with every table as the records have it."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found['name']](results)}\n\n{found[3]}", text)
+    return pages.written(text, TABLES, results)
 
 
 def _claims(results: Sequence[Result]) -> str:
@@ -60,7 +60,7 @@ def _claims(results: Sequence[Result]) -> str:
             _verdict(steadier),
         ),
     ]
-    return _table(["the paper", "here", "verdict"], rows)
+    return table(["the paper", "here", "verdict"], rows)
 
 
 def _optimizer(results: Sequence[Result]) -> str:
@@ -159,7 +159,7 @@ def _against(
         numbers = {spread.num for spread in found if spread is not None}
         if numbers:
             rows.append([name, str(max(numbers)), *map(_spread, found)])
-    return _table([f"against {control}", "seeds", *columns], rows)
+    return table([f"against {control}", "seeds", *columns], rows)
 
 
 def _collapses(results: Sequence[Result]) -> str:
@@ -176,7 +176,7 @@ def _collapses(results: Sequence[Result]) -> str:
                 row += ["", "", ""]
         rows.append(row)
     heads = ["restart", "same rate: alive", "steps to the second collapse", "loss"]
-    return _table([*heads, "half rate: alive", "steps to it", "loss of these"], rows)
+    return table([*heads, "half rate: alive", "steps to it", "loss of these"], rows)
 
 
 def _alive(survival: Survival) -> str:
@@ -215,8 +215,3 @@ def _beats(merge: Survival, raw: Survival, clipped: Survival) -> str:
     if merge.alive > raw.alive:
         return "**holds**" if merge.alive >= clipped.alive else "**holds in part**: clipping does more"
     return "**does not show** beside its control"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,8 +11,8 @@ from functools import cache, lru_cache
 
 from benchmarks.annealing import texts
 from benchmarks.annealing.random_runs import validation_blocks
+from benchmarks.collapse import Collapse
 from benchmarks.restart.loop import (
-    Collapse,
     Followed,
     State,
     Training,

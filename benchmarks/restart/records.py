@@ -1,12 +1,13 @@
 """Results on disk: one small JSON file for each question and seed. Knows the format, neither torch nor Lightning."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from benchmarks.result_files import as_object, write_whole
 
 FOLDER = Path(__file__).with_name("records")
 _DIGITS = 5  # of a loss in nats: a thousandth of what is told apart here
@@ -60,10 +61,7 @@ def write(path: Path, result: Result, about: Mapping[str, Any]) -> None:
         f' "about": {json.dumps(about)}',
         *(f" {json.dumps(name)}: {json.dumps(_short(arm))}" for name, arm in result.arms.items()),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, as_object(lines))
 
 
 def read(path: Path) -> Result:

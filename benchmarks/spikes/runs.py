@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from benchmarks.annealing.decoder import Decoder
 from benchmarks.annealing.optimizers import make_optimizer
+from benchmarks.collapse import Collapse
 from pretrain_merge.demo.corpus import Corpus, TrainingBlocks
 
 BLOCK_LENGTH = 64
-_SMOOTHED = 10  # steps; a collapse is judged by the mean of so many losses
 _LOOKS_EVERY = 50
 COLLAPSED, SOUND = 1.0, 0.3  # nats of the smoothed loss above its lowest: it has collapsed; it is as good as ever
 
@@ -97,10 +97,13 @@ def trained(run: Run, corpus: Corpus, *, until_collapse: bool) -> NDArray[np.flo
         until_collapse: Go on for 100 steps beyond a collapse, and no further.
     """
     found: list[tuple[float, float]] = []
-    for loss, norm in _steps(run, corpus):
+    told, onset = _told(), None
+    for step, (loss, norm) in enumerate(_steps(run, corpus), start=1):
         found.append((loss, norm))
-        looks = until_collapse and len(found) % _LOOKS_EVERY == 0
-        if looks and (onset := collapse([loss for loss, _ in found])) is not None and len(found) >= onset + 100:
+        if onset is None and told.sees(step, loss):
+            onset = told.sound_until
+        looks = until_collapse and step % _LOOKS_EVERY == 0
+        if looks and onset is not None and step >= onset + 100:
             break
     return np.array(found, dtype=np.float32).T
 
@@ -110,15 +113,12 @@ def collapse(losses: list[float]) -> int | None:
 
     With hindsight and by nats, where the detector has neither.
     """
-    lowest, sound = math.inf, 0
-    for step in range(_SMOOTHED, len(losses) + 1):
-        smoothed = sum(losses[step - _SMOOTHED : step]) / _SMOOTHED
-        lowest = min(lowest, smoothed)
-        if smoothed <= lowest + SOUND:
-            sound = step
-        elif not smoothed <= lowest + COLLAPSED:  # so that NaN is one
-            return sound
-    return None
+    told = _told()
+    return next((told.sound_until for step, loss in enumerate(losses, start=1) if told.sees(step, loss)), None)
+
+
+def _told() -> Collapse:
+    return Collapse(collapsed=COLLAPSED, sound=SOUND)
 
 
 def _steps(run: Run, corpus: Corpus) -> Iterator[tuple[float, float]]:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.collapse import Collapse
 from benchmarks.restart import page, questions, records
 from benchmarks.restart.gains import Survival, at, gain, of_question
-from benchmarks.restart.loop import Collapse, Training, batches, follow, merged, with_fresh_optimizer
+from benchmarks.restart.loop import Training, batches, follow, merged, with_fresh_optimizer
 from benchmarks.restart.records import Arm, Result
 from benchmarks.restart.setups import DEEPER, Setup, trunk_of
 from pretrain_merge.demo.corpus import Corpus
