@@ -64,20 +64,12 @@ def _claims(results: Sequence[Result]) -> str:
 
 
 def _optimizer(results: Sequence[Result]) -> str:
-    found = of_question(results, "optimizer")
-    columns = {
-        f"{steps} steps to zero": (lambda name, steps=steps: f"{name}, {steps} steps", at(steps)) for steps in DECAYS
-    }
-    return _against(found, [*_STATES, *_CONTROLS], "raw, newest", columns)
+    return _decays(results, [*_STATES, *_CONTROLS], "raw, newest")
 
 
 def _averaged(results: Sequence[Result]) -> str:
     """The optimizer's states of a merge against one another, since they share all else."""
-    found = of_question(results, "optimizer")
-    columns = {
-        f"{steps} steps to zero": (lambda name, steps=steps: f"{name}, {steps} steps", at(steps)) for steps in DECAYS
-    }
-    return _against(found, [*_STATES[1:]], "merge, newest", columns)
+    return _decays(results, _STATES[1:], "merge, newest")
 
 
 def _constant(results: Sequence[Result]) -> str:
@@ -147,6 +139,13 @@ def _over_time(*steps: int) -> dict[str, tuple[Callable[[str], str], Value]]:
     return columns | {"mean of the last 100": (str, tail)}
 
 
+def _decays(results: Sequence[Result], arms: Sequence[str], control: str) -> str:
+    columns = {
+        f"{steps} steps to zero": (lambda name, steps=steps: f"{name}, {steps} steps", at(steps)) for steps in DECAYS
+    }
+    return _against(of_question(results, "optimizer"), arms, control, columns)
+
+
 def _against(
     results: Sequence[Result],
     arms: Sequence[str],
@@ -190,19 +189,19 @@ def _spread(spread: Spread | None) -> str:
 
 
 def _verdict(spread: Spread | None) -> str:
-    if spread is None or spread.num not in _SIGMAS:
-        return "not measured"
-    if not _is_clear(spread):
-        return "**does not show**"
-    return "**holds**" if spread.mean < 0 else "**does not hold**"
+    return _judged(spread, "**does not show**", "**holds**", "**does not hold**")
 
 
 def _parity(spread: Spread | None) -> str:
+    return _judged(spread, "not told apart", "**ends lower**", "**ends higher**")
+
+
+def _judged(spread: Spread | None, unclear: str, lower: str, higher: str) -> str:
     if spread is None or spread.num not in _SIGMAS:
         return "not measured"
     if not _is_clear(spread):
-        return "not told apart"
-    return "**ends lower**" if spread.mean < 0 else "**ends higher**"
+        return unclear
+    return lower if spread.mean < 0 else higher
 
 
 def _is_clear(spread: Spread) -> bool:
