@@ -1,7 +1,7 @@
 """A window that outlives its process: as a state that any checkpoint takes, and as a manifest beside files.
 
-`DurableWindow` knows when files are written and read, and what is done where they are missing. Which snapshot lies in
-which file, and which files a state needs, the modules beside it know. It knows no views and no checkpoints of a trainer.
+`DurableWindow` knows when files are written and read, and what is done where they are missing. The modules beside it
+know which snapshot lies in which file, and which files a state needs. It knows no views and no trainer's checkpoints.
 """
 
 from collections.abc import Mapping
