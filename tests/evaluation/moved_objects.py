@@ -23,5 +23,5 @@ class Plain:
         vars(self).update(attributes)
 
 
-def setter(item: Any, name: str) -> Callable[..., None]:
+def put(item: Any, name: str) -> Callable[..., None]:
     return lambda value: setattr(item, name, value)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation.moved_objects import Plain, kept, setter
+from evaluation.moved_objects import Plain, kept, put
 from harness.models import same_bits
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "list of lists": (lambda: [[1], [2]], lambda x: x[0].append(3), str),
     "list with attributes": (
         lambda: Levels([1]),
-        lambda x: (x.append(1), setter(x, "level")(1)),
+        lambda x: (x.append(1), put(x, "level")(1)),
         lambda x: (x, vars(x)),
     ),
     "dict": (lambda: {"a": 1}, lambda x: x.update(a=2, b=3), dict),
@@ -92,7 +92,7 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "defaultdict": (lambda: collections.defaultdict(list), lambda x: x["a"].append(1), dict),
     "factory of a defaultdict": (
         lambda: collections.defaultdict(int),
-        lambda x: setter(x, "default_factory")(str),
+        lambda x: put(x, "default_factory")(str),
         repr,
     ),
     "Counter": (lambda: collections.Counter("ab"), lambda x: x.update("a"), dict),
@@ -104,14 +104,14 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "ndarray": (lambda: np.array([0.0, -0.0, np.nan]), lambda x: x.__iadd__(1), lambda x: x.tobytes()),
     "strided ndarray": (lambda: np.arange(6).reshape(2, 3).T, lambda x: x.__iadd__(1), lambda x: x.tobytes()),
     "ndarray of objects": (lambda: np.array([{}, None]), lambda x: x.__setitem__(1, 3), repr),
-    "object": (lambda: Plain(level=1), lambda x: (setter(x, "level")(2), setter(x, "new")(2)), lambda x: dict(vars(x))),
-    "dataclass": (Curriculum, lambda x: (x.history.append(1), setter(x, "level")(2)), repr),
+    "object": (lambda: Plain(level=1), lambda x: (put(x, "level")(2), put(x, "new")(2)), lambda x: dict(vars(x))),
+    "dataclass": (Curriculum, lambda x: (x.history.append(1), put(x, "level")(2)), repr),
     "slots": (
         Slotted,
-        lambda x: (setter(x, "level")(2), setter(x, "later")(2)),
+        lambda x: (put(x, "level")(2), put(x, "later")(2)),
         lambda x: (x.level, hasattr(x, "later")),
     ),
-    "namespace": (lambda: types.SimpleNamespace(a=1), lambda x: setter(x, "a")(2), repr),
+    "namespace": (lambda: types.SimpleNamespace(a=1), lambda x: put(x, "a")(2), repr),
     "class": (OnItsClass, lambda x: x.move(), lambda x: (type(x).level, x.history)),
     "globals": (
         OnItsClass,
@@ -119,9 +119,9 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
         lambda x: (LEVEL, hasattr(_HERE, "NEW_LEVEL"), repr(SHARED)),
     ),
     "closure": (_closure, lambda x: x(), lambda x: next(cell.cell_contents for cell in x.__closure__)),
-    "attribute of a function": (lambda: _function(), lambda x: setter(x, "calls")(2), lambda x: x.calls),
+    "attribute of a function": (lambda: _function(), lambda x: put(x, "calls")(2), lambda x: x.calls),
     "tuple": (lambda: ([1], [2]), lambda x: x[0].append(1), str),
-    "weak reference": (lambda: [(c := Curriculum()), weakref.ref(c)][::-1], lambda x: setter(x[0](), "level")(3), repr),
+    "weak reference": (lambda: [(c := Curriculum()), weakref.ref(c)][::-1], lambda x: put(x[0](), "level")(3), repr),
     "iterator": (lambda: iter([1, 2, 3]), lambda x: next(x), lambda x: x.__reduce__()),
     "iterator backwards": (lambda: reversed([1, 2, 3]), lambda x: next(x), lambda x: x.__reduce__()),
     "zip": (
@@ -133,27 +133,27 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "results that are remembered": (lambda: _remembering(), lambda x: x(2), lambda x: x.cache_info().currsize),
     "new attribute of a class": (
         lambda: _class_of_its_own(),
-        lambda x: (setter(type(x), "later")(1), setter(type(x), "level")(2)),
+        lambda x: (put(type(x), "later")(1), put(type(x), "level")(2)),
         lambda x: (hasattr(x, "later"), x.level),
     ),
-    "class of an object": (Curriculum, lambda x: setter(x, "__class__")(Plain), lambda x: (type(x), x.level)),
+    "class of an object": (Curriculum, lambda x: put(x, "__class__")(Plain), lambda x: (type(x), x.level)),
     "hook on a gradient": (
         lambda: nn.Parameter(torch.ones(1)),
         lambda x: (x.register_hook(_refuse), x.register_post_accumulate_grad_hook(_refuse)),
-        lambda x: ((2 * x).sum().backward(), x.grad.item(), setter(x, "grad")(None))[1],
+        lambda x: ((2 * x).sum().backward(), x.grad.item(), put(x, "grad")(None))[1],
     ),
     "scripted module": (
         lambda: torch.jit.script(_Counting()),
         lambda x: x(torch.ones(1)),
         lambda x: (x.number, x.total.item()),
     ),
-    "value of processes": (lambda: multiprocessing.Value("i", 1), lambda x: setter(x, "value")(2), lambda x: x.value),
+    "value of processes": (lambda: multiprocessing.Value("i", 1), lambda x: put(x, "value")(2), lambda x: x.value),
     "random.Random": (lambda: random.Random(1), lambda x: x.random(), lambda x: x.getstate()),
     "default_rng": (lambda: np.random.default_rng(1), lambda x: x.normal(), lambda x: str(x.bit_generator.state)),
     "RandomState": (lambda: np.random.RandomState(1), lambda x: x.rand(), lambda x: str(x.get_state())),
     "bit generator": (lambda: np.random.PCG64(1), lambda x: x.random_raw(), lambda x: str(x.state)),
     "Generator": (lambda: torch.Generator(), lambda x: torch.rand(1, generator=x), lambda x: x.get_state()),
-    "scalar": (lambda: Plain(best=np.float64(1)), lambda x: setter(x, "best")(np.float64(2)), lambda x: x.best),
+    "scalar": (lambda: Plain(best=np.float64(1)), lambda x: put(x, "best")(np.float64(2)), lambda x: x.best),
     "distribution": (lambda: torch.distributions.Normal(0.0, 1.0), lambda x: x.loc.add_(1), lambda x: x.loc.item()),
     "averages": (lambda: torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1)), lambda x: x.n_averaged.add_(1), repr),
 }

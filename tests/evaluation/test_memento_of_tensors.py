@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation.moved_objects import Plain, kept, setter
+from evaluation.moved_objects import Plain, kept, put
 from harness.models import same_bits
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ TENSORS: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], object]]] = {
     "NaN": (lambda: torch.full((2,), torch.nan), lambda t: t.zero_()),
     "negative zero": (lambda: torch.zeros(2), lambda t: t.neg_()),
     "resized": (lambda: torch.tensor([]), lambda t: t.resize_(4).fill_(1)),
-    "of other memory": (_frozen, lambda t: setter(t, "data")(torch.ones(3, dtype=torch.float64))),
+    "of other memory": (_frozen, lambda t: put(t, "data")(torch.ones(3, dtype=torch.float64))),
     "unfrozen": (_frozen, lambda t: t.requires_grad_(True)),
     "expanded": (lambda: torch.zeros(1).expand(3), lambda t: t[0].add_(1)),
     "sparse": (lambda: torch.eye(2).to_sparse(), lambda t: t._values().add_(1)),
