@@ -129,8 +129,9 @@ class ObservedWindow:
         before, after = self._progress, self._progress.followed_by(progress)
         self._capture.refuse_merged_weights(after)
         self._progress = after
-        # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
-        self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
+        if not isinstance(lr, tuple) or lr != self._lr:  # else as at the step before
+            # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
+            self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
         self._breaks.at_new_lr(after, self._lr)
         self._snapshot_is_new = False  # also where the capture fails
         self._snapshot_is_new = self._capture.observe(one, before, after, lr=self._lr)
