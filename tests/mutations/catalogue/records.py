@@ -7,13 +7,6 @@ _REPORT = "tests/records/test_report.py"
 
 FAULTS = (
     Fault(
-        "recipes of the newest record of a resumed run are not checked",
-        "records/jsonl.py",
-        "        if last is not None:\n",
-        "        if False:\n",
-        _JSONL,
-    ),
-    Fault(
         "the record carries the view's metric as raw",
         "records/record.py",
         "{RAW: self.raw, **self.views}",
