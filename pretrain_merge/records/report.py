@@ -58,7 +58,9 @@ def page(runs: Sequence[Reported], metric: str, *, mode: Mode | None = None) -> 
             sections.section(f"Configuration{of}", sections.configuration(run), is_open=False),
             sections.section(f"Files{of}", sections.files(run), is_open=False),
         ]
-    parts.insert(0, sections.section("Forecasts, and what came", sections.came(measured, metric), is_open=not several))
+    forecasts, is_judged = sections.came(measured, metric)
+    # a run without its anneal has as many rows as merges, each of which says that nothing is known
+    parts.insert(0, sections.section("Forecasts, and what came", forecasts, is_open=is_judged))
     plotly, script = _plotly(), _SCRIPT.read_text(encoding="utf-8")
     drawn = [_drawn(run, metric) for run in measured]
     metrics = list(dict.fromkeys([metric, *(name for run in measured for name in run.records[-1].raw)]))
