@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError, printable
 from pretrain_merge.files import atomic
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.metric_names import did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +118,8 @@ def save(figure: "Figure", path: Path) -> None:
     try:
         atomic.write(path, rendered(figure, kind).getvalue())
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that can be written.") from error
+        why = error.strerror or error  # the whole would name a temporary file
+        raise CheckpointError(f"cannot write {path}: {why}. Name a file in a folder that can be written.") from error
 
 
 def rendered(figure: "Figure", kind: str = "png") -> BytesIO:
@@ -155,7 +157,8 @@ def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(
             f"metric: {metric!r} is in none of the {len(records)} records. "
-            f"Measured: {', '.join(known) or 'nothing'}. Name one of these, or records of a run that measured it."
+            f"Measured: {', '.join(known) or 'nothing'}.{did_you_mean(metric, known)} "
+            f"Name one of these, or records of a run that measured it."
         )
     return values
 

@@ -18,6 +18,7 @@ from typing import Any
 from pretrain_merge._version import __version__
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import report_sections as sections
+from pretrain_merge.records.metric_names import did_you_mean
 from pretrain_merge.records.modes import Mode, mode_of
 from pretrain_merge.records.plots import view_names
 from pretrain_merge.records.record import MergeRecord
@@ -45,7 +46,10 @@ def page(runs: Sequence[Reported], metric: str, *, mode: Mode | None = None) -> 
     measured = [run for run in runs if any(metric in record.raw for record in run.records)]
     if not measured:
         known = sorted({name for run in runs for record in run.records for name in record.raw})
-        raise ConfigError(f"metric: {metric!r} is in none of the runs. Measured: {', '.join(known) or 'nothing'}.")
+        raise ConfigError(
+            f"metric: {metric!r} is in none of the runs. Measured: {', '.join(known) or 'nothing'}."
+            f"{did_you_mean(metric, known)}"
+        )
     mode = mode or mode_of(metric)
     several = len(measured) > 1
     parts = []

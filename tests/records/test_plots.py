@@ -125,7 +125,9 @@ def test_lines_of_very_many_merges_are_thin():
 
 
 def test_an_unknown_metric_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'val_los' is in none of the 20 records.*accuracy, val_loss"):
+    with pytest.raises(
+        ConfigError, match=r"'val_los' is in none of the 20 records.*accuracy, val_loss. Did you mean 'val_loss'\?"
+    ):
         curves(run(), metric="val_los")
     with pytest.raises(ConfigError, match=r"none of the 0 records.*nothing"):
         curves([])

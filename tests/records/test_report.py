@@ -81,6 +81,8 @@ def test_several_runs_are_overlaid_and_one_without_the_metric_is_left_out():
     assert [run["name"] for run in found["runs"]] == ["a", "b"]
     with pytest.raises(ConfigError, match="Measured: acc"):
         page([Reported("c", other)], "val_loss")
+    with pytest.raises(ConfigError, match=r"Did you mean 'acc'\?"):
+        page([Reported("c", other)], "accc")
 
 
 def test_a_long_run_is_thinned_and_says_so():
