@@ -2049,8 +2049,15 @@ FAULTS = (
     Fault(
         "a spike is judged by itself",
         "spikes/detector.py",
-        "known[len(self._ahead) :], self._ahead[:0]",
-        "known[: self._num_kept], self._ahead[:0]",
+        "known[len(known) - self._lag] if self._lag else row, known[self._within - 1]",
+        "row, known[self._within - 1]",
+        _SPIKES,
+    ),
+    Fault(
+        "a median distance is one too near",
+        "spikes/running_z.py",
+        "return max(nearest_below, nearest_above)",
+        "return min(nearest_below, nearest_above)",
         _SPIKES,
     ),
     Fault(
@@ -2066,6 +2073,34 @@ FAULTS = (
         "self._window.drop_after(onset.step - self._num_distrusted())",
         "0",
         _SPIKE_BREAKS,
+    ),
+    Fault(
+        "a merge that holds damaged snapshots stays the best",
+        "merged_models/retention.py",
+        "self._surplus += self._best.withdraw(after)",
+        "pass",
+        _SPIKE_BREAKS,
+    ),
+    Fault(
+        "a Hugging Face Trainer trains without a look at its loss",
+        "integrations/trainer_run.py",
+        "        self._loss.add(loss)\n",
+        "        pass\n",
+        _HUGGING_FACE,
+    ),
+    Fault(
+        "nobody says which merges a spike took back",
+        "merged_models/retention.py",
+        "            self._note_withdrawn(taken, reason)\n",
+        "            pass\n",
+        _SPIKE_BREAKS,
+    ),
+    Fault(
+        "a run that goes on from before a spike finds its merges withdrawn",
+        "merged_models/retention.py",
+        'if path.name not in self.withdrawn], "")',
+        'if path.name in self.withdrawn], "")',
+        "tests/merged_models/test_retention.py",
     ),
     Fault(
         "a resumed run has forgotten the losses before",
