@@ -50,7 +50,11 @@ class Progress:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        # one is made at every step, so no reflection here
+        # one is made at every step, and calls are what a step costs on which nothing is due
+        if type(self.step) is type(self.samples) is type(self.tokens) is int and (
+            self.step >= 0 and self.samples >= 0 and self.tokens >= 0
+        ):
+            return
         for name, value in (("step", self.step), ("samples", self.samples), ("tokens", self.tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ProgressError(
@@ -227,8 +231,14 @@ class Cadence:
             after: Counters now.
             since: Where the stretch began of which the interval is a share; a fixed interval does not ask.
         """
-        # not by `index`: at every step this is asked twice, and calls are what a step costs on which nothing is due
-        unit = self.every.unit
+        every, unit = self.every, self.every.unit
+        # the answer at nearly every step of nearly every run, where it is asked twice
+        if (
+            unit == "steps"
+            and isinstance(every, Quantity)
+            and before.step // every.amount == after.step // every.amount
+        ):
+            return False
         last, now = self._index(before.count(unit), since), self._index(after.count(unit), since)
         if now > last and self.start.unit == self.every.unit:  # at most steps, it is not
             # a multiple before `start` is not due late because the counter jumped over both

@@ -106,7 +106,13 @@ class SpikeDetector:
         """
         if self._newest is not None and step > self._newest + 1:
             self._skip_to(step - 1)
-        self._unread.append([None if value is None else _copy(value) for value in (loss, gradient_norm)])
+        # copies: a compiled step may write its next loss into the same memory
+        self._unread.append(
+            [
+                None if value is None else torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
+                for value in (loss, gradient_norm)
+            ]
+        )
         self._newest = step
 
     def read(self, step: int) -> Onset | None:
@@ -263,11 +269,6 @@ def _mean(total: float, count: float) -> float:
 
 def _log(norm: float) -> float:
     return math.log(norm) if norm > 0.0 else -math.inf if norm == 0.0 else math.nan
-
-
-def _copy(value: Tensor | float) -> Tensor:
-    # a compiled step may write its next loss into the same memory
-    return torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
 
 
 def _on_host(values: list[Tensor]) -> list[float]:

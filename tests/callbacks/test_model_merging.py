@@ -41,6 +41,7 @@ import pretrain_merge.evaluation.evaluate
 import pretrain_merge.evaluation.isolation
 import pretrain_merge.merging.rolling_merger
 import pretrain_merge.runtime.signals
+import pretrain_merge.window.observed
 from pretrain_merge import ModelMerging
 from pretrain_merge.callbacks.run import Run
 from pretrain_merge.errors import ConfigError, EvaluationError, UnsupportedModelError
@@ -368,6 +369,7 @@ _OURS = {
         pretrain_merge.callbacks.run,
         pretrain_merge.evaluation.evaluate,
         pretrain_merge.evaluation.isolation,
+        pretrain_merge.window.observed,
         pretrain_merge.merging.rolling_merger,
         pretrain_merge.runtime.signals,
     )

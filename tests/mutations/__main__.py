@@ -17,7 +17,10 @@ from pathlib import Path
 from tests.mutations.catalogue import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-_COPIED = ("pretrain_merge", "tests", "benchmarks", "examples", "pyproject.toml")
+_COPIED = (
+    "pretrain_merge", "tests", "benchmarks", "examples", "docs", "README.md", "CONTRIBUTING.md", "Makefile",
+    "constraints.txt", "pyproject.toml",
+)  # fmt: skip
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 
 
