@@ -105,7 +105,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one: P13 lets nothing be restored before."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # too few steps to judge a loss by
             self._run = RecoveryRun(self.settings, trainer, pl_module, self._state)
             self._state = {}
 

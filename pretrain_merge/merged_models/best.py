@@ -43,7 +43,8 @@ class BestModel:
 
     def __init__(self, folder: Path, config: SaveConfig) -> None:
         self._folder, self._config = folder, config
-        self._found: dict[Path, float] = {}  # scores, lower is better; each better than those before it
+        # scores, lower is better; each better than those before it, so that the last one is the best
+        self._found: dict[Path, float] = {}
 
     @property
     def path(self) -> Path | None:
@@ -78,6 +79,7 @@ class BestModel:
             return None
         find = partial(metric_names.measured_name, "save.best") if not may_lack else metric_names.found
         value = metrics.get(find(best, metrics) or best, math.nan)
+        # a NaN would never be beaten
         return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
 
     def is_beaten_by(self, score: float) -> bool:
@@ -96,6 +98,7 @@ class BestModel:
         """
         trusted = [path for path in self._found if trusted_until is None or step_of(path) <= trusted_until]
         young = [path for path in self._found if path not in trusted]
+        # a bound: a run that improves at every merge point would else keep all of the last hundred steps
         return self._keep({*trusted[-1:], *young[:1], *young[-1:]})
 
     def withdraw(self, after: int) -> list[Path]:

@@ -183,6 +183,7 @@ class MergedModels:
             CheckpointError: The disk refuses.
         """
         held = dict.fromkeys([*chain(*self._periodic.values()), *self._best.paths])
+        # each read tells of a spike again while it lasts
         taken = [path for path in held if step_of(path) > after and path.name not in self.withdrawn]
         if not taken:
             return
