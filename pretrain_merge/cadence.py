@@ -10,6 +10,7 @@ that a number of intervals always reaches back over the same part of the run.
 
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -32,6 +33,7 @@ _SHARE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _FURTHEST = 10**15  # floats tell neighbours apart up to here
+_ROUNDING = 64  # counts; up to there an exponential is off by less
 _LEAST_PERCENT, _MOST_PERCENT = 0.001, 50.0  # below, a window spans nothing; above, two snapshots span a third of a run
 
 
@@ -189,11 +191,8 @@ class Share:
             return _FURTHEST
         count = math.ceil(math.exp(points * share - 1.0) / share)
         # the exponential rounds: look at the neighbours, so that this is the inverse of `index` to the last count
-        while self.index(count) < index:
-            count += 1
-        while self.index(count - 1) >= index:
-            count -= 1
-        return count
+        neighbours = range(count - _ROUNDING, count + _ROUNDING)
+        return neighbours[bisect_left(neighbours, index, key=self.index)]
 
 
 Interval = Quantity | Share

@@ -26,7 +26,8 @@ from pretrain_merge.runtime import ranks
 
 SUFFIX = ".sharded"
 _PARTS = "parts.json"
-_BLOCK = 2**24
+_BLOCK = 2**24  # bytes that a checksum reads at once
+# a disk's error comes as itself, wrapped by torch.distributed.checkpoint, or by safetensors
 _FAILURES = (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException)
 _T = TypeVar("_T")
 _Part = tuple[str, int, int]  # name, bytes, checksum
@@ -47,7 +48,7 @@ def write(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> SnapshotFil
     if ranks.rank() == 0:
         _together(f"write {temporary}", lambda: _make_empty(temporary))
     else:
-        _together(f"write {temporary}", lambda: None)
+        _together(f"write {temporary}", lambda: None)  # the others wait for the folder, and learn if there is none
     parts = _together(f"write {temporary}", lambda: _write_parts(temporary, tensors))
     listed = sorted(part for of_rank in ranks.gather(parts) for part in of_rank)
     text = json.dumps(listed, indent=0).encode()
@@ -103,11 +104,13 @@ def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
 def _publish(temporary: Path, target: Path, text: bytes) -> None:
     atomic.write(temporary / _PARTS, text)
     atomic.delete(target)  # the same bytes by its name, or damaged ones
+    # last: a folder of this name is whole, also after a power cut
     temporary.rename(target)
     sync(target.parent)
 
 
 def _check(path: Path, file: SnapshotFile) -> None:
+    # a link could lead out of the folder
     if not is_ours(file.name) or path.is_symlink() or not path.is_dir():
         raise ValueError("it is not a folder of a snapshot.")
     text = untrusted.read_bytes(path / _PARTS, is_ours=True)
@@ -116,6 +119,7 @@ def _check(path: Path, file: SnapshotFile) -> None:
     parts: list[_Part] = untrusted.parse_json(text)
     if not _are_parts(parts) or {name for name, _, _ in parts} != {item.name for item in path.iterdir()} - {_PARTS}:
         raise ValueError(f"it does not hold the files of {_PARTS}. Copy the folder again from where it is whole.")
+    # each rank reads its share, so that all are read once
     for name, num_bytes, checksum in parts[ranks.rank() :: ranks.num_ranks()]:
         part = path / name
         if part.lstat().st_size != num_bytes or _checksum(part) != checksum:

@@ -20,7 +20,8 @@ from pretrain_merge.merged_models.provenance import read_provenance
 from pretrain_merge.records import metric_names
 from pretrain_merge.runtime import ranks
 
-NAME = re.compile(r"step-([0-9]{8,20})-[^/]+")  # of a merged model's folder
+# of a merged model's folder, which may be deleted; whatever else lies there is the user's
+NAME = re.compile(r"step-([0-9]{8,20})-[^/]+")
 
 
 def step_of(path: Path) -> int:

@@ -24,7 +24,7 @@ from pretrain_merge.parameters import is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
 from pretrain_merge.runtime.log import logger
 
-_LISTED = 5
+_LISTED = 5  # differences that a message names: another model has hundreds
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def load_merged(module: nn.Module, path: str | Path, which: Which | None = None)
         logger.warning(f"{folder} was withdrawn ({provenance[WITHDRAWN]}). Take an earlier merge where you can.")
     wanted = tensors_of(module, provenance["prefix"])
     try:
+        # all that can be refused is, before the first byte is written into the module
         _refuse_damaged(folder, provenance["files"])
         with whole_weights.opened(folder) as weights:
             saved = _Saved(weights, provenance)
@@ -60,6 +61,7 @@ def load_merged(module: nn.Module, path: str | Path, which: Which | None = None)
             else:
                 _write(module, wanted, saved)
     except OSError as error:
+        # a CheckpointError is an OSError too, and says more already
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}). Copy the folder again.") from error
@@ -108,6 +110,7 @@ def _write(module: nn.Module, wanted: Mapping[str, Tensor], saved: _Saved) -> No
         else:
             _fill(name, local(wanted[name]), saved.like(name, wanted[name]))
     for alias, name in saved.ties.items():
+        # this module does not tie them: each gets the values
         if memory(wanted[alias]) != memory(wanted[name]):
             _fill(alias, local(wanted[alias]), local(wanted[name]))
 
@@ -127,6 +130,7 @@ def _load_by_module(module: nn.Module, saved: _Saved, copies: list[str]) -> None
             f"module that is sharded. Load it before it is sharded."
         )
     live = list(chain(module.parameters(), module.buffers()))
+    # a method of the user's may raise when it has written half
     before = [copy_of(tensor) for tensor in live]
     state = dict(module.state_dict())
     for key, value in state.items():
@@ -159,6 +163,7 @@ def _copies(module: nn.Module, wanted: Mapping[str, Tensor]) -> list[str]:
     return [
         name
         for name, tensor in wanted.items()
+        # an empty tensor has no memory that could be compared
         if tensor.numel() and not _is_extra_state(name) and not own.issuperset(_places(tensor))
     ]
 
@@ -182,6 +187,7 @@ def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Modu
 
 def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
     for name, written in files.items():
+        # the size first: a checksum reads the whole file
         num_bytes = (folder / name).stat().st_size
         if num_bytes != written[0] or whole_weights.checksums(folder, [name])[name] != written:
             raise CheckpointError(

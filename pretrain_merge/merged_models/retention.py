@@ -72,7 +72,7 @@ class MergedModels:
     def __init__(
         self, folder: Path, config: SaveConfig, settings: Mapping[str, Any], start: Progress | None = None
     ) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.absolute()  # the user's code may change the working folder
         self._config = config
         self._settings = settings
         self._cadence = save_cadence(config)
@@ -110,6 +110,7 @@ class MergedModels:
         scores = dict(saved.stand_ins)
         if saved.best is not None and saved.best_score is not None:
             scores[saved.best] = saved.best_score
+        # here first: of a folder that was copied, the copy belongs to this run
         places = {name: [folder / name for folder in (self.folder, before.absolute())] for name in scores}
         known = {*chain(*found.values(), *places.values())}
         there = ranks.gather({path for path in known if path.exists()})[0]  # all decide alike
@@ -255,6 +256,7 @@ class MergedModels:
             "metrics": dict(metrics),
             "saved_for": list(reasons),
         }
+        # as rank 0 sees it: a shared file system may show others a folder late
         if ranks.gather(os.path.lexists(target))[0]:
             if holds_weights_of(module, target):
                 with ranks.all_or_none(f"note why {target} is kept"):

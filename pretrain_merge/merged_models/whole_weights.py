@@ -57,6 +57,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> 
         if shards:
             save(dict(shards), storage_writer=HuggingFaceStorageWriter(str(folder / _PARTS), save_distributed=True))
         for number, (file, names) in enumerate(files.items()):
+            # by turns, so that ranks share the reading of parts and the writing of files
             writer = number % ranks.num_ranks() if shards.keys() >= set(names) else 0
             if writer == ranks.rank():
                 save_file(_whole(folder, {name: tensors[name] for name in names}), folder / file, {"format": "pt"})
@@ -152,6 +153,7 @@ def hold(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
                 for name, tensor in tensors.items()
                 if isinstance(tensor, DTensor) or ranks.rank() == 0
             )
+    # what is not there, or damaged, does not hold them
     except OSError:
         return False
 
@@ -163,6 +165,7 @@ def _whole(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     of_parts = {name: whole[name] for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     if of_parts:
+        # no_dist: no other rank reads for this file
         load(of_parts, storage_reader=HuggingFaceStorageReader(str(folder / _PARTS)), no_dist=True)
     storages: set[int] = set()
     for name, tensor in whole.items():  # safetensors refuses tensors that overlap, which a buffer and its slice do
@@ -199,6 +202,7 @@ def _num_bytes(tensor: Tensor) -> int:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         named = untrusted.read_json(path)["weight_map"]
+        # a path in it would be opened wherever it leads
         if not all(Path(file).name == file for file in named.values()):
             raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -84,6 +84,7 @@ class Trained:
         parameters = _parameters(parts)
         self._look(parameters)
         wanted = _matching([name for name, _ in parameters], self._include, self._exclude)
+        # by identity: one name is enough for a tied parameter
         left_out = {id(parameter) for name, parameter in parameters if name not in wanted}
         trained = [(name, parameter) for name, parameter in parameters if name in self._names]
         tensors: dict[str, Tensor] = {}
@@ -99,6 +100,7 @@ class Trained:
         tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
         if not tensors:
             raise UnsupportedModelError(_why_nothing(module, [name for name, _ in trained]))
+        # over all that a merge would write, buffers too
         _refuse_overlaps(tensors)
         return tensors
 
@@ -114,6 +116,7 @@ class Trained:
 
     def _look(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Remember what requires a gradient now, or has been stepped."""
+        # an optimizer of the user's own may have none
         states = [getattr(item, "state", None) for item in self._optimizers]
         stepped = {id(parameter) for state in states if isinstance(state, Mapping) for parameter in state}
         self._names.update(name for name, item in parameters if item.requires_grad or id(item) in stepped)
@@ -133,6 +136,7 @@ def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tenso
     return [
         (plain_name(f"{prefix}.{key}" if prefix else key), parameter)
         for prefix, part in parts
+        # `named_parameters` would walk all modules again
         for key, parameter in part._parameters.items()
         if parameter is not None
     ]
@@ -149,6 +153,7 @@ def _matching(
                     f"{key}: {pattern!r} matches no parameter{meant} "
                     f"Allowed: patterns (as in fnmatch) of names such as {', '.join(map(repr, names[:_NUM_NAMED]))}."
                 )
+    # the usual case, once for each snapshot: no pattern is compared
     if tuple(include) == _ALL and not exclude:
         return set(names)
     included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
@@ -194,6 +199,7 @@ def _local(name: str, tensor: Tensor) -> Tensor:
 def _why_not_mergeable(tensor: Tensor) -> str | None:
     """What a parameter is that is not dense memory of floats, what is allowed, and the way out."""
     kind = type(local_part(tensor))
+    # DeepSpeed's mark, which can be seen without DeepSpeed
     if hasattr(tensor, "ds_id"):
         return (
             "is partitioned by DeepSpeed ZeRO-3, so its elements cannot be read and written in place. Allowed: plain "
@@ -231,6 +237,7 @@ def _why_not_mergeable(tensor: Tensor) -> str | None:
 
 def _in_memory_order(name: str, tensor: Tensor) -> Tensor:
     sizes, strides = tensor.shape, tensor.stride()
+    # then by size: a dimension of one element may claim any stride
     ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -sizes[dim])))
     if not ordered.is_contiguous():
         raise UnsupportedModelError(

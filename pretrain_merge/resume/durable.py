@@ -92,7 +92,7 @@ class DurableWindow(ObservedWindow):
                 raise type(error)(f"the window cannot be restored: {error} Or set on_missing='refill'.") from error
             self._notices.warn("refill", f"the window starts empty (on_missing: refill). {error}")
             if manifest is not None:
-                self.resume_from(manifest.progress)
+                self.resume_from(manifest.progress)  # the counters go on: no snapshot is taken for what lies behind
 
     def manifest(self, module: Modules, folder: str | PathLike[str]) -> Manifest:
         """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
@@ -121,6 +121,7 @@ class DurableWindow(ObservedWindow):
             ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
             CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
         """
+        # first, since it may refuse, and then nothing here has changed
         self._saved.restore(manifest, self._modules.as_one(module), Path(folder))
         self._progress, self._lr, self._snapshot_is_new = manifest.progress, manifest.lr, manifest.snapshot_is_new
 

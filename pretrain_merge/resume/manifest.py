@@ -116,10 +116,12 @@ def unsealed(kind: type[_T], plain: object, *, check: Callable[[_T], None] = lam
     try:
         if not isinstance(plain, Mapping) or plain.get("format") != _FORMAT or "values" not in plain:
             raise ValueError(f"{_shortened(plain)} is not of format {_FORMAT}")
+        # before the values are read: a flipped bit is damage, whatever it still parses as
         if plain.get("crc32") != _checksum(plain["values"]):
             raise ValueError("its checksum is another")
         values: _T = _parsed(kind, plain["values"], kind.__name__)
         check(values)
+    # RecursionError: somebody may have nested values without end
     except (ValueError, TypeError, RecursionError, ProgressError) as error:
         raise CheckpointError(
             f"what the checkpoint says of the window is damaged ({error}). Resume from another checkpoint."
@@ -135,6 +137,7 @@ def _refuse_impossible(manifest: Manifest) -> None:
     if segments != sorted(segments) or any(not 0 <= segment <= manifest.segment for segment in segments):
         raise ValueError(f"its snapshots are of segments {segments}, and there were {manifest.segment} breaks")
     for file in manifest.files:
+        # names are joined to a folder, and one with `..` in it would lead out
         if not is_ours(file.name):
             raise ValueError(f"{file.name!r} is not a name of a snapshot file")
 
@@ -146,6 +149,7 @@ def _checksum(values: object) -> int:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
+        # what JSON would make of it, so that the checksum is the same before and after
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
@@ -172,6 +176,7 @@ def _parsed(kind: Any, value: Any, at: str) -> Any:
         return {key: _parsed(get_args(kind)[1], item, f"{at}.{key}") for key, item in value.items()}
     if kind is Any:
         return value
+    # True is an int, and no count
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{at}: {_shortened(value)}")
     return value

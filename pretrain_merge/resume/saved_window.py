@@ -87,12 +87,14 @@ class SavedWindow:
             ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
             CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
         """
+        # before any file is read: the key says more than tensors that do not fit
         self._refuse_other_settings(manifest)
         try:
             live = self._live(module, manifest)
             # first, since ranks meet there: one that failed is heard before the others wait for it in sharded files
             self._capture.restore(module, live, manifest.segment)
             self._fill(manifest, live, WindowFiles(folder, module))
+        # Ctrl-C too: half a window would be merged as if it were a whole one
         except BaseException:
             self._capture.clear()
             self._stored.window.resume_from(0, None)
@@ -166,5 +168,6 @@ class SavedWindow:
 def _what_a_snapshot_is(parsed: WindowSettings) -> dict[str, Any]:
     settings = parsed.config
     keys = ["average", "slot_dtype", "batch_norm", *(["sample_every"] if settings.average == "block" else [])]
+    # the interval as it was parsed: 1000 and '1000 steps' are one
     chosen = {key: getattr(settings, key) for key in keys} | {"every": str(parsed.cadence.every)}
     return chosen | {"merge_buffers": list(settings.merge_buffers), "parameters": asdict(settings.parameters)}

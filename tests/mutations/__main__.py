@@ -1,6 +1,6 @@
 """Seeded faults: breaks the package in one place at a time and asks whether the named tests notice.
 
-`python -m tests.mutations` runs the named tests unbroken, then each fault of `catalogue.py` in a copy of the
+`python -m tests.mutations` runs the named tests unbroken, then each fault of `catalogue` in a copy of the
 repository, and last, unbroken again, every test that noticed one. Exits with 1 if a fault was not caught.
 """
 

@@ -34,9 +34,6 @@ def fit(folder: Path, *loggers: Any) -> dict[int, dict[str, float]]:
     return lines
 
 
-# --- W&B ---
-
-
 def finished_wandb_records(path: Path, patience: float = 30.0) -> list[Any]:
     """All records, once W&B's own process has written its last one (it goes on after `wandb.finish`)."""
     deadline = time.monotonic() + patience
@@ -199,9 +196,6 @@ def test_p15_the_step_is_that_of_the_merge_and_the_logger_is_saved():
     Tracker().publish([logger], RECORD)
     assert logger.lines == [(400, RECORD.metrics())]
     assert logger.num_saves == 1
-
-
-# --- other loggers ---
 
 
 def test_tensorboard_has_every_metric_at_the_step_of_its_merge(tmp_path):

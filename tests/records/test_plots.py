@@ -126,9 +126,6 @@ def test_pyplot_is_never_loaded_nor_matplotlib_by_the_import_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "figure.png")], check=True)
 
 
-# --- forecasts ---
-
-
 def band(axes):
     """Lower and upper edge of the only band, by step."""
     (collection,) = axes.collections
