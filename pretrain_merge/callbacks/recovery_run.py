@@ -77,7 +77,7 @@ class RecoveryRun:
         self._points = RestartPoints(settings.distrust, settings.num_kept, settings.folder_of_rank(self._folder))
         self._detector = SpikeDetector()
         # a run that is resumed from a checkpoint without a state of ours goes on counting
-        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._step = trainer.global_step
         self._phase_since = 0  # what the loss was before this step says nothing of what it is now
         self._high_since: int | None = None  # first step of the reads in a row that told of a spike
         self.recoveries: tuple[Recovery, ...] = ()

@@ -17,7 +17,7 @@ FAULTS = (
     ),
     Fault(
         "the worst merged model is kept",
-        "merged_models/retention.py",
+        "merged_models/best.py",
         '-value if self._config.mode == "max" else value',
         'value if self._config.mode == "max" else -value',
         _RETENTION,
@@ -46,7 +46,7 @@ FAULTS = (
     Fault(
         "a checkpoint names what is deleted elsewhere",
         "merged_models/retention.py",
-        "if path not in self._surplus and is_ours and ranks.rank() == 0:",
+        "if path not in self._surplus and self._is_ours(path) and ranks.rank() == 0:",
         "if path not in self._surplus:",
         _RETENTION,
     ),
