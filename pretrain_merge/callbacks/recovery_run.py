@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
+from pretrain_merge.callbacks.resuming import step_of
 from pretrain_merge.callbacks.run_folder import logs_folder
 from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.errors import ConfigError, DivergenceError, printable
@@ -77,7 +78,7 @@ class RecoveryRun:
         self._points = RestartPoints(settings.distrust, settings.num_kept, settings.folder_of_rank(self._folder))
         self._detector = SpikeDetector()
         # a run that is resumed from a checkpoint without a state of ours goes on counting
-        self._step = trainer.global_step
+        self._step = step_of(trainer)
         self._phase_since = 0  # what the loss was before this step says nothing of what it is now
         self._high_since: int | None = None  # first step of the reads in a row that told of a spike
         self.recoveries: tuple[Recovery, ...] = ()
