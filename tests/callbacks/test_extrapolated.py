@@ -11,6 +11,8 @@ from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks.auto_spans import AutoSpans
 from pretrain_merge.config import parse_settings
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.offline.recipe import make_recipe
+from pretrain_merge.offline.tensors import Source
 from pretrain_merge.records import MergeRecord, Recipe, read_records
 
 pytestmark = LIGHTNING_REMARKS
@@ -103,3 +105,12 @@ def test_what_was_not_measured_and_what_is_of_another_stretch_speaks_against_goi
 def test_a_line_without_two_means_is_refused_before_the_run(options, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings(options)
+
+
+def test_a_merge_of_files_measures_nothing_and_is_given_its_step():
+    sources = [Source(f"{step}.pt", "torch", {}, lambda _: (), (), step=step) for step in (100, 200, 300, 400)]
+    far = {"name": "far", "kind": "extrapolated", "step": 0.2}
+    assert make_recipe(sources, far, None).coefficients == pytest.approx([-0.1, -0.1, 0.6, 0.6])
+    for view in ("extrapolated", "auto"):
+        with pytest.raises(ConfigError, match=rf"^view: '{view}' chooses by what a run measures"):
+            make_recipe(sources, view, None)
