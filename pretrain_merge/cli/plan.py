@@ -98,7 +98,7 @@ def plan(
     # what a user would paste into a configuration; `_yaml` prints it
     options = {
         "window": window,
-        "every": every or f"{advice.interval} tokens",
+        "every": every or _tokens_text(advice.interval),
         "merge_every": merge_every,
         "views": list(views),
         "average": average,
@@ -180,6 +180,15 @@ def _yaml(options: Mapping[str, Any]) -> str:
         if key == "every":
             lines.append(f'# every: "{grows:g}% of tokens"  # instead: it grows with the run')
     return "\n".join(lines)
+
+
+def _tokens_text(number: int) -> str:
+    """Whole billions as people write them.
+
+    >>> _tokens_text(13_000_000_000)
+    '13B tokens'
+    """
+    return f"{number // 10**9}B tokens" if number % 10**9 == 0 else f"{number} tokens"
 
 
 def _tokens(text: str, key: str) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.metric_names import did_you_mean
 from pretrain_merge.records.modes import Mode, is_better, mode_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def merges_table(
     measured = [record for record in records if metric in record.raw]
     if not measured:
         known = sorted({name for record in records for name in record.raw})
-        raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
+        raise ConfigError(
+            f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known) or 'nothing'}."
+            f"{did_you_mean(metric, known)}"
+        )
     # in the order in which they were first measured: views of more snapshots come later
     shown = list(dict.fromkeys(view for record in measured for view in record.shown)) if views is None else views
     forecast_column = [f"forecast:\n{forecast}"] if forecast else []

@@ -64,7 +64,7 @@ def test_every_break_of_a_warm_up_is_said_once_and_only_if_it_cost_something(cap
     rates(merging, lambda step: 0.1 * min(1.0, step / 25))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said == [
-        "break at step 3 (learning rate changed from 0.008 to 0.012): 1 snapshots are no longer merged; the window "
+        "break at step 3 (learning rate changed from 0.008 to 0.012): 1 snapshot is no longer merged; the window "
         "refills."
     ]
 

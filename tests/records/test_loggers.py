@@ -121,7 +121,8 @@ def test_wandb_has_the_configuration_of_each_callback(wandb_run):
 @pytest.mark.parametrize(("name", "steps"), [("merge", [4, 6]), ("slow", [6])])
 def test_wandb_has_a_table_and_a_picture_of_all_merges(wandb_run, name, steps):
     (table,) = (json.loads(path.read_text()) for path in wandb_run.files.glob(f"media/table/{name}/merges*.json"))
-    assert [row[table["columns"].index(f"{name}/step")] for row in table["data"]] == steps
+    assert [row[table["columns"].index("step")] for row in table["data"]] == steps
+    assert not any(column.startswith(f"{name}/") for column in table["columns"])  # the table has the name
     (picture,) = wandb_run.files.glob(f"media/images/{name}/curves*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
