@@ -83,7 +83,7 @@ def test_every_number_must_be_finite_and_a_number(bad):
         (lambda: mean_age([0.5, 0.5], times=[0, 1, 2]), ["times has length 3", "must have 2"]),
         (
             lambda: compute("smaa", 3),
-            ["kind: 'smaa'", "sma, wma, ema, power, custom", "Did you mean 'sma'?"],
+            ["kind: 'smaa'", "sma, wma, ema, power, extrapolated, custom", "Did you mean 'sma'?"],
         ),
         (lambda: compute("DECAY", 3), ["Did you mean 'decay'?"]),
         (lambda: compute("zzz", 3), ["'zzz'", "sma, wma", "Use one of those"]),
