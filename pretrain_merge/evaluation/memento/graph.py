@@ -4,6 +4,7 @@ This module knows the insides of containers and attributes; those of functions a
 bounds and writes nothing.
 """
 
+import threading
 from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from weakref import ReferenceType
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
@@ -48,6 +50,8 @@ def _enter_for(cls: Any) -> "_Enter":
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
         return _enter_bytes
+    if issubclass(cls, threading.local):
+        return _enter_local
     if not kinds.kind_of(cls).is_state:
         return _enter_nothing
     by_base: dict[Any, _Enter] = {
@@ -122,6 +126,15 @@ def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
     _enter_object(memento, index, item)
 
 
+def _enter_local(memento: "Memento", index: int, item: Any) -> None:
+    # this thread's part: it is the one that runs hooks
+    memento.reach(index, [threading.local.__getattribute__(item, "__dict__")])
+
+
+def _enter_storage(memento: "Memento", index: int, item: Any) -> None:
+    memento.reach(index, [torch.empty(0, dtype=torch.uint8, device=item.device).set_(item)])
+
+
 def _enter_array(memento: "Memento", index: int, item: Any) -> None:
     if item.dtype.hasobject:
         state = states.ObjectsState(item)
@@ -137,7 +150,10 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
         return
     # by memory and not by identity: `parameter.data` and views of it are other objects
     is_merged = not memento.merged.isdisjoint(places(item))
-    memento.add(index, TensorState(item, has_values=not is_merged))
+    is_sharded = issubclass(type(item), DTensor)
+    memento.add(index, TensorState(item, has_values=not is_merged and not is_sharded))
+    if is_sharded:
+        memento.reach(index, [item._local_tensor])
     if item.requires_grad and item.is_leaf:
         state = names.HooksState(item)
         memento.add(index, state)
@@ -156,7 +172,8 @@ def places(tensor: Tensor) -> Iterator[Any]:
 
 def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
     _enter_tensor(memento, index, item)
-    _enter_object(memento, index, item)
+    # attributes that a user gave it: mostly none, which costs no state
+    memento.reach(index, [object.__getattribute__(item, "__dict__")])
 
 
 def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
@@ -178,8 +195,7 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     values = [value for state in found for value in state.values]
     # half of it would be put back under a thread that writes the other half
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
-        # of a library's own nobody could do anything about it
-        if kind.is_users:
+        if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
     for state in found:
@@ -222,6 +238,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     MethodType: (None, lambda item: (item.__self__, item.__func__)),
     partial: (None, lambda item: (item.func, *item.args, item.keywords)),
     ReferenceType: (None, lambda item: (item(),)),
+    memoryview: (None, lambda item: (item.obj,)),
     **dict.fromkeys(
         (property, staticmethod, classmethod),
         (None, lambda item: [getattr(item, name) for name in _PARTS if hasattr(item, name)]),
@@ -232,7 +249,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
     enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, GeneratorType), (CountState, _nothing)),
+    **dict.fromkeys((count, cycle, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
 }
 _Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {
@@ -251,4 +268,5 @@ _ENTER: dict[type, _Enter] = {
     Tensor: _enter_parameter,
     torch.nn.Parameter: _enter_parameter,
     np.ndarray: _enter_array,
+    torch.UntypedStorage: _enter_storage,
 }
