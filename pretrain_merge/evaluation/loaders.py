@@ -57,6 +57,7 @@ class RepeatedLoaders:
 
     def combined(self, *, on_batch: Callable[[], object]) -> Any:
         """A new `CombinedLoader`; reads what every other one reads, if the loaders' state is put back in between."""
+        # of the Trainer's own library: its loop asks whether it is one of its kind
         combined = type(self._combined)(self._combined.iterables, self._combined._mode)
         combined.flattened = [
             _RepeatedLoader(loader, index, self._fingerprints, on_batch)
@@ -83,12 +84,14 @@ class Fingerprints:
     def check(self, loader: int, batch: Any) -> None:
         """Compare the next batch with the one at its place in the first pass."""
         place = len(self._current)
+        # before a hook sees the batch: one that is changed in place would be another at the second pass
         self._current.append((loader, _fingerprint(batch)))
         if self._first is not None and (place >= len(self._first) or self._first[place] != self._current[place]):
             raise EvaluationError(_other_batches(loader, f"batch {place} of this pass is another"))
 
     def end_pass(self) -> None:
         """The pass is complete; the next one starts."""
+        # only a whole pass can be the measure: one that a signal broke off never gets here
         if self._first is None:
             self._first = self._current
         elif len(self._current) != len(self._first):
@@ -120,6 +123,7 @@ class _RepeatedLoader:
 def _without_persistent_workers(loader: Any) -> Iterable[Any]:
     if not isinstance(loader, DataLoader):
         return loader  # type: ignore[no-any-return]
+    # shallow: the same data set, sampler and generator, whose state is put back after each pass
     own = copy.copy(loader)
     # through __dict__: DataLoader forbids assigning these after construction
     vars(own).update(_iterator=None, persistent_workers=False)
@@ -127,6 +131,7 @@ def _without_persistent_workers(loader: Any) -> Iterable[Any]:
 
 
 def _refuse_stateful(index: int, loader: Any) -> None:
+    # the stateful loaders of torchdata say so themselves, of others only their data sets do
     for item in (loader, getattr(loader, "dataset", None)):
         has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
         if hasattr(item, "__next__") or has_state or _goes_on(item):
@@ -149,11 +154,13 @@ def _fingerprint(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             for part in bits.dense_parts(leaf):
                 checksum = zlib.crc32(repr((part.shape, part.dtype)).encode(), checksum)
+                # a copy from a device would wait for all that runs there; the shape is compared all the same
                 if part.device.type == "cpu" and part.numel():
                     integers = bits.as_integers(part).contiguous().view(-1)
                     checksum = zlib.crc32(integers.numpy().view(np.uint8).data, checksum)
         elif isinstance(leaf, np.ndarray):
             checksum = zlib.crc32(repr((leaf.shape, leaf.dtype)).encode(), checksum)
+            # bytes of an array of objects are addresses, which are new at every reading
             checksum = checksum if leaf.dtype.hasobject else zlib.crc32(leaf.tobytes(), checksum)
         elif isinstance(leaf, str | bytes | int | float):
             checksum = zlib.crc32(repr(leaf).encode(), checksum)
@@ -162,6 +169,7 @@ def _fingerprint(batch: Any) -> int:
 
 def _leaves(batch: Any) -> Iterator[Any]:
     if isinstance(batch, Mapping):
+        # keys, too: a batch that lacks one is another batch
         children = [item for pair in batch.items() for item in pair]
     elif isinstance(batch, list | tuple):
         children = list(batch)

@@ -7,7 +7,7 @@ bounds and writes nothing.
 import threading
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from itertools import count, cycle
 from types import FunctionType, GeneratorType, MappingProxyType, MethodType
@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.positions import CacheState, CountState, GeneratorState, IteratorState, draws
 from pretrain_merge.evaluation.memento.tensors import TensorState
+from pretrain_merge.parameters.shards import local_part
 
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento.memento import Memento
@@ -93,7 +95,8 @@ def _enter_set(memento: "Memento", index: int, item: Any) -> None:
 def _enter_dict(memento: "Memento", index: int, item: Any, kind: Any = dict) -> None:
     state = states.DictState(item, kind)
     # keys, too: a user's object that serves as one may hold a counter
-    if memento.items(index, [*state.values, *state.keys]):
+    are_texts = kinds.TEXT.issuperset(map(type, state.keys))
+    if memento.items(index, state.values if are_texts else [*state.values, *state.keys]):
         memento.add(index, state)
 
 
@@ -146,28 +149,27 @@ def _enter_array(memento: "Memento", index: int, item: Any) -> None:
 
 def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
     # without memory there is nothing to copy, and to ask for its place raises
-    if item.is_meta or torch.nn.parameter.is_lazy(item):
+    if item.is_meta or is_lazy(item):
         return
     # by memory and not by identity: `parameter.data` and views of it are other objects
-    is_merged = not memento.merged.isdisjoint(places(item))
-    is_sharded = issubclass(type(item), DTensor)
-    memento.add(index, TensorState(item, has_values=not is_merged and not is_sharded))
+    is_merged = place_of(item) in memento.merged
+    is_sharded = isinstance(item, DTensor)
+    state = TensorState(item, has_values=not is_merged and not is_sharded)
+    memento.add(index, state)
     if is_sharded:
         memento.reach(index, [item._local_tensor])
-    if item.requires_grad and item.is_leaf:
-        state = names.HooksState(item)
-        memento.add(index, state)
-        memento.reach(index, state.values)
+    if any(state.hooks):
+        memento.reach(index, state.hooks)
     if item.grad_fn is None and item.grad is not None and not is_merged:  # gradients of merged ones are out of reach
         # of a tensor inside a graph torch warns when it is asked for a gradient
         memento.reach(index, [item.grad])
 
 
-def places(tensor: Tensor) -> Iterator[Any]:
+def place_of(tensor: Tensor) -> Any:
     """The memory of a tensor on this rank, by which it is told from others."""
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_part(tensor)
     # an empty tensor's place is 0, which all empty ones share
-    yield local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
+    return local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
 
 
 def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
@@ -192,7 +194,7 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
-    values = [value for state in found for value in state.values]
+    values = [value for state in found for value in state.values] if len(found) != 1 else found[0].values
     # half of it would be put back under a thread that writes the other half
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
         if kind.is_said:

@@ -38,6 +38,8 @@ VALUES = frozenset(
     }
 )  # fmt: skip
 
+TEXT = frozenset({str})
+
 # what runs, waits or is connected outside Python's objects: rolled back, it would no longer fit its other half
 _LIVING = frozenset(
     {
@@ -126,7 +128,7 @@ class Kind:
 @lru_cache(maxsize=4096)
 def kind_of(cls: type) -> Kind:
     """The kind of the objects of a type that is neither a value nor a container that the memento knows itself."""
-    mro = type.__dict__["__mro__"].__get__(cls)
+    mro = type.__dict__["__mro__"].__get__(cls)  # past a metaclass
     if is_shared_memory(cls):
         return Kind(is_state=True)
     works = any(_top(base) in _WORKING and base.__name__ not in _WAITING for base in mro)
@@ -178,6 +180,7 @@ def is_library(module: str) -> bool:
     top = module.partition(".")[0]
     if top in _LIBRARIES or top in sys.stdlib_module_names:
         return top != "__main__" and not module.startswith("pretrain_merge.demo")
+    # one that is installed in editable mode lies elsewhere, and is the user's own code
     file = getattr(sys.modules.get(top), "__file__", None) or ""
     return "site-packages" in file or "dist-packages" in file
 
@@ -210,6 +213,7 @@ def _lives(base: type) -> bool:
 
 def _may_be_state(base: type) -> bool:
     top, _, rest = _module_of(base).partition(".")
+    # of Lightning and torch by a list: most of their objects are machinery that goes on by itself
     if top in _LIGHTNING:
         rest = _in_lightning(rest)
         is_iterator = rest == "utilities.combined_loader" and base.__name__ != "CombinedLoader"
