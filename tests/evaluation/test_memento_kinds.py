@@ -9,7 +9,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.runtime.log import WarnOnce
@@ -140,3 +143,19 @@ def test_a_namespace_that_owns_a_thread_is_said_to_be_left_alone(caplog):
     with caplog.at_level(logging.WARNING):
         Memento({"module": module}, notices=WarnOnce())
     assert "module.box (owns a Thread)" in caplog.text
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_optimizers_state_is_back(mesh):
+    module = nn.Module()
+    module.state = {"exp_avg": distribute_tensor(torch.zeros(2, 2), mesh, [Shard(0)])}
+    memento = Memento({"module": module}, notices=WarnOnce())
+    module.state["exp_avg"].add_(1)
+    memento.put_back()
+    assert torch.equal(module.state["exp_avg"].to_local(), torch.zeros(2, 2))

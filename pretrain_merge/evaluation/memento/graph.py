@@ -268,6 +268,7 @@ _ENTER: dict[type, _Enter] = {
     set: _enter_set,
     OrderedDict: _enter_ordered,
     Tensor: _enter_parameter,
+    DTensor: _enter_tensor,
     torch.nn.Parameter: _enter_parameter,
     np.ndarray: _enter_array,
     torch.UntypedStorage: _enter_storage,

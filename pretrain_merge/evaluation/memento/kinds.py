@@ -90,7 +90,7 @@ _LIGHTNINGS_STATE = (
 )  # fmt: skip
 _LIGHTNINGS_LIVING = ("callbacks.progress", "loops.fetchers", "callbacks.rich", "callbacks.device_stats_monitor")
 _TORCHS_STATE = (
-    "nn", "optim", "utils.data", "amp", "cuda.amp", "distributions", "ao", "distributed.tensor", "nested", "masked",
+    "nn", "optim", "utils.data", "amp", "cuda.amp", "distributions", "ao", "nested", "masked",
     "quasirandom",
 )  # fmt: skip
 _TENSORS = (torch.Tensor, torch._C.TensorBase)  # whose own modules are "torch" and "torch._C"
