@@ -10,6 +10,7 @@ that a number of intervals always reaches back over the same part of the run.
 
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -32,6 +33,7 @@ _SHARE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _FURTHEST = 10**15  # floats tell neighbours apart up to here
+_ROUNDING = 64  # counts; up to there an exponential is off by less
 _LEAST_PERCENT, _MOST_PERCENT = 0.001, 50.0  # below, a window spans nothing; above, two snapshots span a third of a run
 
 
@@ -50,7 +52,11 @@ class Progress:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        # one is made at every step, so no reflection here
+        # one is made at every step, and calls are what a step costs on which nothing is due
+        if type(self.step) is type(self.samples) is type(self.tokens) is int and (
+            self.step >= 0 and self.samples >= 0 and self.tokens >= 0
+        ):
+            return
         for name, value in (("step", self.step), ("samples", self.samples), ("tokens", self.tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ProgressError(
@@ -185,11 +191,8 @@ class Share:
             return _FURTHEST
         count = math.ceil(math.exp(points * share - 1.0) / share)
         # the exponential rounds: look at the neighbours, so that this is the inverse of `index` to the last count
-        while self.index(count) < index:
-            count += 1
-        while self.index(count - 1) >= index:
-            count -= 1
-        return count
+        neighbours = range(count - _ROUNDING, count + _ROUNDING)
+        return neighbours[bisect_left(neighbours, index, key=self.index)]
 
 
 Interval = Quantity | Share
@@ -227,8 +230,14 @@ class Cadence:
             after: Counters now.
             since: Where the stretch began of which the interval is a share; a fixed interval does not ask.
         """
-        # not by `index`: at every step this is asked twice, and calls are what a step costs on which nothing is due
-        unit = self.every.unit
+        every, unit = self.every, self.every.unit
+        # the answer at nearly every step of nearly every run, where it is asked twice
+        if (
+            unit == "steps"
+            and isinstance(every, Quantity)
+            and before.step // every.amount == after.step // every.amount
+        ):
+            return False
         last, now = self._index(before.count(unit), since), self._index(after.count(unit), since)
         if now > last and self.start.unit == self.every.unit:  # at most steps, it is not
             # a multiple before `start` is not due late because the counter jumped over both

@@ -16,6 +16,7 @@ from pretrain_merge.errors import CoefficientError, nearest
 Shape: TypeAlias = Callable[[float], float]
 ShapeSpec: TypeAlias = str | Shape | Sequence[float]
 
+# read-only: a shape that one user changed would change the coefficients of all others
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "linear": lambda t: 1.0 - t,
@@ -75,12 +76,13 @@ def factors(spec: ShapeSpec, positions: Sequence[float]) -> tuple[float, ...]:
     previous = 1.0
     for position in positions:
         rate = curve(position)
+        # so written that NaN is refused
         if not rate <= previous + ROUNDING:
             raise CoefficientError(
                 f"shape {spec!r} rises from {previous!r} to {rate!r} at t={position:.6g}; a decay never increases. "
                 f"Pass a shape that falls from 1 towards 0, such as {_choices()}."
             )
-        previous = min(previous, rate)
+        previous = min(previous, rate)  # an increase by rounding would make a coefficient negative
         rates.append(previous)
     return tuple(rates)
 
@@ -103,6 +105,7 @@ def _checked(function: Shape) -> Shape:
             )
         return min(max(float(rate), 0.0), 1.0)
 
+    # asked before any run: most who pass learning rates in place of fractions are caught here
     start = checked(0.0)
     if not start >= 1.0 - ROUNDING:
         raise CoefficientError(
@@ -135,13 +138,14 @@ def _piecewise_linear(spec: Iterable[float]) -> Shape:
 
     def interpolate(t: float) -> float:
         place = t * (len(rates) - 1)
-        left = min(int(place), len(rates) - 2)
+        left = min(int(place), len(rates) - 2)  # t = 1 is the last knot, at which no piece begins
         return rates[left] + (place - left) * (rates[left + 1] - rates[left])
 
     return interpolate
 
 
 def _is_number(value: object) -> bool:
+    # True is a Real, and would be a rate of 1
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -258,6 +258,18 @@ def test_the_layers_of_the_architecture_page_are_those_of_the_contract():
     assert [rows[number] for number in range(10, 0, -1)] == [re.findall(r"\w+", layer) for layer in contract]
 
 
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_every_file_of_ours_that_a_page_names_exists(path):
+    named = re.findall(r"`((?:tests|pretrain_merge)/[\w./-]*)`", path.read_text(encoding="utf-8"))
+    if path.name == "architecture.md":  # which names files of the package without its folder
+        named += [
+            f"pretrain_merge/{name}"
+            for name in re.findall(r"`((?!tests/|pretrain_merge/)[\w/]+/\w+\.py)`", path.read_text())
+        ]
+        assert len(named) > 20  # so the search finds them
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def cited_pitfalls() -> set[int]:
     files = [path for folder in ("pretrain_merge", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     return {int(number) for path in files for number in re.findall(r"\bP(\d{1,2})\b", path.read_text(encoding="utf-8"))}

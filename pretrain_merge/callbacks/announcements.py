@@ -163,6 +163,8 @@ class Announcements:
         return f"{metric} raw {raw:.5g}{''.join(f', {view} {_beside(value, raw)}' for view, value in views.items())}"
 
     def _why_no_forecast(self, record: MergeRecord) -> str:
+        if not record.raw:
+            return "none, since nothing was measured"
         reasons = [record.skipped.get(f"{FORECAST}/{name}") for name in self._fit.settings.forecasts]
         return next((reason.removesuffix(".") for reason in reasons if reason), "none was asked for")
 

@@ -166,6 +166,6 @@ def _num_samples(batch: Any) -> int:
     if isinstance(batch, dict | list | tuple):  # as Lightning would find it, at a tenth of the time
         first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
         if isinstance(first, Tensor) and first.ndim:
-            return len(first)
+            return first.shape[0]
     # the first size that Lightning finds; its public function also warns where tensors of one batch differ in size
     return int(next(size for size in _extract_batch_size(batch) if size is not None))

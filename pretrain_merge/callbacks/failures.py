@@ -71,11 +71,14 @@ class Failures:
         values: dict[str, float] = {}
         reason = ""
         try:
+            # inside, so that a value that is not a number counts as a failure of this evaluator
             values = {str(key): float(value) for key, value in evaluator(module).items()}
+        # a signal is not a failure; and what another rank raised ends all
         except (EvaluationInterrupted, RankError):
             raise
         except Exception as error:
             reason = _told(error)
+        # collective, so it is asked where nothing failed too
         if ranks.any_rank(bool(reason)):
             reasons = enumerate(ranks.gather(reason))
             said = [f"rank {number}: {text}" if ranks.num_ranks() > 1 else text for number, text in reasons if text]

@@ -16,7 +16,7 @@ from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
 
 _ENDS = ("/low", "/high")  # of a forecast's interval
-_LIGHTNINGS = ("lightning.", "pytorch_lightning.", "torch.", "pretrain_merge.")
+_LIGHTNINGS = ("lightning.", "pytorch_lightning.", "torch.", "pretrain_merge.")  # no code of the user's
 
 
 class _Wanted(NamedTuple):

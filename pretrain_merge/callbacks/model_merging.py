@@ -78,6 +78,12 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         name: Prefix of metrics and folders; a second instance needs its own.
         **options: None. A misspelt key is refused here like everywhere else, with the nearest known one.
 
+    Attributes:
+        settings: Every word of the keys as a value (intervals, views, forecasts), parsed once.
+        config: The keys as they were given, with defaults filled in.
+        last_record: What the last merge point measured; None before the first.
+        best_model_path: The best merged model on disk, by `save.best`; None where none was saved.
+
     Raises:
         ConfigError: A key is unknown or a value impossible; the message starts with the key.
     """
@@ -116,7 +122,7 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         name: str = "merge",
         **options: NoReturn,
     ) -> None:
-        # the schema holds what YAML can say
+        # the schema holds what YAML can say; a function stands beside it, behind the default of its key
         tokens = _INPUT_IDS if callable(tokens_per_batch) else tokens_per_batch
         snapshots = {"window": window, "every": every, "start": start, "average": average, "sample_every": sample_every}
         breaks_at = {"lr_tolerance": lr_tolerance, "breaks": breaks}
@@ -130,9 +136,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         published = {"on_publish": command, "on_publish_timeout": on_publish_timeout}
         shown = {"name": name, "verbose": verbose}
         given = snapshots | breaks_at | tensors | slots | merges | measured | files | published | shown
-        # every word of the keys as a value, parsed this once
         self.settings = parse_settings({key: _plain(value, key in _MAPPINGS) for key, value in given.items()} | options)
-        self.config = self.settings.config  # the keys as they were given, with defaults filled in
+        self.config = self.settings.config
         notices = WarnOnce()  # what the user was told; once for all runs of this callback
         forecasts = RunForecasts(self.settings, notices)  # refuses calibrations that cannot be read
         checked = refusals.checked_evaluators(evaluators)

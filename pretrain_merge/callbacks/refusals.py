@@ -18,7 +18,7 @@ _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed's engine owns parameters and optimizer at every ZeRO stage; use DDP, or FSDP2 "
     "(ModelParallelStrategy) where the model outgrows a device",
 }
-_OF_A_RANK = ("store", "store_folder")
+_OF_A_RANK = ("store", "store_folder")  # hosts may have other memory and other disks
 
 
 def refuse_strategy(strategy: Any) -> None:
@@ -27,6 +27,7 @@ def refuse_strategy(strategy: Any) -> None:
     Raises:
         UnsupportedModelError: It is one of them.
     """
+    # by name along the bases: a user's subclass is refused too, and DeepSpeed need not be installed
     kinds = [kind.__name__ for kind in type(strategy).__mro__]
     refused = next((kind for kind in kinds if kind in _REFUSED_STRATEGIES), None)
     if refused:
@@ -45,6 +46,7 @@ def refuse_model(module: Any, optimizers: Iterable[Any], config: MergeConfig) ->
     )
     for optimizer in optimizers:
         _refuse_own_average(optimizer)
+    # now, since a run of weeks would else fail at its first save
     if will_save(config.save):
         try_saving(module)
 

@@ -44,14 +44,17 @@ class Rehearsal:
         self._fit, self.module = fit, fit.module
         self._is_over = False
         self.last_record: MergeRecord | None = None
+        # a command that is not installed would else show after the first merge, perhaps days from now
         refuse_missing_program(fit.on_publish)
         forecasts = fit.forecasts.of_a_run()
         share = evaluate.data_share(fit.trainer)
         self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, Progress(), share=share)
+        # what was borrowed goes back where a later one of these is refused
         with ExitStack() as borrowed:
             steps = optimizer_steps(fit.trainer, fit.module, self.clock)
             self.optimizer_steps = borrowed.enter_context(steps)
             window = fit.settings.window_in(run_folder(fit.config, fit.trainer), forecasts.views)
+            # one step has to fill the window, whatever interval the user set
             window = replace(
                 window,
                 config=replace(window.config, sample_every=1),
@@ -77,6 +80,7 @@ class Rehearsal:
         if self.clock.batch_ends(batch) is None or self._is_over:
             return
         self._is_over = True
+        # the same weights N times take the memory that N snapshots will take
         for step in range(1, fit.config.window + 1):
             self.merger.observe(fit.module, step)
         record = merge_point.measured(
@@ -89,6 +93,7 @@ class Rehearsal:
             notices=fit.notices,
             keep=lambda *_: None,
         )
+        # before publishing: the steps that follow are the user's, and so is the memory
         self.merger.close()
         if record is not None:
             if not record.num_failed:  # else what is missing may have failed

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from pretrain_merge.callbacks import merge_point
 from pretrain_merge.callbacks.announcements import Announcements
@@ -103,13 +104,12 @@ class Run:
 
     def step(self, batch: Any, outputs: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
-        self._loss.add(outputs)
-        if self.clock.batch_ends(batch, since=self.merger.window.since) is None:
-            return
-        if self._may_change_weights_after_us:
-            self._is_unobserved = True
+        has_stepped = self.clock.batch_ends(batch, since=self.merger.window.since) is not None
+        if has_stepped and not self._may_change_weights_after_us:
+            self._observe(self._loss.take_with(outputs))
         else:
-            self._observe()
+            self._loss.add(outputs)
+            self._is_unobserved = has_stepped
 
     def meet(self) -> None:
         """All ranks are here, before each of them gives its `state`."""
@@ -222,13 +222,13 @@ class Run:
         """After the module's own hook, before validation."""
         if self._is_unobserved:
             self._is_unobserved = False
-            self._observe()
+            self._observe(self._loss.take())
         advance_end(*arguments)
 
-    def _observe(self) -> None:
+    def _observe(self, loss: Tensor | None) -> None:
         before = self.merger.progress
         self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
-        self.merger.judge(before, self._loss.take())
+        self.merger.judge(before, loss)
         self._merge_if_due()
 
     def _merge_if_due(self) -> None:

@@ -18,14 +18,27 @@ class TrainingLoss:
 
     def add(self, outputs: Any) -> None:
         """What the hooks after a batch are given: a loss, a mapping with one, or whatever a manual loop returned."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        loss = _loss_in(outputs)
+        if loss is not None:
             loss = loss.detach().float()  # a sum in bfloat16 would keep two digits
-            # a loss of tensor parallelism is whole on each rank
-            loss = loss.to_local() if hasattr(loss, "to_local") else loss
             self._sum = loss if self._sum is None else self._sum + loss
 
     def take(self) -> Tensor | None:
         """That of the step which ended; None where no batch of it told."""
         loss, self._sum = self._sum, None
         return loss
+
+    def take_with(self, outputs: Any) -> Tensor | None:
+        """As `add` and `take`; of a single batch the very tensor, since every operation on it costs the step time."""
+        if self._sum is None:
+            return _loss_in(outputs)
+        self.add(outputs)
+        return self.take()
+
+
+def _loss_in(outputs: Any) -> Tensor | None:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        return None
+    # a loss of tensor parallelism is whole on each rank
+    return loss.to_local() if hasattr(loss, "to_local") else loss

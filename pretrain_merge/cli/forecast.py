@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge.cli.results import console_beside, write_result
+from pretrain_merge.cli.run_names import folder_of, run_names
 from pretrain_merge.errors import ForecastError, printable
 from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
 from pretrain_merge.records import MergeRecord, plots, read_run, span_of
@@ -86,8 +87,9 @@ def forecast(
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
         say(_reached(records[-1], metric, target) or _budget(fan, target))
-    out = picture or (run if run.is_dir() else run.parent) / "forecast.png"
-    plots.save(plots.curves(records, metric=metric, ahead=[item.expected for item in fan]), out)
+    out = picture or folder_of(run) / "forecast.png"
+    expected = [item.expected for item in fan]
+    plots.save(plots.curves(records, metric=metric, ahead=expected, title=run_names([run])[run]), out)
     say(f"Picture: {printable(out)}")
     if json is not None:
         write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")

@@ -127,6 +127,7 @@ def _ranks_of_torchrun() -> Iterator[bool]:
 def _progress_bar(*, hidden: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
+    # None: shown on a terminal only
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="read", disable=hidden or None) as bar:
 
         def show(done: int, total: int) -> None:

@@ -90,13 +90,15 @@ def plan(
         utilisation: Share of the peak that training reaches; Llama 3 405B: 38 to 43% (arXiv 2407.21783, table 4).
         json: Also write all figures to this file; - is standard output.
     """
+    # with rich, which comes with an extra
     from pretrain_merge.cli.plan_table import plan_table
 
     shapes = read_model(model, activated=activated)
     advice = used_for(shapes.activated, has_experts=shapes.has_experts)
+    # what a user would paste into a configuration; `_yaml` prints it
     options = {
         "window": window,
-        "every": every or f"{advice.interval} tokens",
+        "every": every or _tokens_text(advice.interval),
         "merge_every": merge_every,
         "views": list(views),
         "average": average,
@@ -107,6 +109,7 @@ def plan(
         shapes,
         _layout(gpus, shard, replicate, tensor),
         measured.over(HARDWARE[hardware]),
+        # by the callback's own schema: a plan refuses what the run would refuse
         _merging(build(WindowConfig, options), dtype, store),
         Training(
             _tokens(tokens_per_step, "tokens_per_step"),
@@ -125,6 +128,7 @@ def plan(
 
 
 def _layout(gpus: int, shard: int | None, replicate: int, tensor: int) -> Layout:
+    # at least 1, so that sizes that do not fit are refused below, with all of them in the message
     layout = Layout(shard or max(1, gpus // max(1, replicate * tensor)), replicate, tensor)
     if layout.num_ranks != gpus:
         raise ConfigError(
@@ -140,11 +144,13 @@ def _merging(config: WindowConfig, dtype: Dtype, store: str) -> Merging:
         every=_fixed(config.every, "every"),
         merge_every=None if config.merge_every is None else _fixed(config.merge_every, "merge_every"),
         window=config.window,
+        # of a view that is limited by its span: the most that it can read
         views=tuple(view.last or config.window for view in parse_views(config)),
         average=config.average,
         sample_every=config.sample_every,
         store=store,
         itemsize=own,
+        # a slot is never wider than its parameter, whatever the key says
         slot_itemsize=min(own, _BYTES[config.slot_dtype]) if config.slot_dtype else own,
     )
 
@@ -163,10 +169,12 @@ def _yaml(options: Mapping[str, Any]) -> str:
     """The configuration that was planned with, to be pasted; what is at its default is left out."""
     defaults = {item.name: item for item in fields(WindowConfig)}
     lines = ["# the callback's configuration, as a YAML file"]
+    # N snapshots span N - 1 intervals, N means of blocks span N
     reach = options["window"] - (options["average"] == "last")
     grows = Share.spanning(LONGEST_SPAN, reach).percent
     for key, value in options.items():
         default = defaults[key].default if defaults[key].default is not MISSING else None
+        # the three that decide what a merge is are said at their defaults too
         if value != default or key in ("window", "every", "views"):
             lines.append(f"{key}: {json_format.dumps(value)}")
         if key == "every":
@@ -174,8 +182,18 @@ def _yaml(options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tokens_text(number: int) -> str:
+    """Whole billions as people write them.
+
+    >>> _tokens_text(13_000_000_000)
+    '13B tokens'
+    """
+    return f"{number // 10**9}B tokens" if number % 10**9 == 0 else f"{number} tokens"
+
+
 def _tokens(text: str, key: str) -> int:
     quantity = Quantity.parse(text, key=key, minimum=0)
+    # a bare number is read as steps, and means tokens here: whether steps were written, only the text says
     if quantity.unit == "samples" or "step" in text.lower():
         raise ConfigError(f"{key}: {text!r} is not a number of tokens. Allowed: a number such as 4M or 10M tokens.")
     return quantity.amount
@@ -184,6 +202,7 @@ def _tokens(text: str, key: str) -> int:
 def _figures(question: Question, plan: Plan, advice: Advice) -> dict[str, Any]:
     """Everything as plain JSON values; costs and places with what follows from them."""
     figures = asdict(plan)
+    # `asdict` leaves properties out
     for name, cost in plan.costs.items():
         figures["costs"][name] |= {"seconds": cost.seconds, "share": cost.share}
     for name, place in plan.places.items():

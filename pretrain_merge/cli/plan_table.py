@@ -33,6 +33,7 @@ def plan_table(question: Question, plan: Plan, advice: Advice, *, restart_points
     """
     require_rich()
     from rich.box import SIMPLE
+    from rich.padding import Padding
     from rich.table import Table
 
     table = Table(box=SIMPLE, title=_title(question), title_justify="left", title_style="bold", pad_edge=False)
@@ -49,7 +50,8 @@ def plan_table(question: Question, plan: Plan, advice: Advice, *, restart_points
     for title, rows in sections:
         table.add_row(f"[bold]{title}[/]")
         for what, how_much, origin in rows:
-            table.add_row(f"  {what}", how_much, origin)
+            # padded, not indented by spaces: a name that goes on in a second line stays in its section
+            table.add_row(Padding(what, (0, 0, 0, 2)), how_much, origin)
         table.add_section()
     return table
 
@@ -213,7 +215,9 @@ def _duration(seconds: float) -> str:
 def _share(share: float) -> str:
     """A percentage of two digits.
 
-    >>> _share(0.00051), _share(0.0), _share(1e-9)
-    ('0.051%', '0%', '<0.0001%')
+    >>> _share(0.00051), _share(0.0), _share(1e-9), _share(13.04)
+    ('0.051%', '0%', '<0.0001%', '1,304%')
     """
+    if share >= 1:
+        return f"{share * 100:,.0f}%"
     return "0%" if share == 0 else "<0.0001%" if share < 1e-6 else f"{share * 100:.2g}%"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain_merge.cli.results import console_beside, write_result
+from pretrain_merge.cli.run_names import folder_of, run_names
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.files import untrusted
 from pretrain_merge.records import MergeRecord, metric_names, plots, read_run, tables
@@ -49,7 +50,7 @@ def report(
     if picture is not None and len(runs) > 1:
         raise ConfigError(f"picture: is of one run, and {len(runs)} are named. Name one, or overlay them with --html.")
     console = console_beside(json)
-    names = _names(runs)
+    names = run_names(runs)
     records = {run: read_run.read_run(run, name=name, needs_recipes=False) for run in runs}
     known = dict.fromkeys(key for items in records.values() for key in items[-1].raw)
     # else as it was typed, so that the error names what the user wrote
@@ -59,7 +60,7 @@ def report(
         _print_table(console, records[run], metric, mode or mode_of(metric), title=title, every=all)
     if len(runs) == 1:
         (run,) = runs
-        _draw(console, records[run], metric, picture, _folder(run) / "report.png", title=names[run])
+        _draw(console, records[run], metric, picture, folder_of(run) / "report.png", title=names[run])
     if html is not None:
         write_result(html, _page(records, names, metric, mode, html))
         console.print(f"Page: {printable(html)}", soft_wrap=True, markup=False)
@@ -116,14 +117,10 @@ def _page(
     from pretrain_merge.records.report_sections import Reported
 
     shown = [
-        Reported(names[run], items, _config(_folder(run)), disk_use(_folder(run), target) if run.is_dir() else ())
+        Reported(names[run], items, _config(folder_of(run)), disk_use(folder_of(run), target) if run.is_dir() else ())
         for run, items in records.items()
     ]
     return page(shown, metric, mode=mode)
-
-
-def _folder(run: Path) -> Path:
-    return run if run.is_dir() else run.parent
 
 
 def _config(folder: Path) -> str:
@@ -131,17 +128,6 @@ def _config(folder: Path) -> str:
         return untrusted.read_bytes(folder / _CONFIG, at_most=_LARGEST_CONFIG).decode("utf-8", "replace")
     except (OSError, ValueError):  # of an earlier version, or of a logger
         return ""
-
-
-def _names(runs: Sequence[Path]) -> dict[Path, str]:
-    """What the runs are called: the ends of their paths, as long as it takes to tell them apart."""
-    parts = {run: _folder(run).absolute().parts[1:] or ("/",) for run in runs}
-    # the shortest ends of paths that tell the runs apart, with the folder above: many are called `run`
-    for length in range(2, max(map(len, parts.values())) + 1):
-        names = {run: "/".join(part[-length:]) for run, part in parts.items()}
-        if len(set(names.values())) == len(names):
-            return names
-    return {run: str(run) for run in runs}  # files of one folder
 
 
 def _plain(name: str, records: Sequence[MergeRecord]) -> dict[str, Any]:

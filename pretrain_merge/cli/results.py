@@ -39,4 +39,5 @@ def write_result(path: Path, text: str) -> None:
     try:
         atomic.write(path, text)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that can be written.") from error
+        why = error.strerror or error  # the whole would name a temporary file
+        raise CheckpointError(f"cannot write {path}: {why}. Name a file in a folder that can be written.") from error

@@ -67,6 +67,7 @@ def sweep(
         quiet: No progress bar.
     """
     with loading():
+        # with torch, which takes seconds that --help does not wait for
         from pretrain_merge.offline import sweep as offline
 
     options: dict[str, Any] = {
@@ -107,6 +108,7 @@ def _in_errors(number: float) -> str:
 
 
 def _print_table(found: Any, mode: Literal["min", "max"] | None) -> None:
+    # with rich, which comes with an extra
     from pretrain_merge.cli.results import console_beside
     from pretrain_merge.records.tables import merges_table
 
@@ -124,6 +126,7 @@ def _print_plan(plan: "SweepPlan") -> None:
 def _progress_bar(*, hidden: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
+    # None: shown on a terminal only
     with tqdm(unit=" evaluations", desc="swept", disable=hidden or None) as bar:
 
         def show(done: int, total: int) -> None:

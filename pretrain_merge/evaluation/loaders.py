@@ -57,7 +57,7 @@ class RepeatedLoaders:
 
     def combined(self, *, on_batch: Callable[[], object]) -> Any:
         """A new `CombinedLoader`; reads what every other one reads, if the loaders' state is put back in between."""
-        # of the Trainer's own library: its loop asks whether it is one of its kind
+        # P16: of Lightning's class and mode, so that it reads as Lightning's own loop would
         combined = type(self._combined)(self._combined.iterables, self._combined._mode)
         combined.flattened = [
             _RepeatedLoader(loader, index, self._fingerprints, on_batch)
@@ -84,14 +84,13 @@ class Fingerprints:
     def check(self, loader: int, batch: Any) -> None:
         """Compare the next batch with the one at its place in the first pass."""
         place = len(self._current)
-        # before a hook sees the batch: one that is changed in place would be another at the second pass
         self._current.append((loader, _fingerprint(batch)))
+        # at the batch, and not when the pass ends: no metric of other batches is ever returned
         if self._first is not None and (place >= len(self._first) or self._first[place] != self._current[place]):
             raise EvaluationError(_other_batches(loader, f"batch {place} of this pass is another"))
 
     def end_pass(self) -> None:
         """The pass is complete; the next one starts."""
-        # only a whole pass can be the measure: one that a signal broke off never gets here
         if self._first is None:
             self._first = self._current
         elif len(self._current) != len(self._first):
@@ -123,7 +122,7 @@ class _RepeatedLoader:
 def _without_persistent_workers(loader: Any) -> Iterable[Any]:
     if not isinstance(loader, DataLoader):
         return loader  # type: ignore[no-any-return]
-    # shallow: the same data set, sampler and generator, whose state is put back after each pass
+    # P6: a copy, so that the loader's own iterator and its workers stay where they are
     own = copy.copy(loader)
     # through __dict__: DataLoader forbids assigning these after construction
     vars(own).update(_iterator=None, persistent_workers=False)
@@ -131,8 +130,8 @@ def _without_persistent_workers(loader: Any) -> Iterable[Any]:
 
 
 def _refuse_stateful(index: int, loader: Any) -> None:
-    # the stateful loaders of torchdata say so themselves, of others only their data sets do
     for item in (loader, getattr(loader, "dataset", None)):
+        # resumable loaders go on where they were saved; what is its own iterator, where it stopped
         has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
         if hasattr(item, "__next__") or has_state or _goes_on(item):
             raise EvaluationError(
@@ -154,13 +153,13 @@ def _fingerprint(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             for part in bits.dense_parts(leaf):
                 checksum = zlib.crc32(repr((part.shape, part.dtype)).encode(), checksum)
-                # a copy from a device would wait for all that runs there; the shape is compared all the same
+                # of what is on a device, shapes alone: to read it back would stall the stream at every batch
                 if part.device.type == "cpu" and part.numel():
                     integers = bits.as_integers(part).contiguous().view(-1)
                     checksum = zlib.crc32(integers.numpy().view(np.uint8).data, checksum)
         elif isinstance(leaf, np.ndarray):
             checksum = zlib.crc32(repr((leaf.shape, leaf.dtype)).encode(), checksum)
-            # bytes of an array of objects are addresses, which are new at every reading
+            # the bytes of objects are addresses
             checksum = checksum if leaf.dtype.hasobject else zlib.crc32(leaf.tobytes(), checksum)
         elif isinstance(leaf, str | bytes | int | float):
             checksum = zlib.crc32(repr(leaf).encode(), checksum)
@@ -169,7 +168,6 @@ def _fingerprint(batch: Any) -> int:
 
 def _leaves(batch: Any) -> Iterator[Any]:
     if isinstance(batch, Mapping):
-        # keys, too: a batch that lacks one is another batch
         children = [item for pair in batch.items() for item in pair]
     elif isinstance(batch, list | tuple):
         children = list(batch)

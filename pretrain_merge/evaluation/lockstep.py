@@ -11,7 +11,7 @@ from pretrain_merge.evaluation import loaders
 from pretrain_merge.runtime import ranks, signals
 
 _SKEW = 2.0  # seconds between the first and the last rank that gets a signal
-_PAUSE = 0.01
+_PAUSE = 0.01  # seconds between two looks for it
 
 
 class Lockstep:
@@ -55,6 +55,7 @@ class Lockstep:
             self._end_loaders(loop, until=_num_loaders(loop))
             return end()
 
+        # P4: the loop stays Lightning's; ranks meet at the places where one of them could be left waiting
         loop._evaluation_step, loop._store_dataloader_outputs, loop.on_run_end = (
             step_with_all, store_with_all, end_with_all
         )  # fmt: skip

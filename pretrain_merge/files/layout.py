@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain_merge.files import untrusted
 
 _ALIGNMENT = 64  # bytes; where the data begin, so that vector loads from a mapped file cross no cache line
-_LISTED = 3
+_LISTED = 3  # differences that a message names
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -47,6 +47,7 @@ class Layout:
             for name, (dtype, shape, begin, end) in places.items()
         }
         text = json.dumps(entries).encode()
+        # safetensors allows spaces after its JSON; 8 bytes that say its length stand before
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         return cls(struct.pack("<Q", len(text)) + text, tuple(order), {name: places[name] for name in tensors})
 
@@ -56,6 +57,7 @@ class Layout:
         """The flat parts of tensors in the order of the file, cut to fill up to `num_bytes`, at least one element's."""
         chunk: list[tuple[Tensor, torch.dtype]] = []
         room = num_bytes
+        # in the order of the file, so that its writer never seeks
         flat = ((self.places[name][0], part.view(-1)) for name in self.order for part in tensors[name])
         for dtype, part in flat:
             start = 0
@@ -81,6 +83,7 @@ class Layout:
             (length,) = struct.unpack_from("<Q", found)
             entries = untrusted.parse_json(found[8 : 8 + length])
             other = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        # a file of this name may be anything, and a crafted header any JSON
         except (struct.error, ValueError, TypeError, KeyError, AttributeError):
             return "it has no header of safetensors"
         here = {name: (_DTYPE_NAMES[dtype], tuple(shape)) for name, (dtype, shape, _, _) in self.places.items()}

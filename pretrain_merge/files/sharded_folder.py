@@ -26,7 +26,8 @@ from pretrain_merge.runtime import ranks
 
 SUFFIX = ".sharded"
 _PARTS = "parts.json"
-_BLOCK = 2**24
+_BLOCK = 2**24  # bytes that a checksum reads at once
+# a disk's error comes as itself, wrapped by torch.distributed.checkpoint, or by safetensors
 _FAILURES = (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException)
 _T = TypeVar("_T")
 _Part = tuple[str, int, int]  # name, bytes, checksum
@@ -46,11 +47,9 @@ def write(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> SnapshotFil
     temporary = folder / f".{stem}.tmp"
     if ranks.rank() == 0:
         _together(f"write {temporary}", lambda: _make_empty(temporary))
-    # the others take part in the exchange, so that none writes into a folder that could not be made
     else:
-        _together(f"write {temporary}", lambda: None)
+        _together(f"write {temporary}", lambda: None)  # the others wait for the folder, and learn if there is none
     parts = _together(f"write {temporary}", lambda: _write_parts(temporary, tensors))
-    # sorted, so that the checksum in the name does not depend on how many ranks wrote which part
     listed = sorted(part for of_rank in ranks.gather(parts) for part in of_rank)
     text = json.dumps(listed, indent=0).encode()
     entry = SnapshotFile(f"{stem}-{zlib.crc32(text):08x}{SUFFIX}", len(text), zlib.crc32(text))
@@ -90,7 +89,6 @@ def _together(what: str, do: Callable[[], _T]) -> _T:
 
 def _make_empty(folder: Path) -> None:
     atomic.make_folder(folder.parent)
-    # what a killed run left there; parts of two attempts must not mix
     atomic.delete(folder)
     folder.mkdir()
 
@@ -98,7 +96,6 @@ def _make_empty(folder: Path) -> None:
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
     save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     own = sorted(folder.glob(f"shard-{ranks.rank() + 1:05d}-*.safetensors"))
-    # torch's writer closes its files and leaves them in the cache of the system
     for path in own:
         sync(path)
     return [(path.name, path.stat().st_size, _checksum(path)) for path in own]
@@ -107,22 +104,22 @@ def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> list[_Part]:
 def _publish(temporary: Path, target: Path, text: bytes) -> None:
     atomic.write(temporary / _PARTS, text)
     atomic.delete(target)  # the same bytes by its name, or damaged ones
-    # the list of parts is in it by now, so under its name it is complete or absent
+    # last: a folder of this name is whole, also after a power cut
     temporary.rename(target)
     sync(target.parent)
 
 
 def _check(path: Path, file: SnapshotFile) -> None:
+    # a link could lead out of the folder
     if not is_ours(file.name) or path.is_symlink() or not path.is_dir():
         raise ValueError("it is not a folder of a snapshot.")
-    # one that was planted as a link or a pipe is refused before anything is read of it
     text = untrusted.read_bytes(path / _PARTS, is_ours=True)
     if (len(text), zlib.crc32(text)) != (file.num_bytes, file.crc32):
         raise ValueError(f"{_PARTS} is damaged. Copy the folder again from where it is whole.")
     parts: list[_Part] = untrusted.parse_json(text)
     if not _are_parts(parts) or {name for name, _, _ in parts} != {item.name for item in path.iterdir()} - {_PARTS}:
         raise ValueError(f"it does not hold the files of {_PARTS}. Copy the folder again from where it is whole.")
-    # every part is read once by some rank: W' ranks may be more or fewer than wrote it
+    # each rank reads its share, so that all are read once
     for name, num_bytes, checksum in parts[ranks.rank() :: ranks.num_ranks()]:
         part = path / name
         if part.lstat().st_size != num_bytes or _checksum(part) != checksum:
@@ -144,7 +141,6 @@ def _checksum(path: Path) -> int:
 
 
 def _refuse_other_model(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
-    # torch loads what fits and leaves the rest as it is, so the names are compared before
     found = {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

@@ -40,7 +40,6 @@ class SnapshotFile:
 
 def is_ours(name: str) -> bool:
     """Whether a name is one that a file or folder of a snapshot has: nothing that could leave the folder."""
-    # whole: `match` would take a name that goes on with "/../"
     return _NAME.fullmatch(name) is not None
 
 
@@ -68,7 +67,6 @@ def write(
         atomic.make_folder(folder)
         with atomic.draft(folder / stem, batch=batch) as draft:
             num_bytes = checksum = 0
-            # in pieces: a snapshot on a device is never whole in host memory
             for piece in _pieces(layout, tensors):
                 draft.file.write(piece)
                 num_bytes, checksum = num_bytes + len(piece), zlib.crc32(piece, checksum)

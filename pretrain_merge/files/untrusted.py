@@ -74,14 +74,23 @@ def parse_json(text: bytes, *, most_values: int = MOST_VALUES) -> Any:
     Raises:
         ValueError: It is not JSON, or holds more values than anything that it could be, or is nested without end.
     """
-    # before parsing, which would take the memory; a comma in a text counts too, which is on the safe side
-    if sum(map(text.count, (b"[", b"{", b","))) > most_values:
-        raise ValueError(f"it has more than {most_values:,} values")
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(of_few_values(text, most_values=most_values).decode("utf-8"))
     # of the parser; a stranger's file must not look like a fault of ours
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def of_few_values(text: bytes, *, most_values: int = MOST_VALUES) -> bytes:
+    """The same text of JSON, before it is parsed, which would take the memory.
+
+    Raises:
+        ValueError: It may hold more values than anything that it could be.
+    """
+    # a comma in a text counts too, which is on the safe side
+    if sum(map(text.count, (b"[", b"{", b","))) > most_values:
+        raise ValueError(f"it has more than {most_values:,} values")
+    return text
 
 
 def lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[bytes]:

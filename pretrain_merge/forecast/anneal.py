@@ -179,11 +179,13 @@ def reading_of(history: History, steps: int, shape: str, kind: str, *, after: in
             f"shape {shape!r} is not a decay that the law knows. Allowed: {', '.join(SHAPES)}"
             f"{f'; did you mean {meant!r}?' if meant else '.'}"
         )
+    # True is an int
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ForecastError(f"steps {steps!r}: an anneal takes a whole number of steps, at least 1.")
     if kind not in KINDS:
         raise ForecastError(f"kind {kind!r} is unknown. Allowed: {' or '.join(map(repr, KINDS))}.")
     newest = int(history.steps[-1])
+    # before the count of merges: to be told to wait helps nobody whose rate never stands still
     if history.num_merges < _LEAST_MERGES and history.is_drifting:
         raise ForecastError(
             f"{history.why_short}, and changed before that, too: the law is measured at constant rates, where a mean "
@@ -198,6 +200,7 @@ def reading_of(history: History, steps: int, shape: str, kind: str, *, after: in
         )
     curves = Curves(history)
     shortest, longest = curves.spans[0], curves.spans[-1]
+    # a longer anneal to come is read from the longest mean; one that ends now is the mean over itself
     if not shortest <= steps <= SPANS_UP_TO * longest and not (kind == "forecast" and steps > longest):
         raise ForecastError(
             f"an anneal of {steps} steps is not spanned by the means measured at step {curves.step}, which reach over "

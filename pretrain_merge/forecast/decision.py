@@ -45,6 +45,7 @@ class Decision:
         """The advice, with what it rests on."""
         now, later = self.now, self.later
         advice = "Go on" if self.low > 0 else "Anneal now" if self.high < 0 else "Either"
+        # as sizes: where the later one ends higher both are negative
         ends = sorted((abs(self.low), abs(self.high)))
         told = (
             f"{abs(self.better):.4f} ({ends[0]:.4f} to {ends[1]:.4f}) {'lower' if self.low > 0 else 'higher'}"
@@ -99,6 +100,7 @@ def decide(
     parts = np.array([0.0 if doubt in _SHARED else 1.0 for doubt in DOUBTS]) * np.abs(late.doubts - soon.doubts)
     error = float(parts @ np.array(calibration.errors)) * calibration.quantile(coverage)
     drift = abs(calibration.drift(late, coverage) - calibration.drift(soon, coverage))
+    # relative to the merged loss; how far the law is off and how far it drifts are independent
     half = soon.base * math.hypot(error, drift)
     better = now.mean - later.mean
     return Decision(now, later, better, better - half, better + half)

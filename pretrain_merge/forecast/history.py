@@ -17,7 +17,7 @@ from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, lef
 from pretrain_merge.forecast.points import Mean, Points
 from pretrain_merge.records import MergeRecord, is_plain, span_of
 
-_LR_TOLERANCE = 1e-3
+_LR_TOLERANCE = 1e-3  # the callback's default for a break
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
 from pretrain_merge.parameters import all_tensors, is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
 
-_LISTED = 5
+_LISTED = 5  # differences that a message names: another model has hundreds
 
 
 @torch.no_grad()
@@ -45,20 +45,19 @@ def load_merged(module: nn.Module, path: str | Path, which: Which | None = None)
     provenance = read_provenance(folder)
     wanted = tensors_of(module, provenance["prefix"])
     try:
-        # all is read and checked before the first element is written: half a model is worse than none
+        # all that can be refused is, before the first byte is written into the module
         _refuse_damaged(folder, provenance["files"])
         with whole_weights.opened(folder) as weights:
             saved = _Saved(weights, provenance)
             if not set(saved.ties.values()) <= weights.names():
                 raise CheckpointError(f"{folder / PROVENANCE} is damaged: {saved.ties}. Copy the folder again.")
             _refuse_other_model(folder, module, wanted, saved)
-            # a write into copies would change nothing and say nothing
             if copies := _copies(module, wanted):
                 _load_by_module(module, saved, copies)
             else:
                 _write(module, wanted, saved)
     except OSError as error:
-        # which is an OSError, too, and says more already
+        # a CheckpointError is an OSError too, and says more already
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}). Copy the folder again.") from error
@@ -106,8 +105,8 @@ def _write(module: nn.Module, wanted: Mapping[str, Tensor], saved: _Saved) -> No
             extra_states[name].set_extra_state(saved.whole(name))
         else:
             _fill(name, local(wanted[name]), saved.like(name, wanted[name]))
-    # after the tensors that they were tied to: a model built without the tie has a place of its own for each
     for alias, name in saved.ties.items():
+        # this module does not tie them: each gets the values
         if memory(wanted[alias]) != memory(wanted[name]):
             _fill(alias, local(wanted[alias]), local(wanted[name]))
 
@@ -126,8 +125,8 @@ def _load_by_module(module: nn.Module, saved: _Saved, copies: list[str]) -> None
             f"the state_dict of {type(module).__name__} returns copies (of {copies[0]}), which cannot be loaded into a "
             f"module that is sharded. Load it before it is sharded."
         )
-    # a copy of the model, in this case only: nothing less can be undone when its own loading raises halfway
     live = all_tensors(module)
+    # a method of the user's may raise when it has written half
     before = [copy_of(tensor) for tensor in live]
     state = dict(module.state_dict())
     for key, value in state.items():
@@ -137,7 +136,6 @@ def _load_by_module(module: nn.Module, saved: _Saved, copies: list[str]) -> None
             state[key] = saved.whole(source) if _is_extra_state(name) else saved.like(source, value)
     try:
         module.load_state_dict(state)
-        # asked again, since a `load_state_dict` of the user's may leave out what it does not know
         shown = tensors_of(module, saved.prefix)
         lost = [name for name in saved.stored() if not _is_extra_state(name) and not _shows(shown, saved, name)]
     except Exception as error:
@@ -157,11 +155,11 @@ def _shows(shown: Mapping[str, Tensor], saved: _Saved, name: str) -> bool:
 
 def _copies(module: nn.Module, wanted: Mapping[str, Tensor]) -> list[str]:
     """Names in the state dict whose memory is not the module's own."""
-    # by memory: a state dict shows detached aliases, which are other objects than the parameters
     own = {place for tensor in all_tensors(module) for place in _places(tensor)}
     return [
         name
         for name, tensor in wanted.items()
+        # an empty tensor has no memory that could be compared
         if tensor.numel() and not _is_extra_state(name) and not own.issuperset(_places(tensor))
     ]
 
@@ -179,13 +177,13 @@ def _is_extra_state(name: str) -> bool:
 
 
 def _modules_by_extra_state(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    # a state dict has the text or bytes themselves there, into which nothing can be written
     paths = ((f"{path}." if path else "", part) for path, part in module.named_modules())
     return {plain_name(f"{path}{EXTRA_STATE}").removeprefix(prefix): part for path, part in paths}
 
 
 def _refuse_damaged(folder: Path, files: Mapping[str, list[int]]) -> None:
     for name, written in files.items():
+        # the size first: a checksum reads the whole file
         num_bytes = (folder / name).stat().st_size
         if num_bytes != written[0] or whole_weights.checksums(folder, [name])[name] != written:
             raise CheckpointError(
@@ -201,7 +199,6 @@ def _refuse_other_model(folder: Path, module: nn.Module, wanted: Mapping[str, Te
     for name in sorted(saved.stored() & wanted.keys()):
         if _is_extra_state(name):
             continue  # its module says what it takes
-        # lazy and meta tensors have a name and nothing to write into; `_write` would raise in torch's words
         tensor = wanted[name]
         if is_lazy(tensor) or tensor.is_meta:
             problems.append(f"{name} has no memory here: {'run a batch' if is_lazy(tensor) else 'to_empty()'} first")

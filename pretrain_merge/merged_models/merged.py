@@ -38,7 +38,7 @@ def try_saving(module: nn.Module) -> None:
     """
     refuse_unsavable(module)
     if ranks.rank() == 0:
-        hugging_face.try_configuration(module)
+        hugging_face.try_configuration(module)  # it alone writes config.json
 
 
 def save_merged(
@@ -82,10 +82,12 @@ def save_merged(
         "versions": {"pretrain-merge": _version.__version__} | {name: version(name) for name in _RECORDED_VERSIONS},
     }
     with _published_by_rank_0(target) as folder:
+        # ranks of a replicated model hold the same, so one of them writes
         is_writer = ranks.rank() == 0 or is_sharded(module)
         with ranks.all_or_none(f"write {target}"):
             written = whole_weights.write(folder, state.tensors, largest_file=largest_file) if is_writer else []
         with ranks.all_or_none(f"read {target} back"):
+            # read back now, while the weights are still in the model and another folder can be named
             if is_writer and not whole_weights.hold(folder, state.tensors):
                 raise CheckpointError(f"{target}: what was read back is not what was written. Check that disk.")
             sums = ranks.gather(whole_weights.checksums(folder, written))
@@ -103,6 +105,7 @@ def holds_weights_of(module: nn.Module, target: Path) -> bool:
     prefix, _ = hugging_face.wrapped_model(module)
     state = SavedState.of(module, prefix)
     is_reader = ranks.rank() == 0 or is_sharded(module)
+    # one shard that differs is enough; and ranks that disagree would write apart
     return not ranks.any_rank(is_reader and not whole_weights.hold(target, state.tensors))
 
 
@@ -115,6 +118,7 @@ def _published_by_rank_0(target: Path) -> Iterator[Path]:
         try:
             yield ranks.gather(own)[0] or target
         except OSError as error:
+            # a CheckpointError is an OSError too, and says more already
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(

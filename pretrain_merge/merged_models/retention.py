@@ -29,6 +29,7 @@ from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
 from pretrain_merge.records import RAW, Recipe, metric_names
 from pretrain_merge.runtime import ranks
 
+# of what may be deleted; whatever else lies there is the user's
 _NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
 
 
@@ -74,7 +75,7 @@ class MergedModels:
     def __init__(
         self, folder: Path, config: SaveConfig, settings: Mapping[str, Any], start: Progress | None = None
     ) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.absolute()  # the user's code may change the working folder
         self._config = config
         self._settings = settings
         self._cadence = save_cadence(config)
@@ -110,6 +111,7 @@ class MergedModels:
         """
         self._start, self._last_merge = saved.start, dict(saved.last_merge)
         found = {view: [self.folder / name for name in names] for view, names in saved.periodic.items()}
+        # here first: of a folder that was copied, the copy belongs to this run
         places = [] if saved.best is None else [folder / saved.best for folder in (self.folder, before.absolute())]
         there = ranks.gather({path for path in chain(places, *found.values()) if path.exists()})[0]  # all decide alike
         self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
@@ -157,11 +159,13 @@ class MergedModels:
             path = self._save(module, view, progress, recipe, metrics, reasons)
             if is_due:
                 self._periodic.setdefault(view, []).append(path)
+            # it goes when the new one is on the disk and named
             old = self._best if is_best else None
             if is_best and score is not None:
                 self._best = (score, path)
                 self._name_best()
             self._drop_surplus(view, old[1] if old is not None else None)
+        # also where nothing was saved: the next multiple counts from here
         self._last_merge[view] = progress
 
     def save_last(self, module: Any, view: str, progress: Progress, recipe: Recipe) -> Path:
@@ -179,6 +183,7 @@ class MergedModels:
             return None
         find = partial(metric_names.measured_name, "save.best") if not may_lack_best else metric_names.found
         value = metrics.get(find(best, metrics) or best, math.nan)
+        # NaN is never the best
         return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
 
     def _name_best(self) -> None:
@@ -193,6 +198,7 @@ class MergedModels:
                 return
             path = self._best[1]
             metrics = about.get("metrics")
+            # anybody may have edited that file
             metrics = metrics if isinstance(metrics, Mapping) else {}
             value = metrics.get(metric_names.found(self._config.best, metrics))
             what = {
@@ -251,6 +257,7 @@ class MergedModels:
             "metrics": dict(metrics),
             "saved_for": list(reasons),
         }
+        # as rank 0 sees it: a shared file system may show others a folder late
         if ranks.gather(os.path.lexists(target))[0]:
             if holds_weights_of(module, target):
                 with ranks.all_or_none(f"note why {target} is kept"):

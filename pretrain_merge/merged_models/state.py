@@ -17,7 +17,7 @@ from pretrain_merge.parameters import is_sharded, plain_name, reshard
 from pretrain_merge.parameters.bits import as_integers
 from pretrain_merge.runtime import ranks
 
-EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # of what `get_extra_state` returns
 TORCH_DTYPES = {  # of safetensors that every version of it reads and writes
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -109,11 +109,13 @@ def _without_ties(state: Mapping[str, Tensor], *, sharded: bool) -> tuple[dict[s
     first: dict[object, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in state.items():
+        # empty tensors have no memory, and would all be ties of each other
         identity = memory(tensor) if tensor.numel() else name
         if first.setdefault(identity, name) != name:
             ties[name] = first[identity]
     if sharded:
         ties = ranks.gather(ties)[0]  # memory tells nothing where a rank's shard is empty, and rank 0 has the most
+    # safetensors writes memory, and a conjugate or negated view is one by a flag alone
     plain = {name: tensor.resolve_conj().resolve_neg() for name, tensor in state.items() if name not in ties}
     return {name: tensor.contiguous() for name, tensor in plain.items()}, ties
 

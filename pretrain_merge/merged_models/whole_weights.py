@@ -54,16 +54,15 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, largest_file: int) -> 
     # what every rank has whole may differ (statistics of BatchNorm), so it is in the first files, which rank 0 writes
     files = _files(dict(sorted(tensors.items(), key=lambda item: item[0] in shards)), largest_file)
     with _plain_errors():
-        # collective: every rank has the same names among its shards, or none has any
         if shards:
             save(dict(shards), storage_writer=HuggingFaceStorageWriter(str(folder / _PARTS), save_distributed=True))
         for number, (file, names) in enumerate(files.items()):
+            # by turns, so that ranks share the reading of parts and the writing of files
             writer = number % ranks.num_ranks() if shards.keys() >= set(names) else 0
             if writer == ranks.rank():
                 save_file(_whole(folder, {name: tensors[name] for name in names}), folder / file, {"format": "pt"})
                 own.append(file)
     if len(files) > 1 and ranks.rank() == 0:
-        # of all files, also of those that other ranks wrote: their names follow from the sizes alone
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(map(_num_bytes, tensors.values()))}, "weight_map": weight_map}
         atomic.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
@@ -117,7 +116,6 @@ class Weights:
         if not isinstance(tensor, DTensor) or tensor.dim() == 0:
             return self.whole(name)
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        # a rank may hold nothing of a short parameter
         if 0 in sizes:
             return torch.empty(sizes, dtype=tensor.dtype)
         own: Tensor = self._files[name].get_slice(name)[
@@ -155,7 +153,7 @@ def hold(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
                 for name, tensor in tensors.items()
                 if isinstance(tensor, DTensor) or ranks.rank() == 0
             )
-    # a folder that cannot be read holds nothing, and is written anew
+    # what is not there, or damaged, does not hold them
     except OSError:
         return False
 
@@ -167,6 +165,7 @@ def _whole(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     of_parts = {name: whole[name] for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     if of_parts:
+        # no_dist: no other rank reads for this file
         load(of_parts, storage_reader=HuggingFaceStorageReader(str(folder / _PARTS)), no_dist=True)
     storages: set[int] = set()
     for name, tensor in whole.items():  # safetensors refuses tensors that overlap, which a buffer and its slice do
@@ -203,6 +202,7 @@ def _num_bytes(tensor: Tensor) -> int:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         named = untrusted.read_json(path)["weight_map"]
+        # a path in it would be opened wherever it leads
         if not all(Path(file).name == file for file in named.values()):
             raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,41 +1,28 @@
 """The state machine that any training loop can drive: observe every step, merge when it is due, raw weights back.
 
-`RollingMerger` joins the parts below it: the cadence says when, the window which, the coefficients how much, the store
-where, and `weighted_sum_` does the arithmetic. It knows no trainer, no evaluation and no logger.
+`RollingMerger` adds merges to a window that fills and is saved: the views say which snapshots and how much of each, and
+the swap writes their sums into the live model. It knows no trainer, no evaluation and no logger.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-from torch import Tensor, nn
+from typing import Any, TypeVar
 
 from pretrain_merge import config
-from pretrain_merge.cadence import Progress
-from pretrain_merge.errors import CheckpointError, ConfigError, WindowNotReadyError
+from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.kernels.weighted_sum import Spread
 from pretrain_merge.merging.swap import WindowSpread, swapped
 from pretrain_merge.merging.views import Merge, Views
-from pretrain_merge.parameters import Given, Masters, Modules, is_sharded
+from pretrain_merge.parameters import Masters, Modules
 from pretrain_merge.records import RAW, Recipe
-from pretrain_merge.resume.manifest import Manifest
-from pretrain_merge.resume.saved_window import SavedWindow
-from pretrain_merge.resume.states import States
+from pretrain_merge.resume.durable import DurableWindow
 from pretrain_merge.runtime import signals
-from pretrain_merge.runtime.log import WarnOnce
-from pretrain_merge.window.block_mean import BlockMean
-from pretrain_merge.window.breaks import Breaks
-from pretrain_merge.window.capture import Capture
-from pretrain_merge.window.spike_breaks import SpikeBreaks
-from pretrain_merge.window.stored import StoredWindow
-from pretrain_merge.window.window import Window
 
 _T = TypeVar("_T")
 
 
-class RollingMerger:
+class RollingMerger(DurableWindow):
     """A rolling window of snapshots of one model, and their merges.
 
     Wherever a model is asked for, several will do, as they were passed to `observe`: a sequence (pipeline stages, whose
@@ -53,11 +40,22 @@ class RollingMerger:
             `views`, `span`, `average`, `sample_every`, `lr_tolerance`, `breaks`, `parameters`, `merge_buffers`,
             `batch_norm`, `store`, `store_folder`, `slot_dtype`.
 
+    Attributes:
+        window: Which snapshots are held, and which of them are valid.
+        progress: Counters of the last observed step.
+        lr: Its learning rates, per parameter group.
+        phase: Name given to the last `mark_phase`, or empty.
+        num_refused: Snapshots refused so far because they held NaN or infinity.
+        num_spikes: Spikes of the training loss so far.
+        views: Names of the configured views.
+        spread: How far the valid snapshots lie from their mean, as it was measured last.
+        spread_sums: What `spread` is made of, to be added over ranks where parameters are sharded.
+
     Raises:
         ConfigError: An unknown key or an impossible value.
 
     >>> import torch
-    >>> model = nn.Linear(2, 1)
+    >>> model = torch.nn.Linear(2, 1)
     >>> merger = RollingMerger(window=4, every=4)
     >>> for step in range(1, 17):
     ...     with torch.no_grad():
@@ -81,59 +79,10 @@ class RollingMerger:
         **options: Any,
     ) -> None:
         parsed = settings or config.parse_window_settings(options)
-        if on_missing not in ("error", "refill"):
-            raise ConfigError(f"on_missing: {on_missing!r} is not error or refill.")
-        values, notices = parsed.config, WarnOnce()
+        super().__init__(parsed, masters, window_folder=window_folder, keep_windows=keep_windows, on_missing=on_missing)
         self._merge_cadence = parsed.merge_cadence  # when merges are due
-        self._views = Views(parsed.views, parsed.cadence, values.average)  # which snapshots, how much of each
-        # the open interval of `average: block`, whose mean is the next snapshot; None with `last`
-        self._block = BlockMean(values.sample_every) if values.average == "block" else None
-        self._stored = StoredWindow(values, of_masters=masters is not None)  # which snapshots are held, and their bytes
-        self._breaks = Breaks(self._stored.window, self._block, values, notices)  # rate, phase, refusals
-        limits = values.breaks
-        self._spikes = SpikeBreaks(self.window, self._breaks, limits.distrust) if limits.spikes else None
-        # fills the window from the live model, on all ranks or on none; knows which tensors are merged
-        self._capture = Capture(parsed, self._stored, self._block, self._breaks, notices, masters)
-        self._saved = SavedWindow(
-            parsed, self._block, self._breaks, self._spikes, self._capture
-        )  # which files hold the snapshots
-        self._progress = Progress()  # counters of the last observed step
-        self._lr: tuple[float, ...] = ()  # its rates
-        self._snapshot_is_new = False  # whether it took a snapshot
+        self._views = Views(parsed.views, parsed.cadence, parsed.config.average)  # which snapshots, how much of each
         self._spread = WindowSpread()  # of the whole window, as it was measured last
-        self._states = States(Path(window_folder) if window_folder is not None else None, keep_windows)
-        self._on_missing, self._notices = on_missing, notices
-        self._modules = Given()  # the model that was passed last
-
-    @property
-    def window(self) -> Window:
-        """Which snapshots are held, and which of them are valid."""
-        return self._stored.window
-
-    @property
-    def progress(self) -> Progress:
-        """Counters of the last observed step."""
-        return self._progress
-
-    @property
-    def lr(self) -> tuple[float, ...]:
-        """Learning rates of the last observed step, per parameter group."""
-        return self._lr
-
-    @property
-    def phase(self) -> str:
-        """Name given to the last `mark_phase`, or empty."""
-        return self._breaks.phase
-
-    @property
-    def num_refused(self) -> int:
-        """Snapshots refused so far because they held NaN or infinity."""
-        return self._breaks.num_refused
-
-    @property
-    def num_spikes(self) -> int:
-        """Spikes of the training loss so far."""
-        return self._breaks.num_spikes
 
     @property
     def spread(self) -> float:
@@ -155,84 +104,6 @@ class RollingMerger:
     def views(self) -> tuple[str, ...]:
         """Names of the configured views."""
         return self._views.names
-
-    def watch(self, module: Modules, optimizers: Iterable[Any] = (), *, also: Sequence[str] = ()) -> None:
-        """Look at the model before its first step: what trains now, or has state in an optimizer, is merged.
-
-        A merger that is not told sees what requires a gradient at the steps where it takes a snapshot. Call it where
-        layers are frozen and unfrozen by turns (GANs), so that the set is whole from the first snapshot on.
-
-        Args:
-            module: The live model.
-            optimizers: Whose state tells what is stepped.
-            also: Patterns (as in fnmatch) of parameters that are merged although they require no gradient and are in
-                no optimizer: those of an average of the model that the loop itself moves.
-
-        Raises:
-            UnsupportedModelError: A pattern of `also` matches nothing.
-        """
-        self._capture.trained.watch(self._modules.as_one(module), optimizers, also=also)
-
-    def tensors(self, module: Modules) -> dict[str, Tensor]:
-        """The live tensors that merges are written into, by name; of sharded parameters the shards."""
-        return self._capture.trained.tensors(self._modules.as_one(module))
-
-    def resume_from(self, progress: Progress) -> None:
-        """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
-        self._progress = progress
-        self._capture.resume_from(progress)
-
-    def observe(
-        self,
-        module: Modules,
-        progress: Progress | int,
-        *,
-        lr: float | Sequence[float] = (),
-        loss: Tensor | float | None = None,
-        gradient_norm: Tensor | float | None = None,
-    ) -> bool:
-        """Look at the model after an optimizer step; takes a snapshot where one is due.
-
-        Args:
-            module: The live model, or several. It is read, never written.
-            progress: Totals since the start of the run; an integer is a number of steps.
-            lr: The learning rate that this step used, one per parameter group; a change is a break.
-            loss: Training loss of this step, of which a spike is a break; on every rank or on none. A tensor is not
-                waited for. None: not known.
-            gradient_norm: Norm of its gradient before clipping, likewise: what `clip_grad_norm_` returns.
-
-        Returns:
-            Whether a snapshot was taken.
-
-        Raises:
-            ProgressError: A counter went backwards, or merged weights are in a model.
-        """
-        one = self._modules.as_one(module)
-        before, after = self._progress, self._progress.followed_by(progress)
-        self._capture.refuse_merged_weights(after)
-        self._progress = after
-        # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
-        self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(after, self._lr)
-        self._snapshot_is_new = False  # also where the capture fails
-        self._snapshot_is_new = self._capture.observe(one, before, after, lr=self._lr)
-        if loss is not None:
-            self.judge(before, loss, gradient_norm)
-        return self._snapshot_is_new
-
-    def judge(self, before: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None) -> None:
-        """See whether the loss of the step that was observed last is part of a spike, as `observe` does with `loss`.
-
-        Every rank calls it at every step, also one that has no loss there.
-        """
-        # after the capture: a snapshot that was taken in the middle of a spike is dropped with the others
-        if self._spikes is not None and self._spikes.judge(before, self._progress, loss, gradient_norm):
-            self._snapshot_is_new = False
-
-    def meet(self) -> None:
-        """Bring the losses of all ranks together, before one of them makes the `manifest` alone. Collective."""
-        if self._spikes is not None:
-            self._spikes.meet()
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
@@ -313,95 +184,6 @@ class RollingMerger:
                     with signals.keyboard_interrupt_allowed():
                         found[view] = measure()
         return found
-
-    def mark_phase(self, name: str) -> None:
-        """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
-        self._breaks.at_phase(self._progress, name)
-        if self._spikes is not None:
-            self._spikes.restart()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on from here exactly, as any checkpoint takes it: one text.
-
-        The snapshots themselves become durable files in `window_folder`, each once; those that no state needs any more
-        (`keep_windows`) are deleted. Fabric, accelerate and `torch.distributed.checkpoint` call this themselves where
-        the merger is a part of what they save. Where the model is sharded every rank must call it at the same point.
-
-        Raises:
-            ConfigError: There is no `window_folder`.
-            CheckpointError: The disk refuses, or another run uses the folder.
-        """
-        module = self._modules.one or nn.Module()  # nothing was observed yet, and there is nothing to save
-        return self._states.give(lambda folder: self.manifest(module, folder), is_sharded=is_sharded(module))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the merger was that gave the state. Every rank must call it at the same point.
-
-        Args:
-            state: What `state_dict` returned. The files that it needs may have been moved to `window_folder`.
-
-        Raises:
-            CheckpointError: The state is damaged, one of its files missing or damaged, or it is of another model.
-                Nothing was restored. Where `on_missing` is "refill", the window starts empty instead.
-            ConfigError: The model is not known yet, or this configuration makes other snapshots.
-        """
-        if self._modules.one is None:
-            raise ConfigError(
-                "load_state_dict() was called before the model is known. Allowed: after watch(model), which says whose "
-                "parameters the snapshots are of. Call it once the model is on its device, sharded and compiled."
-            )
-        manifest = None
-        try:
-            manifest, recorded = self._states.read(state)
-            self.restore(manifest, self._modules.one, self._states.find(manifest, recorded))
-            self._states.go_on_from(manifest)
-        except (CheckpointError, ConfigError) as error:
-            if self._on_missing == "error":
-                raise type(error)(f"the window cannot be restored: {error} Or set on_missing='refill'.") from error
-            self._notices.warn("refill", f"the window starts empty (on_missing: refill). {error}")
-            if manifest is not None:
-                self.resume_from(manifest.progress)
-
-    def manifest(self, module: Modules, folder: str | PathLike[str]) -> Manifest:
-        """All that is needed to go on from here exactly; the tensors of it are durable files when this returns.
-
-        `state_dict` does the same for a checkpoint, and deletes old files. Here both are the caller's business.
-
-        Args:
-            module: The model that was observed. Where it is sharded, every rank must call this at the same point.
-            folder: Where the files go. What is there already is not written again.
-
-        Raises:
-            CheckpointError: The disk refuses.
-        """
-        one = self._modules.as_one(module)
-        return self._saved.save(one, Path(folder), self._progress, lr=self._lr, snapshot_is_new=self._snapshot_is_new)
-
-    def restore(self, manifest: Manifest, module: Modules, folder: str | PathLike[str]) -> None:
-        """Go on where another merger was: its window, open block, breaks and counters.
-
-        Args:
-            manifest: What `manifest` gave; `Manifest.to_plain` and `from_plain` take it through JSON.
-            module: The live model, with the shapes and dtypes that it had; what is frozen in it does not matter.
-            folder: Where the files lie.
-
-        Raises:
-            ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
-            CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
-        """
-        self._saved.restore(manifest, self._modules.as_one(module), Path(folder))
-        self._progress, self._lr, self._snapshot_is_new = manifest.progress, manifest.lr, manifest.snapshot_is_new
-
-    def close(self) -> None:
-        """Give the memory of the window back, and its folder to other runs."""
-        self._capture.clear()
-        self._states.close()
-
-    def __getstate__(self) -> NoReturn:
-        raise CheckpointError(
-            "a RollingMerger cannot be pickled: its window is memory and files. Put merger.state_dict() into the "
-            "checkpoint, as Fabric does by itself except where it saves shards."
-        )
 
     def _resolve(self, view: str) -> Merge:
         num_lost = int(self._block is not None and self._block.is_invalid)

@@ -50,6 +50,7 @@ class Swap:
             )
         self._raw_slot = stored.raw_slot(self._live)
         in_slot = self._live if self._raw_slot is not None else {}
+        # P31: all of them where no slot holds raw bit for bit
         self._copied = [tensor for name, tensor in listed.items() if name not in in_slot]
         self._copies = [tensor.clone() for tensor in self._copied]
 
@@ -61,6 +62,7 @@ class Swap:
             UnsupportedModelError: A parameter was replaced by something that cannot be undone; all others are raw.
         """
         with signals.deferred(), self._places.versions_kept():
+            # counted, since merges nest; while one is open no step may be observed
             self._stored.num_swaps += 1
             try:
                 yield self
@@ -69,12 +71,14 @@ class Swap:
                 try:
                     self._places.put_back()
                 finally:
+                    # also where a parameter could not be put back: all others are raw
                     self._restore()
 
     def write(self, merge: Merge, *, spread: bool | Mapping[str, float] = False) -> Spread | None:
         """Write a merge into the model; the spread of its snapshots if it is asked for."""
         self._places.put_back()
         measured = self._stored.merge_(self._live, merge.snapshots, merge.recipe.coefficients, spread=spread)
+        # snapshots from before the pruning are not 0 there
         for tensor, zeros in self._zeros:
             tensor.masked_fill_(zeros, 0)
         return measured

@@ -57,7 +57,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if not _is_dense(a):
         own, other = list(_parts(a)), list(_parts(b))
         return len(own) == len(other) and all(map(same_bits, own, other))
-    # meta tensors hold nothing, so those of one shape are the same
     if a.shape != b.shape or a.is_meta or b.is_meta:
         return a.shape == b.shape and a.is_meta and b.is_meta
     return torch.equal(as_integers(a), as_integers(b.to(a.device)))

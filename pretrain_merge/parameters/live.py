@@ -59,7 +59,6 @@ class Trained:
             UnsupportedModelError: A pattern of `also` matches nothing.
         """
         self._optimizers = tuple(optimizers)
-        # what an optimizer was given before this moment, frozen or not, is stepped when its state says so
         parameters = _parameters(_parts(module))
         self._look(parameters)
         self.remember(_matching([name for name, _ in parameters], also, (), at="also"))
@@ -85,7 +84,7 @@ class Trained:
         parameters = _parameters(parts)
         self._look(parameters)
         wanted = _matching([name for name, _ in parameters], self._include, self._exclude)
-        # by object and not by name: a tied parameter has several, and one that is excluded is enough
+        # by identity: one name is enough for a tied parameter
         left_out = {id(parameter) for name, parameter in parameters if name not in wanted}
         trained = [(name, parameter) for name, parameter in parameters if name in self._names]
         tensors: dict[str, Tensor] = {}
@@ -101,6 +100,7 @@ class Trained:
         tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
         if not tensors:
             raise UnsupportedModelError(_why_nothing(module, [name for name, _ in trained]))
+        # over all that a merge would write, buffers too
         _refuse_overlaps(tensors)
         return tensors
 
@@ -116,7 +116,7 @@ class Trained:
 
     def _look(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Remember what requires a gradient now, or has been stepped."""
-        # wrappers of optimizers (SAM, accelerate's) may lack a state, or show one that is no mapping
+        # an optimizer of the user's own may have none
         states = [getattr(item, "state", None) for item in self._optimizers]
         stepped = {id(parameter) for state in states if isinstance(state, Mapping) for parameter in state}
         self._names.update(name for name, item in parameters if item.requires_grad or id(item) in stepped)
@@ -136,6 +136,7 @@ def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tenso
     return [
         (plain_name(f"{prefix}.{key}" if prefix else key), parameter)
         for prefix, part in parts
+        # `named_parameters` would walk all modules again
         for key, parameter in part._parameters.items()
         if parameter is not None
     ]
@@ -152,6 +153,7 @@ def _matching(
                     f"{key}: {pattern!r} matches no parameter{meant} "
                     f"Allowed: patterns (as in fnmatch) of names such as {', '.join(map(repr, names[:_NUM_NAMED]))}."
                 )
+    # the usual case, once for each snapshot: no pattern is compared
     if tuple(include) == _ALL and not exclude:
         return set(names)
     included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
@@ -177,7 +179,6 @@ def _refuse_overlaps(tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items()
         if tensor.numel()
     ]
-    # neighbours in memory are enough: where any two overlap, two neighbours do
     for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(spans)):
         if device == other_device and start < end:
             raise UnsupportedModelError(
@@ -197,8 +198,8 @@ def _local(name: str, tensor: Tensor) -> Tensor:
 
 def _why_not_mergeable(tensor: Tensor) -> str | None:
     """What a parameter is that is not dense memory of floats, what is allowed, and the way out."""
-    # the first reason that holds is the one with the true way out, so the order matters
     kind = type(local_part(tensor))
+    # DeepSpeed's mark, which can be seen without DeepSpeed
     if hasattr(tensor, "ds_id"):
         return (
             "is partitioned by DeepSpeed ZeRO-3, so its elements cannot be read and written in place. Allowed: plain "
@@ -236,7 +237,7 @@ def _why_not_mergeable(tensor: Tensor) -> str | None:
 
 def _in_memory_order(name: str, tensor: Tensor) -> Tensor:
     sizes, strides = tensor.shape, tensor.stride()
-    # largest stride first is the order in memory; of equal strides a dimension of size 1 comes last
+    # then by size: a dimension of one element may claim any stride
     ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -sizes[dim])))
     if not ordered.is_contiguous():
         raise UnsupportedModelError(
@@ -249,7 +250,6 @@ def _in_memory_order(name: str, tensor: Tensor) -> Tensor:
 def _chosen_buffers(
     module: nn.Module, parts: Sequence[tuple[str, nn.Module]], patterns: Sequence[str], batch_norm: str
 ) -> Mapping[str, Tensor]:
-    # P22: means of weights have other activations than those that the running statistics were taken of
     statistics = set(_batch_norm_statistics(parts))
     if statistics and batch_norm == "refuse":
         raise UnsupportedModelError(
@@ -267,7 +267,6 @@ def _chosen_buffers(
                 f"merge_buffers: {pattern!r} matches {matched or 'no buffer'}. Allowed: patterns of float buffers, of "
                 f"which this model has {[name for name, item in buffers.items() if item.is_floating_point()]}."
             )
-    # `num_batches_tracked` is a count, which no mean is: it stays live
     wanted = statistics if batch_norm == "merge" else set()
     wanted |= {name for pattern in patterns for name in fnmatch.filter(buffers, pattern)}
     return {name: _local(name, buffer) for name, buffer in buffers.items() if name in wanted}

@@ -11,6 +11,7 @@ from pretrain_merge.errors import ConfigError
 from pretrain_merge.plan.hardware import Hardware
 from pretrain_merge.plan.shards import Layout, Model
 
+# spelled here too: a plan is made without torch, which `stores` imports
 STORES = ("auto", "device", "host", "disk")
 
 
@@ -45,10 +46,12 @@ class Merging:
 
     def __post_init__(self) -> None:
         _require(self, "store", lambda value: value in STORES, " or ".join(STORES))
+        # a wider slot would hold no more than the parameter does
         _require(self, "slot_itemsize", lambda value: 1 <= value <= self.itemsize, "no more than the parameters'")
         _require(self, "views", lambda value: len(value) > 0, "at least one view")
         for key in ("every", "merge_every"):
             quantity = getattr(self, key)
+            # how many tokens a sample has, only the user's data know
             if quantity is not None and quantity.unit == "samples":
                 raise ConfigError(f"{key}: {quantity}. A plan counts in steps or tokens; give the tokens of as many.")
 
@@ -70,7 +73,7 @@ class Merging:
     @property
     def accumulator_itemsize(self) -> int:
         """Bytes per element of the open sum: float32, or float64 for float64."""
-        return max(4, self.itemsize)
+        return max(4, self.itemsize)  # P20: a sum in bf16 stands still
 
 
 @dataclass(frozen=True)
@@ -115,5 +118,6 @@ class Question:
 
 def _require(values: object, key: str, holds: Callable[..., bool], allowed: str) -> None:
     value = getattr(values, key)
+    # asked for what holds, so that NaN is refused
     if not holds(value):
         raise ConfigError(f"{key}: {value!r} is out of range. Allowed: {allowed}.")

@@ -60,6 +60,7 @@ class Operations:
             moves.append(self._summed(read=source, written=source))
         if self.store == "disk":
             moves.append(Move(self._slot_bytes, self.hardware.file_rate, "page cache"))
+        # a copy on a side stream holds up nothing
         elif not self._is_beside():
             moves.append(self._in_memory(source + merging.slot_itemsize))
             if merging.slot_itemsize < source:
@@ -119,6 +120,7 @@ class Operations:
 
     def _is_cached(self) -> bool:
         """Whether host memory keeps the slot files; a device reads them too slowly from there to count on it."""
+        # one more than the window: a new file is written beside the one that it replaces
         files = self.sharing * (self.merging.window + 1) * self._slot_bytes
         # of the page cache no more is counted on than `store: auto` takes of host memory
         return self.hardware.link_rate is None and files <= HOST_SHARE * self.hardware.host_bytes
@@ -131,7 +133,12 @@ class Operations:
         return Move(num_slots * self._slot_bytes, self.hardware.link_rate, "link")
 
     def _from_disk(self, num_slots: int) -> Move:
-        return Move(num_slots * self._slot_bytes, self.hardware.disk_rate / self.sharing, "disk")
+        return Move(
+            # the ranks of a host write to one disk
+            num_slots * self._slot_bytes,
+            self.hardware.disk_rate / self.sharing,
+            "disk",
+        )
 
     @property
     def _slot_bytes(self) -> int:

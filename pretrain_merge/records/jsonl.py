@@ -11,7 +11,6 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic, untrusted
 from pretrain_merge.records.late import Late
 from pretrain_merge.records.record import MergeRecord
-from pretrain_merge.records.resumed import read_resumed
 
 _BLOCK = 2**20
 
@@ -90,7 +89,6 @@ def keep_records_until(
     """
     source = before if before is not None and not path.exists() else path
     newest = stop = 0
-    last: tuple[int, bytes] | None = None
     kept: list[tuple[int, int]] = []  # from which byte to which: one part, unless two runs shared the file
     try:
         atomic.remove_leftovers(path.parent, f"{path.name}.*")  # of a run that was killed
@@ -101,16 +99,14 @@ def keep_records_until(
             # the last line of a run that was killed while it wrote; its merge is made again
             if not line.endswith(b"\n"):
                 continue
-            record = _parsed(source, number, line, read_resumed)
+            record = _parsed(source, number, line)
             if record.step <= step:
                 if isinstance(record, MergeRecord):
-                    newest, last = record.step, (number, line)
+                    newest = record.step
                     read(record)
                 # as ranges of bytes, not as records: one record at a time is in memory, however long the run
                 first = kept.pop()[0] if kept and kept[-1][1] == start else start
                 kept.append((first, stop))
-        if last is not None:
-            _parsed(source, *last)  # its recipes may be asked for when this is done, and an error belongs here
         # where nothing is cut the file stays as it is: long runs resume often
         if source != path or kept != [(0, stop)]:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +119,9 @@ def keep_records_until(
     return newest
 
 
-def _parsed(
-    path: Path, number: int, line: bytes, parse: Callable[[bytes], MergeRecord] = MergeRecord.from_json
-) -> MergeRecord | Late:
+def _parsed(path: Path, number: int, line: bytes) -> MergeRecord | Late:
     try:
-        return Late.from_json(line) or parse(line)
+        return Late.from_json(line) or MergeRecord.from_json(line)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}, line {number} is not a merge record ({error}). Every line is one JSON object as ModelMerging "

@@ -55,7 +55,9 @@ def measured_name(key: str, wanted: str, measured: Iterable[str]) -> str:
 
 def did_you_mean(wanted: str, known: Iterable[str]) -> str:
     """`" Did you mean 'val_loss'?"`, or nothing where no known name is near."""
-    near = nearest(wanted, known)
+    names = list(known)
+    # several loaders: Lightning logs `val_loss` as `val_loss/dataloader_idx_0` and so on
+    near = nearest(wanted, names) or next((name for name in names if name.startswith(f"{wanted}/")), None)
     return f" Did you mean {near!r}?" if near else ""
 
 

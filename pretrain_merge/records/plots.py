@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain_merge.errors import CheckpointError, ConfigError, MissingDependencyError, printable
 from pretrain_merge.files import atomic
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.metric_names import did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 _RAW, _ANNEALED, _GRID, _TEXT = "#8a8f98", "#1a1a1a", "#e6e8eb", "#30343a"
 # Okabe and Ito's palette: told apart by people with any colour vision, and in print
 _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 _MAX_MARKERS = 60
+_DENSE = 300  # points: beyond, wide lines would run together
+_MANY_STEPS = 10_000  # from here on ticks have a unit: 2M, not 2.0 and a 1e6 in a corner
 _LONGEST_LABEL = 48  # in the legend, beside the curves
 _LONGEST_TITLE = 110
 _LARGEST = 1e100
@@ -64,12 +68,15 @@ def curves(
     figure = _new_figure()
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.25))
     # points are marked while they can be told apart, so that gaps and single merges show
-    line = {"linewidth": 1.8, "marker": "o" if len(records) <= _MAX_MARKERS else "", "markersize": 3.5}
+    marker, width = "o" if len(records) <= _MAX_MARKERS else "", 1.8 if len(records) <= _DENSE else 0.8
+    line = {"linewidth": width, "marker": marker, "markersize": 3.5}
     _draw(upper, raw, "raw", color=_RAW, **line)
     places = list(view_names(records))  # a view has its colour whichever others are drawn
     for index, (view, values) in enumerate(merged.items()):
-        color = _VIEWS[places.index(view) % len(_VIEWS)]
-        style = line | {"color": color, "zorder": 3 - index / len(merged)}  # the first on top
+        turn, place = divmod(places.index(view), len(_VIEWS))
+        # where the colours begin anew, the dashes tell views apart
+        look = {"color": _VIEWS[place], "linestyle": _DASHES[turn % len(_DASHES)]}
+        style = line | look | {"zorder": 3 - index / len(merged)}  # the first on top
         _draw(upper, values, f"merged: {view}", **style)
         _draw(lower, _relative(values, raw), None, **style)
     for index, (name, expected) in enumerate(forecasts.items()):
@@ -82,7 +89,9 @@ def curves(
     _focus(upper, [raw, *merged.values(), *bands, branch])
     _focus(lower, [_relative(values, raw) for values in merged.values()], around=0.0)
     lower.axhline(0.0, color=_RAW, linewidth=1.5, zorder=1)
-    upper.legend(
+    if max(raw) >= _MANY_STEPS:
+        lower.xaxis.set_major_formatter(_thousands)
+    legend = upper.legend(
         loc="upper left",
         bbox_to_anchor=(1.0, 1.0),  # beside the curves: the layout makes room for it
         frameon=False,
@@ -91,6 +100,7 @@ def curves(
         title_fontproperties={"size": 9},
         alignment="left",
     )
+    legend.get_title().set_color(_TEXT)
     return figure
 
 
@@ -108,7 +118,8 @@ def save(figure: "Figure", path: Path) -> None:
     try:
         atomic.write(path, rendered(figure, kind).getvalue())
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}. Name a file in a folder that can be written.") from error
+        why = error.strerror or error  # the whole would name a temporary file
+        raise CheckpointError(f"cannot write {path}: {why}. Name a file in a folder that can be written.") from error
 
 
 def rendered(figure: "Figure", kind: str = "png") -> BytesIO:
@@ -146,7 +157,8 @@ def _series(records: Sequence[MergeRecord], metric: str) -> dict[int, float]:
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(
             f"metric: {metric!r} is in none of the {len(records)} records. "
-            f"Measured: {', '.join(known) or 'nothing'}. Name one of these, or records of a run that measured it."
+            f"Measured: {', '.join(known) or 'nothing'}.{did_you_mean(metric, known)} "
+            f"Name one of these, or records of a run that measured it."
         )
     return values
 
@@ -219,6 +231,13 @@ def _frame(axes: "Axes", *, ylabel: str, xlabel: str | None = None, title: str |
         axes.set_xlabel(xlabel, color=_TEXT)
     if title:
         axes.set_title(_literal(title, _LONGEST_TITLE), loc="left", color=_TEXT, fontsize=11)
+
+
+def _thousands(step: float, _: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(step) >= size:
+            return f"{step / size:g}{unit}"
+    return f"{step:g}"
 
 
 def _drawable(value: float) -> float:

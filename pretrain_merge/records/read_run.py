@@ -5,6 +5,7 @@ export has no learning rates, so a break in it goes unseen, and the distance bet
 """
 
 import csv
+import glob
 import math
 import re
 import struct
@@ -37,6 +38,7 @@ _MOST_SNAPSHOTS = 100_000  # of all views of a merge together: ten over the larg
 _MOST_OF_ALL = 4_000_000  # of all merges together; each takes some 40 bytes
 _LONGEST_LINE = 2**20  # of a CSV; tens of thousands of columns
 _LARGEST_STEP = 2**53  # beyond, floats skip integers
+_MOST_NAMED = 5  # runs in a message
 Row = Mapping[str, float]
 
 
@@ -52,10 +54,10 @@ def read_run(
 
     Args:
         path: A run's folder, its `merges.jsonl`, a CSV (of Lightning's CSVLogger, or exported from W&B), or a `.wandb`
-            file of an offline run. A folder is read by the first of these that it holds.
+            file of an offline run. A folder is read by the first of these that it holds; a callback's own, if it has.
         every: Steps between snapshots. A CSV and a W&B run do not say.
         average: What a snapshot of such a run is: "last" or "block".
-        name: Prefix of the metrics.
+        name: Of the callback: prefix of the metrics, and the folder of its records in that of the run.
         needs_recipes: Whether the records must say which snapshots each view merged; else those of a CSV and of W&B
             may lack it.
 
@@ -63,7 +65,7 @@ def read_run(
         CheckpointError: No merge of ours is there, or it cannot be read.
         ConfigError: `every` is needed and missing.
     """
-    source = _source(path)
+    source = _source(path, name)
     if source.suffix == ".jsonl":
         if not (records := read_records(source)):
             raise CheckpointError(f"{source} holds no merge yet. Wait for the first, or name another run.")
@@ -90,16 +92,20 @@ def read_run(
     return records
 
 
-def _source(path: Path) -> Path:
+def _source(path: Path, name: str) -> Path:
     if path.is_dir():
-        for pattern in ("merges.jsonl", "metrics.csv", "**/*.wandb"):
+        # a callback of another name than `merge` has a folder of its own in that of the run
+        for pattern in (f"{glob.escape(name)}/merges.jsonl", "merges.jsonl", "metrics.csv", "**/*.wandb"):
             if found := sorted(path.glob(pattern)):
                 return found[-1]
     elif path.is_file() and path.suffix in (".jsonl", ".csv", ".wandb"):
         return path
+    # `lightning_logs` for `lightning_logs/version_0`; not deeper, where a folder may hold all the world
+    below = sorted({*path.glob("*/merges.jsonl"), *path.glob("*/*/merges.jsonl")}) if path.is_dir() else []
+    runs = ", ".join(str(found.parent) for found in below[-_MOST_NAMED:])
     raise CheckpointError(
-        f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. Name the folder of a run, or one "
-        f"of these files."
+        f"{path} is not a run: there is no merges.jsonl, metrics.csv or .wandb file. "
+        + (f"Runs in it: {runs}. Name one of these." if runs else "Name the folder of a run, or one of these files.")
     )
 
 

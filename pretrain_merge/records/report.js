@@ -6,6 +6,7 @@
   const narrow = window.matchMedia("(max-width: 800px)");
   const chosen = { metric: data.metric, axis: "step" };
   const EARLY = 0.15; // of the run: what lies before may leave the picture, or the early fall would flatten the rest
+  const MARKED = 60, DENSE = 300; // points: until then they can be told apart; beyond, wide lines would run together
 
   // a chart would take a name for markup of its own
   const literal = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -40,16 +41,19 @@
     if (!values) return [];
     const named = (name) => literal(several ? `${run.name}: ${name}` : name);
     const own = colors.views[number % colors.views.length];
-    const mode = x.length > 60 ? "lines" : "lines+markers"; // points are marked while they can be told apart
+    const mode = several || x.length > MARKED ? "lines" : "lines+markers"; // of several, the dashes are enough
     const line = (y, name, group, style, axis, more) => ({
       x, y, name: named(name), legendgroup: `${number} ${group}`, mode, type: "scatter", yaxis: axis, line: style,
       marker: { size: 4 }, connectgaps: false, hovertemplate: "%{y:.5g}", ...more,
     });
-    const raw = { color: several ? own : colors.raw, width: several ? 1 : 2, dash: several ? "dot" : "solid" };
+    const width = x.length > DENSE ? 1 : 2;
+    const raw = { color: several ? own : colors.raw, width: several ? 1 : width, dash: several ? "dot" : "solid" };
     const traces = [line(values.raw, "raw", "raw", raw, "y")];
     Object.entries(values.views).forEach(([view, y], place) => {
       const color = several ? own : colors.views[place % colors.views.length];
-      const style = { color, width: 2, dash: several ? dashes[place % dashes.length] : "solid" };
+      // where the colours begin anew, the dashes tell views apart
+      const dash = dashes[(several ? place : Math.floor(place / colors.views.length)) % dashes.length];
+      const style = { color, width, dash };
       const percent = y.map((value, at) => {
         const raw = values.raw[at];
         return value === null || !raw ? null : 100 * (value - raw) / Math.abs(raw);
@@ -86,7 +90,7 @@
         }
       });
     }
-    if (axis === "y2") { low = Math.min(low, 0); high = Math.max(high, 0); }
+    if (axis === "y2" || axis === "y3") { low = Math.min(low, 0); high = Math.max(high, 0); }
     if (!(low <= high)) return undefined;
     const margin = 0.07 * (high - low) || 0.05 * Math.abs(high) || 1;
     return [low - margin, high + margin];
@@ -95,18 +99,31 @@
   const draw = () => {
     const colors = theme(), several = data.runs.length > 1;
     const traces = data.runs.flatMap((run, number) => curves(run, number, colors, several));
-    const y = (title, domain, axis) => ({
-      title: { text: literal(title), standoff: 4 }, domain, gridcolor: colors.grid, zerolinecolor: colors.grid,
-      range: axis === "y4" ? undefined : range(traces, axis), rangemode: axis === "y4" ? "tozero" : "normal",
-      automargin: true,
+    const y = (domain, axis) => ({
+      domain, gridcolor: colors.grid, zerolinecolor: axis === "y2" ? colors.raw : colors.grid, automargin: true,
+      nticks: axis === "y" ? 8 : 4, rangemode: axis === "y4" ? "tozero" : "normal",
+      range: axis === "y4" ? undefined : range(traces, axis),
     });
+    // above its panel: turned by a right angle, a long name is longer than a panel is high
+    const title = (text, top) => ({
+      text: literal(text), xref: "paper", yref: "paper", x: 0, y: top, xanchor: "left", yanchor: "bottom", showarrow: false,
+    });
+    const ends = traces.flatMap((trace) => trace.x).filter((value) => value !== null);
+    const last = ends.reduce((most, value) => Math.max(most, value), 1);
     const layout = {
       paper_bgcolor: colors.page, plot_bgcolor: colors.page, font: { color: colors.text, family: "system-ui, sans-serif" },
-      hovermode: "x unified", hoverlabel: { bgcolor: colors.page }, margin: { t: 16, r: 8, b: 48, l: 64 },
-      legend: narrow.matches ? { orientation: "h", y: -0.08 } : { x: 1.01, y: 1 },
-      xaxis: { title: { text: chosen.axis }, anchor: "y4", gridcolor: colors.grid, zeroline: false },
-      yaxis: y(chosen.metric, [0.5, 1], "y"), yaxis2: y("merged − raw (%)", [0.29, 0.46], "y2"),
-      yaxis3: y("spread", [0.15, 0.25], "y3"), yaxis4: y("window", [0, 0.11], "y4"),
+      hovermode: "x unified", hoverlabel: { bgcolor: colors.page }, margin: { t: 40, r: 8, b: 48, l: 48 },
+      // at the bottom of all: however many lines it has, it stays clear of the axis
+      legend: narrow.matches ? { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } : { x: 1.01, y: 1 },
+      xaxis: {
+        title: { text: narrow.matches ? "" : chosen.axis }, anchor: "y4", gridcolor: colors.grid, zeroline: false,
+        hoverformat: ",d", range: [-0.02 * last, 1.02 * last],
+      },
+      yaxis: y([0.52, 1], "y"), yaxis2: y([0.3, 0.46], "y2"), yaxis3: y([0.155, 0.24], "y3"), yaxis4: y([0, 0.095], "y4"),
+      annotations: [
+        title(narrow.matches ? `${chosen.metric} by ${chosen.axis}` : chosen.metric, 1),
+        title("merged − raw (%)", 0.46), title("spread", 0.24), title("window", 0.095),
+      ],
     };
     Plotly.react("curves", traces, layout, {
       responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "autoScale2d", "resetScale2d"]],

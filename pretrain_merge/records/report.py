@@ -18,6 +18,7 @@ from typing import Any
 from pretrain_merge._version import __version__
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import report_sections as sections
+from pretrain_merge.records.metric_names import did_you_mean
 from pretrain_merge.records.modes import Mode, mode_of
 from pretrain_merge.records.plots import view_names
 from pretrain_merge.records.record import MergeRecord
@@ -45,7 +46,10 @@ def page(runs: Sequence[Reported], metric: str, *, mode: Mode | None = None) -> 
     measured = [run for run in runs if any(metric in record.raw for record in run.records)]
     if not measured:
         known = sorted({name for run in runs for record in run.records for name in record.raw})
-        raise ConfigError(f"metric: {metric!r} is in none of the runs. Measured: {', '.join(known) or 'nothing'}.")
+        raise ConfigError(
+            f"metric: {metric!r} is in none of the runs. Measured: {', '.join(known) or 'nothing'}."
+            f"{did_you_mean(metric, known)}"
+        )
     mode = mode or mode_of(metric)
     several = len(measured) > 1
     parts = []
@@ -58,7 +62,9 @@ def page(runs: Sequence[Reported], metric: str, *, mode: Mode | None = None) -> 
             sections.section(f"Configuration{of}", sections.configuration(run), is_open=False),
             sections.section(f"Files{of}", sections.files(run), is_open=False),
         ]
-    parts.insert(0, sections.section("Forecasts, and what came", sections.came(measured, metric), is_open=not several))
+    forecasts, is_judged = sections.came(measured, metric)
+    # a run without its anneal has as many rows as merges, each of which says that nothing is known
+    parts.insert(0, sections.section("Forecasts, and what came", forecasts, is_open=is_judged))
     plotly, script = _plotly(), _SCRIPT.read_text(encoding="utf-8")
     drawn = [_drawn(run, metric) for run in measured]
     metrics = list(dict.fromkeys([metric, *(name for run in measured for name in run.records[-1].raw)]))

@@ -53,7 +53,7 @@ def summary(run: Reported, metric: str, mode: Mode, *, named: bool) -> str:
         best = _best(views, mode)
         shown.append((f"best view: {best}", f"{_number(views[best])} ({_change(views[best], raw)})"))
         shares = gaps_closed(newest).get(best, {})
-        shown += [(f"of the gap to forecast {name}", f"{share:.0%} closed") for name, share in shares.items()]
+        shown += [(f"gap to forecast {name}", f"{share:.0%} closed") for name, share in shares.items()]
     for name, expected in newest.forecasts.items():
         if metric in expected:
             shown.append((f"forecast {name}, at step {expected[metric].step:,}", _interval(expected[metric])))
@@ -75,7 +75,7 @@ def merges(run: Reported, metric: str, mode: Mode, views: Sequence[str]) -> str:
         record = measured[place]
         raw, values = record.raw[metric], _measured(record, metric)
         best = _best(values, mode) if values else None
-        cells = [_cell(f"{record.step:,}"), _cell(f"{record.tokens:,}" if record.tokens else "–"), _cell(_number(raw))]
+        cells = [_cell(f"{record.step:,}"), _cell(_count(record.tokens) if record.tokens else "–"), _cell(_number(raw))]
         for view in views:
             good = "good" if view in values and is_better(values[view], raw, mode) else "bad"
             cells.append(_cell(_number(values.get(view)), f"{good} best" if view == best else good))
@@ -86,12 +86,12 @@ def merges(run: Reported, metric: str, mode: Mode, views: Sequence[str]) -> str:
     return f"<p>{few}{text(metric)}; green is as good as raw or better, the best is bold.</p>" + _table(head, rows)
 
 
-def came(runs: Sequence[Reported], metric: str) -> str:
-    """Each forecast beside what was measured where its anneal was to end, in whichever run of the page."""
+def came(runs: Sequence[Reported], metric: str) -> tuple[str, bool]:
+    """Each forecast beside what was measured where its anneal was to end, in whichever run; whether any is judged."""
     measured: dict[int, list[MergeRecord]] = {}
     for record in (record for run in runs for record in run.records if metric in record.raw):
         measured.setdefault(record.step, []).append(record)
-    rows = []
+    rows, is_judged = [], False
     for run in runs:
         asked = [
             (record, name) for record in run.records for name in record.forecasts if metric in record.forecasts[name]
@@ -101,16 +101,17 @@ def came(runs: Sequence[Reported], metric: str) -> str:
             expected = record.forecasts[name][metric]
             label = name if len(runs) == 1 else f"{run.name}: {name}"
             shown = [label, f"{record.step:,}", f"{expected.step:,}", _interval(expected)]
-            truth = _truth(record, expected, metric, measured.get(expected.step, ()))
+            truth, verdict = _truth(record, expected, metric, measured.get(expected.step, ()))
             rows.append([*map(_cell, shown), *truth])
+            is_judged |= verdict
     if not rows:
-        return "<p>No forecast was made.</p>"
+        return "<p>No forecast was made.</p>", False
     head = ["forecast", "made at step", "for step", f"{metric} expected", "raw then", "rate then", "verdict"]
     note = (
         "A forecast is of a run whose learning rate has fallen to nothing. It is judged where a run on this page was "
         f"measured at that step with at most {_ANNEALED:.0%} of the rate: put the annealing branch on the page, too."
     )
-    return f"<p>{note}</p>{_table(head, rows)}"
+    return f"<p>{note}</p>{_table(head, rows)}", is_judged
 
 
 def recipes(run: Reported) -> str:
@@ -160,21 +161,21 @@ def configuration(run: Reported) -> str:
     return f"<pre>{html.escape(printable(run.config, keep=chr(10)))}</pre>" if run.config else ""
 
 
-def _truth(made: MergeRecord, expected: Expected, metric: str, then: Iterable[MergeRecord]) -> list[str]:
-    """What was measured where the anneal was to end, in the run whose rate had fallen furthest, and what it says."""
+def _truth(made: MergeRecord, expected: Expected, metric: str, then: Iterable[MergeRecord]) -> tuple[list[str], bool]:
+    """Cells of what was measured where the anneal was to end, where the rate had fallen furthest; whether it judges."""
     rates = [(_share_of_rate(record, made), record.raw[metric]) for record in then]
     if not rates:
-        return [_cell("–"), _cell("–"), _cell("not measured")]
+        return [_cell("–"), _cell("–"), _cell("not measured")], False
     # the most annealed of the runs that were measured at that step
     rate, value = min(rates, key=lambda item: (math.isnan(item[0]), item[0]))
     cells = [_cell(_number(value)), _cell("–" if math.isnan(rate) else f"{rate:.0%}")]
     # so that NaN, a rate that nobody knows, judges nothing
     if not rate <= _ANNEALED:
-        return [*cells, _cell("rate has not fallen")]
+        return [*cells, _cell("rate has not fallen")], False
     is_inside = expected.low <= value <= expected.high
     where = "inside" if is_inside else "above" if value > expected.high else "below"
     off = f", off by {value / expected.mean - 1:+.1%}" if expected.mean else ""
-    return [*cells, _cell(f"{where}{off}", "good" if is_inside else "bad")]
+    return [*cells, _cell(f"{where}{off}", "good" if is_inside else "bad")], True
 
 
 def _share_of_rate(record: MergeRecord, made: MergeRecord) -> float:
@@ -209,6 +210,14 @@ def _change(value: float, raw: float) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+
+
+def _count(number: int) -> str:
+    """Four digits and a unit from a million on: `10,485,760,000,000` is neither read nor compared by anyone."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:,}"
 
 
 def _cell(value: str, style: str = "") -> str:

@@ -62,6 +62,8 @@ class Showcase:
 
     def _log(self, records: Sequence[MergeRecord], loggers: Sequence[Any]) -> None:
         step, (columns, rows) = records[-1].step, table(records)
+        # the table bears the callback's name: two dozen columns that begin alike would hide what they are
+        columns = [column.removeprefix(f"{self._name}/") for column in columns]
         for logger in loggers:
             logger.log_table(f"{self._name}/merges", columns=columns, data=rows, step=step)
         metric = _first_metric(records[-1])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
+from pretrain_merge.records.metric_names import did_you_mean
 from pretrain_merge.records.modes import Mode, is_better, mode_of
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_LONGEST_NAME = 120
+_LONGEST_NAME = 120  # a name from somebody's file must not push the numbers off the screen
 
 
 def merges_table(
@@ -49,10 +50,15 @@ def merges_table(
     require_rich()
     from rich.table import Table
 
+    # a merge point whose evaluation failed lacks the metric
     measured = [record for record in records if metric in record.raw]
     if not measured:
         known = sorted({name for record in records for name in record.raw})
-        raise ConfigError(f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known)}.")
+        raise ConfigError(
+            f"metric: {metric!r} is in none of {len(records)} records. Measured: {', '.join(known) or 'nothing'}."
+            f"{did_you_mean(metric, known)}"
+        )
+    # in the order in which they were first measured: views of more snapshots come later
     shown = list(dict.fromkeys(view for record in measured for view in record.shown)) if views is None else views
     forecast_column = [f"forecast:\n{forecast}"] if forecast else []
     table = Table(title=as_text(title) if title else None, title_justify="left")
@@ -94,6 +100,7 @@ def rank(records: Sequence[MergeRecord], metric: str, mode: Mode) -> Callable[[s
 
     def key(view: str) -> float:
         value = sign * values.get(view, math.nan)
+        # NaN compares false with every number, and would leave the order to chance
         return math.inf if math.isnan(value) else value
 
     return key
@@ -127,8 +134,10 @@ def _chosen(
     if len(records) <= at_most:
         return list(records)
     last = len(records) - 1
+    # both ends and evenly between; one row of `at_most` is left for the best
     places = {round(index * last / (at_most - 2)) for index in range(at_most - 1)}
     merged = [index for index, record in enumerate(records) if _values(record, metric, views)]
+    # a run that was cut short may have measured raw alone
     if merged:
         places.add(_best(merged, mode, lambda index: _best_value(records[index], metric, views, mode)))
     return [records[place] for place in sorted(places)]
@@ -156,6 +165,7 @@ def _row(record: MergeRecord, metric: str, views: Sequence[str], columns: Sequen
         str(record.step),
         f"{raw:.4f}",
         *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in columns),
+        # there is no share of a raw of 0, nor of one so small that the quotient overflows
         f"{values[best] / raw - 1:+.1%}" if best and raw and math.isfinite(values[best] / raw) else "",
     ]
 

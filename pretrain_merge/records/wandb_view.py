@@ -16,6 +16,7 @@ from pretrain_merge.records.record import FORECAST, GAP_CLOSED, RAW, metric_name
 Axis = Literal["tokens", "step"]
 # those of `plots`
 _GREY = "#8a8f98"
+# Okabe and Ito's, which colour-blind readers tell apart
 _VIEWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FORECASTS = ("#7b3294", "#b2182b", "#4d4d4d")
 
@@ -45,6 +46,7 @@ class Names:
         """Each metric of the overlay with its title, colour, width and mark; the ends of a band are thin and dotted."""
         lines = {metric_name(self.name, RAW, self.metric): _line(RAW, _GREY)}
         for place, view in enumerate(self.views):
+            # of more views than colours the first ones again: titles tell them apart
             color = _VIEWS[place % len(_VIEWS)]
             lines[metric_name(self.name, view, self.metric)] = _line(f"merged: {view}", color)
         for place, forecast in enumerate(self.forecasts):

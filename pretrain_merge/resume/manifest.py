@@ -116,11 +116,12 @@ def unsealed(kind: type[_T], plain: object, *, check: Callable[[_T], None] = lam
     try:
         if not isinstance(plain, Mapping) or plain.get("format") != _FORMAT or "values" not in plain:
             raise ValueError(f"{_shortened(plain)} is not of format {_FORMAT}")
+        # before the values are read: a flipped bit is damage, whatever it still parses as
         if plain.get("crc32") != _checksum(plain["values"]):
             raise ValueError("its checksum is another")
         values: _T = _parsed(kind, plain["values"], kind.__name__)
         check(values)
-    # a crafted checkpoint nests lists until Python gives up, or has text where a number belongs
+    # RecursionError: somebody may have nested values without end
     except (ValueError, TypeError, RecursionError, ProgressError) as error:
         raise CheckpointError(
             f"what the checkpoint says of the window is damaged ({error}). Resume from another checkpoint."
@@ -131,13 +132,12 @@ def unsealed(kind: type[_T], plain: object, *, check: Callable[[_T], None] = lam
 def _refuse_impossible(manifest: Manifest) -> None:
     steps = [saved.progress.step for saved in manifest.snapshots]
     segments = [saved.segment for saved in manifest.snapshots]
-    # a checksum can be computed by anybody, so what cannot be is refused all the same
     if steps != sorted(set(steps)) or any(step > manifest.progress.step for step in steps):
         raise ValueError(f"its snapshots are of steps {steps}, and the run was at {manifest.progress.step}")
     if segments != sorted(segments) or any(not 0 <= segment <= manifest.segment for segment in segments):
         raise ValueError(f"its snapshots are of segments {segments}, and there were {manifest.segment} breaks")
-    # a name that leaves the folder would be read, and deleted when nobody needs it any more
     for file in manifest.files:
+        # names are joined to a folder, and one with `..` in it would lead out
         if not is_ours(file.name):
             raise ValueError(f"{file.name!r} is not a name of a snapshot file")
 
@@ -149,6 +149,7 @@ def _checksum(values: object) -> int:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
+        # what JSON would make of it, so that the checksum is the same before and after
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
@@ -158,7 +159,6 @@ def _plain(value: Any) -> Any:
 def _parsed(kind: Any, value: Any, at: str) -> Any:
     """A value of the type that a dataclass's annotation names."""
     if get_origin(kind) in (Union, types.UnionType):
-        # unions of other types would need a rule which of them is meant
         wanted = next(option for option in get_args(kind) if option is not types.NoneType)
         return None if value is None else _parsed(wanted, value, at)
     if is_dataclass(kind):
@@ -176,7 +176,7 @@ def _parsed(kind: Any, value: Any, at: str) -> Any:
         return {key: _parsed(get_args(kind)[1], item, f"{at}.{key}") for key, item in value.items()}
     if kind is Any:
         return value
-    # True is an int to Python; as a number of steps it is damage
+    # True is an int, and no count
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{at}: {_shortened(value)}")
     return value

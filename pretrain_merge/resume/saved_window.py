@@ -87,13 +87,14 @@ class SavedWindow:
             ConfigError: This configuration makes other snapshots, or keeps fewer than are held.
             CheckpointError: A file is missing, damaged, or of another model. Nothing was restored.
         """
+        # before any file is read: the key says more than tensors that do not fit
         self._refuse_other_settings(manifest)
         try:
             live = self._live(module, manifest)
             # first, since ranks meet there: one that failed is heard before the others wait for it in sharded files
             self._capture.restore(module, live, manifest.segment)
             self._fill(manifest, live, WindowFiles(folder, module))
-        # also where the user interrupts: half a window would be merged as if it were whole
+        # Ctrl-C too: half a window would be merged as if it were a whole one
         except BaseException:
             self._capture.clear()
             self._stored.window.resume_from(0, None)
@@ -104,7 +105,6 @@ class SavedWindow:
 
     def _save_snapshots(self, files: WindowFiles) -> tuple[SavedSnapshot, ...]:
         stored, held = self._stored, self._stored.window.snapshots
-        # a checkpoint in another folder needs files of its own there
         saved = {item: self._files[item] for item in held if self._files.get(item, ("",))[0] == files.folder}
         with files.together():
             for item in held:
@@ -158,7 +158,6 @@ class SavedWindow:
                     f"{key}: {here.get(key)!r}, and the snapshots of the resumed run were taken with "
                     f"{manifest.settings.get(key)!r}. Set it back, or start with an empty window."
                 )
-        # the oldest would leave at once, and nobody asked for that
         if len(manifest.snapshots) > self._settings.config.window:
             raise ConfigError(
                 f"window: {self._settings.config.window}, and the resumed run holds {len(manifest.snapshots)} "
@@ -168,7 +167,7 @@ class SavedWindow:
 
 def _what_a_snapshot_is(parsed: WindowSettings) -> dict[str, Any]:
     settings = parsed.config
-    # what decides the bits of a snapshot; views, store and cadence of merges may change between runs
     keys = ["average", "slot_dtype", "batch_norm", *(["sample_every"] if settings.average == "block" else [])]
+    # the interval as it was parsed: 1000 and '1000 steps' are one
     chosen = {key: getattr(settings, key) for key in keys} | {"every": str(parsed.cadence.every)}
     return chosen | {"merge_buffers": list(settings.merge_buffers), "parameters": asdict(settings.parameters)}

@@ -100,10 +100,11 @@ class Breaks:
         if self._block is not None:
             self._block.invalidate()
         if num_lost:
+            lost = "1 snapshot is" if num_lost == 1 else f"{num_lost} snapshots are"
             self._notices.warn(
                 # schedules break at every step: by its kind it is said once, by its text each time
                 said_as or reason,
-                f"break at step {now.step} ({reason}): {num_lost} snapshots are no longer merged; the window refills.",
+                f"break at step {now.step} ({reason}): {lost} no longer merged; the window refills.",
             )
 
 

@@ -64,6 +64,8 @@ class Capture:
     def observe(self, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...]) -> bool:
         """Look at the model after a step; whether a snapshot was taken."""
         due = self._cadence.crossed(before, now, since=self.stored.window.since)
+        if not due and self._block is None:
+            return False
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
         touches = due or (self._block is not None and self._block.samples_at(now.step))
         with signals.deferred() if touches else nullcontext():

@@ -91,6 +91,13 @@ def test_a_line_at_each_merge_is_the_users_choice(tmp_path, caplog):
     assert all("val_loss raw" in line and ", sma " in line for line in lines)
 
 
+def test_a_run_that_measured_nothing_is_not_asked_which_metric_is_its_loss(tmp_path, caplog):
+    fit(tmp_path, max_steps=8, validate=False)
+    *_, made, forecast, _ = said(caplog)
+    assert made.endswith("nothing was measured.")
+    assert forecast == "merge: forecast: none, since nothing was measured."
+
+
 @pytest.mark.parametrize("library", [pl, pytorch_lightning])
 def test_lines_go_where_lightnings_own_notices_go(library, tmp_path, caplog, monkeypatch):
     fit(tmp_path / "first", library=library, max_steps=8)

@@ -125,9 +125,6 @@ def test_what_is_not_summed_yet_is_handed_to_the_next_clock():
     assert counted(second, [BATCH] * 2)[-1] == Progress(6, 12, 96)
 
 
-# --- in a Trainer ---
-
-
 def steps_of_merges(folder: Any, module: Any, train: Any, options: dict[str, Any], **merging: Any) -> list[Any]:
     callback = ModelMerging(window=3, validate=False, **merging)
     trainer(folder, callback, **({"max_epochs": 1} | options)).fit(module, train)

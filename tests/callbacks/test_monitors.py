@@ -42,9 +42,6 @@ def fit(folder: Path, values: tuple[float, ...], *callbacks: Any, **options: Any
     return own
 
 
-# --- EarlyStopping ---
-
-
 def test_p29_early_stopping_survives_until_the_first_merge(tmp_path):
     stopping = EarlyStopping(METRIC, patience=1)
     own = fit(tmp_path, (1.0,), stopping, max_steps=3)  # three validations, no merge
@@ -96,9 +93,6 @@ def test_early_stopping_works_in_the_pytorch_lightning_trainer(tmp_path):
     own = trainer(tmp_path, merging, stopping, library=pytorch_lightning, max_steps=12, **EVERY_STEP)
     own.fit(regression_of(pytorch_lightning)(), rows(), rows(4, seed=1))
     assert own.global_step == 6
-
-
-# --- ModelCheckpoint ---
 
 
 def kept(folder: Path) -> list[str]:
@@ -154,9 +148,6 @@ def test_a_monitored_checkpoint_resumes(tmp_path):
     # one of two patiences was spent before
     assert [record.step for record in read_records(tmp_path / "merges.jsonl")] == [4, 6, 8]
     assert own.global_step == 8
-
-
-# --- hooks ---
 
 
 @pytest.mark.parametrize("kind", [EarlyStopping, lambda monitor: ModelCheckpoint(monitor=monitor)])

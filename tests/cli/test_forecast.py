@@ -81,6 +81,13 @@ def test_the_command_runs_as_a_user_types_it(folder, capsys, monkeypatch):
     assert (folder / "forecast.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_picture_bears_the_name_of_the_run(folder, monkeypatch):
+    titles = []
+    monkeypatch.setattr("pretrain_merge.records.plots.save", lambda figure, path: titles.append(figure.axes[0]))
+    forecast(folder, steps=200)
+    assert titles[0].get_title(loc="left") == f"{folder.parent.name}/{folder.name}"
+
+
 def test_the_numbers_go_to_a_file(folder, tmp_path):
     forecast(folder, steps=[200], json=tmp_path / "numbers.json")
     back, ahead = json.loads((tmp_path / "numbers.json").read_text())

@@ -17,9 +17,9 @@ from pretrain_merge.plan import HARDWARE, Layout, Measured, Merging, Model, Ques
 def call(monkeypatch, capsys):
     """Runs the command; returns what it printed."""
 
-    def run(*arguments):
+    def run(*arguments, columns=140):
         monkeypatch.setattr(sys, "argv", ["pretrain-merge", "plan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "140")
+        monkeypatch.setenv("COLUMNS", str(columns))
         cli.main()
         return capsys.readouterr().out
 
@@ -120,9 +120,16 @@ def test_the_configuration_that_was_planned_is_printed_to_be_pasted(call, tmp_pa
     printed = call("7B", "--window", 6, "--every", "8B tokens", "--views", "[sma,sma4]", "--store", "disk")
     path = tmp_path / "merge.yaml"
     path.write_text(printed[printed.index("# the callback's configuration") :])
+    assert 'every: "13B tokens"' in call("7B")  # the paper's, as people write it
     config = build(MergeConfig, path)
     assert (config.window, config.every, config.views, config.store) == (6, "8B tokens", ["sma", "sma4"], "disk")
     assert "average" not in path.read_text()
+
+
+def test_at_80_columns_what_goes_on_in_a_second_line_stays_in_its_section(call):
+    lines = call("7B", "--gpus", 8, columns=80).splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("   copy of raw in an ")]
+    assert lines[place + 1].startswith("   evaluation ")
 
 
 def test_the_tokens_of_a_run_say_how_many_merges_it_makes_and_what_a_window_spans(call):

@@ -58,9 +58,6 @@ class _Batches:
         return (torch.full((2,), float(index)) for index in range(3))
 
 
-# --- the same batches ---
-
-
 @pytest.mark.parametrize(
     "loader",
     [
@@ -185,9 +182,6 @@ def test_each_batch_is_announced_after_it_was_used():
     assert len(announced) == 2
 
 
-# --- nothing moves ---
-
-
 class _Collator:
     def __init__(self, generator: Any) -> None:
         self.generator, self.num_calls = generator, 0
@@ -282,9 +276,6 @@ def test_the_users_persistent_workers_are_neither_used_nor_ended(num_workers):
     again = DataLoader(AugmentedRows(8), 4, num_workers=num_workers, persistent_workers=True)
     torch.manual_seed(0)
     assert [[checksum(batch) for batch in again] for _ in range(2)] == [first, second]
-
-
-# --- data with a position of their own ---
 
 
 class _Iterator:

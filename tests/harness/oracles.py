@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# --- coefficients: oldest snapshot first ---
-
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: float(1 - np.float64(t)),
     "cosine": lambda t: float(0.5 * (1 + np.cos(np.pi * np.float64(t)))),
@@ -91,8 +89,6 @@ def gradient_descent(start: Array, hessian: Array, minimum: Array, learning_rate
         iterates.append(iterates[-1] - learning_rate * gradient)
     return np.array(iterates)
 
-
-# --- merges: snapshots oldest first ---
 
 # Bits of the significand, the leading one included, and the exponent of the smallest normal number.
 FORMATS = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}

@@ -48,8 +48,6 @@ def written_quantities(draw):
     return f"{number}{space}{multiplier}{space}{unit}", expected
 
 
-# --- configurations ---
-
 hashable = (
     st.none()
     | st.booleans()
@@ -83,8 +81,6 @@ anything = st.recursive(
 config_keys = st.sampled_from([item.name for item in dataclasses.fields(MergeConfig)])
 configs = st.dictionaries(config_keys | st.text(string.ascii_lowercase, max_size=8), anything, max_size=4)
 
-# --- records ---
-
 names = st.text(string.ascii_letters + string.digits + "_.-/", min_size=1, max_size=10)
 metrics = st.dictionaries(names, st.floats(), max_size=3)
 recipes = st.builds(Recipe, st.tuples(amounts, amounts), st.tuples(st.floats(0, 1), st.floats(0, 1)))
@@ -105,7 +101,5 @@ records = st.builds(
     refused=st.integers(0, 9),
     timing=st.dictionaries(names, st.floats(0, 1e6), max_size=2),
 )
-
-# --- weights ---
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -150,9 +150,6 @@ def test_a_folder_that_exists_is_never_overwritten(saved):
     load_merged(Model(), saved)
 
 
-# --- what is refused, with the model left as it was ---
-
-
 def test_another_model_is_refused_with_what_is_missing_and_what_is_left(saved):
     other = Model(seed=1)
     other.extra = nn.Linear(2, 2)
@@ -235,9 +232,6 @@ def test_a_provenance_may_be_laid_out_anew_and_one_of_an_earlier_version_has_no_
 def test_a_path_that_is_no_folder_says_what_to_name(tmp_path):
     message = refusal(Model(), tmp_path / "nowhere")
     assert "Name a folder that holds model.safetensors and provenance.json" in message
-
-
-# --- Hugging Face ---
 
 
 @pytest.fixture(scope="module")

@@ -287,3 +287,22 @@ def test_an_evaluation_leaves_out_views_that_are_not_ready(tmp_path):
     assert torch.equal(found["raw"], raw)
     assert not torch.equal(found["sma"], raw)
     assert torch.equal(weights(loop), raw)
+
+
+def test_a_window_is_restored_where_what_it_holds_is_frozen_by_now(tmp_path):
+    def merger(model):
+        found = RollingMerger(window=3, every=1, window_folder=tmp_path)
+        found.watch(model)  # no optimizer is there yet that could tell
+        return found
+
+    model = Noisy()
+    before = merger(model)
+    for step in (1, 2, 3):
+        before.observe(model, step)
+    state = before.state_dict()
+    before.close()
+    model.layers[0].requires_grad_(False)
+    after = merger(model)
+    after.load_state_dict(state)
+    assert set(after.tensors(model)) == set(before.tensors(model)) == set(dict(model.named_parameters()))
+    assert [snapshot.progress.step for snapshot in after.window.snapshots] == [1, 2, 3]

@@ -109,9 +109,6 @@ def test_a_merge_that_the_user_asks_for_does_not_hide_why_a_view_is_not_ready():
     assert str(caught.value) == merging.why_not("sma9")
 
 
-# --- how much of the run a view spans ---
-
-
 def spans(every, last_step, views=("sma",), **options):
     """Of each view at each snapshot from the second on: by step, how many snapshots and over how many steps."""
     merging, module, found = RollingMerger(every=every, views=list(views), **options), nn.Linear(2, 1), {}

@@ -1,6 +1,6 @@
 """Seeded faults: breaks the package in one place at a time and asks whether the named tests notice.
 
-`python -m tests.mutations` runs the named tests unbroken, then each fault of `catalogue.py` in a copy of the
+`python -m tests.mutations` runs the named tests unbroken, then each fault of `catalogue` in a copy of the
 repository, and last, unbroken again, every test that noticed one. Exits with 1 if a fault was not caught.
 """
 
@@ -17,7 +17,10 @@ from pathlib import Path
 from tests.mutations.catalogue import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-_COPIED = ("pretrain_merge", "tests", "benchmarks", "examples", "pyproject.toml")
+_COPIED = (
+    "pretrain_merge", "tests", "benchmarks", "examples", "docs", "README.md", "CONTRIBUTING.md", "Makefile",
+    "constraints.txt", "pyproject.toml",
+)  # fmt: skip
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 
 

@@ -40,9 +40,6 @@ def with_weight(parameter):
     return module
 
 
-# --- what is merged ---
-
-
 def test_p22_trainable_float_parameters_are_merged_each_once_and_nothing_else():
     assert list(mergeable_tensors(Model())) == ["embed.weight"]
 
@@ -113,9 +110,6 @@ def test_names_are_free_of_what_torch_compile_adds():
     assert plain_name("_forward_module._orig_mod.a.weight") == "a.weight"  # of Fabric
 
 
-# --- buffers ---
-
-
 def test_float_buffers_are_merged_by_pattern_after_the_parameters():
     assert list(mergeable_tensors(Model(), merge_buffers=["router_*"])) == ["embed.weight", "router_bias"]
 
@@ -162,9 +156,6 @@ def test_running_statistics_stay_live_or_are_merged_as_chosen(norm):
 def test_norms_without_running_statistics_need_no_choice():
     module = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3), nn.InstanceNorm1d(3))
     assert len(mergeable_tensors(module)) == 4
-
-
-# --- what is refused ---
 
 
 class Subclass(nn.Parameter):
@@ -240,9 +231,6 @@ def test_parameters_side_by_side_in_one_storage_are_merged():
     assert len(mergeable_tensors(module)) == 2
 
 
-# --- the choice by name ---
-
-
 def test_patterns_choose_among_the_parameters_that_train():
     module = Model()
     module.lora = nn.Linear(3, 3)
@@ -281,9 +269,6 @@ def test_patterns_that_leave_nothing_or_match_nothing_are_refused(options, piece
         assert piece in message
 
 
-# --- the set over time ---
-
-
 def test_p36_what_trained_once_stays_in_the_set_whatever_is_frozen_at_the_moment():
     module, trained = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 2)}), Trained()
     module["g"].requires_grad_(False)
@@ -315,9 +300,6 @@ def test_a_model_with_nothing_to_merge_is_refused():
     message = refusal(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)))
     assert "Sequential has no trainable float parameters" in message
     assert "requires_grad=True" in message
-
-
-# --- copies and checks ---
 
 
 def test_a_copy_converts_as_torch_does_and_leaves_its_source():

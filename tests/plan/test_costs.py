@@ -62,9 +62,6 @@ def allocated(merger):
     return [num_bytes(slot) for slot in slots_of(merger).values()]
 
 
-# --- bytes ---
-
-
 @pytest.mark.parametrize("store", ["device", "host"])
 @pytest.mark.parametrize(
     ("dtype", "slots"), [("float32", None), ("bfloat16", None), ("float32", "bfloat16"), ("float64", "float32")]
@@ -195,9 +192,6 @@ def test_replicas_each_have_a_window_and_are_saved_once():
     assert plan.saved_window_bytes == WINDOW * 4 * 100
 
 
-# --- where it goes ---
-
-
 @given(st.integers(10**4, 10**9), st.integers(10**4, 10**10), st.integers(10**6, 10**11))
 def test_auto_is_what_the_stores_would_choose(elements, device, host):
     hardware = Measured(device_bytes=device, host_bytes=host).over(GPU)
@@ -219,8 +213,6 @@ def test_each_store_says_what_it_needs_and_whether_that_is_there():
     tight = asked(model, hardware=Measured(device_bytes=10**8).over(GPU)).places["device"]
     assert (tight.free, tight.fits) == (0, False)
 
-
-# --- times ---
 
 N = 10**6
 MODEL = Model("a test", ((N, 1),), N // 2)
@@ -341,9 +333,6 @@ def test_snapshots_and_merges_come_as_often_as_configured(every, merge_every, sn
     assert plan.costs["capture"].period == snapshots * STEP
     assert plan.costs["merge"].period == plan.costs["evaluation"].period == merges * STEP
     assert plan.share == pytest.approx(sum(cost.seconds / cost.period for cost in plan.costs.values()))
-
-
-# --- refused ---
 
 
 @pytest.mark.parametrize(

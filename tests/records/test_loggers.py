@@ -34,9 +34,6 @@ def fit(folder: Path, *loggers: Any) -> dict[int, dict[str, float]]:
     return lines
 
 
-# --- W&B ---
-
-
 def finished_wandb_records(path: Path, patience: float = 30.0) -> list[Any]:
     """All records, once W&B's own process has written its last one (it goes on after `wandb.finish`)."""
     deadline = time.monotonic() + patience
@@ -124,7 +121,8 @@ def test_wandb_has_the_configuration_of_each_callback(wandb_run):
 @pytest.mark.parametrize(("name", "steps"), [("merge", [4, 6]), ("slow", [6])])
 def test_wandb_has_a_table_and_a_picture_of_all_merges(wandb_run, name, steps):
     (table,) = (json.loads(path.read_text()) for path in wandb_run.files.glob(f"media/table/{name}/merges*.json"))
-    assert [row[table["columns"].index(f"{name}/step")] for row in table["data"]] == steps
+    assert [row[table["columns"].index("step")] for row in table["data"]] == steps
+    assert not any(column.startswith(f"{name}/") for column in table["columns"])  # the table has the name
     (picture,) = wandb_run.files.glob(f"media/images/{name}/curves*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -199,9 +197,6 @@ def test_p15_the_step_is_that_of_the_merge_and_the_logger_is_saved():
     Tracker().publish([logger], RECORD)
     assert logger.lines == [(400, RECORD.metrics())]
     assert logger.num_saves == 1
-
-
-# --- other loggers ---
 
 
 def test_tensorboard_has_every_metric_at_the_step_of_its_merge(tmp_path):

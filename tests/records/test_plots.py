@@ -102,8 +102,32 @@ def test_more_views_than_colours_still_get_a_line_each():
     assert len(upper.get_lines()) == 1 + len(views)
 
 
+def test_views_beyond_the_colours_are_told_apart_by_their_dashes():
+    views = {f"sma{number}": 1.0 + number / 10 for number in range(2, 11)}
+    upper, _ = curves([record(100, 2.0, **views), record(200, 1.9, **views)]).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in upper.get_lines()}
+    assert len(looks) == 1 + len(views)
+
+
+@pytest.mark.parametrize(
+    ("every", "tick"), [(100, "2000"), (7_500, "150k"), (100_000, "2M"), (75_000, "1.5M"), (10**8, "2B")]
+)
+def test_ticks_of_a_long_run_have_a_unit_and_no_power_of_ten_in_a_corner(every, tick):
+    _, lower = curves([record(every * number, 2.0) for number in range(1, 21)]).axes
+    lower.xaxis.get_major_formatter().set_locs([0, every * 10, every * 20])
+    assert lower.xaxis.get_major_formatter()(every * 20) == tick
+    assert not lower.xaxis.get_major_formatter().get_offset()
+
+
+def test_lines_of_very_many_merges_are_thin():
+    widths = [curves([record(step, 2.0) for step in range(number)]).axes[0].get_lines()[0] for number in (300, 301)]
+    assert widths[0].get_linewidth() > 2 * widths[1].get_linewidth()
+
+
 def test_an_unknown_metric_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'val_los' is in none of the 20 records.*accuracy, val_loss"):
+    with pytest.raises(
+        ConfigError, match=r"'val_los' is in none of the 20 records.*accuracy, val_loss. Did you mean 'val_loss'\?"
+    ):
         curves(run(), metric="val_los")
     with pytest.raises(ConfigError, match=r"none of the 0 records.*nothing"):
         curves([])
@@ -124,9 +148,6 @@ def test_pyplot_is_never_loaded_nor_matplotlib_by_the_import_alone(tmp_path):
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "figure.png")], check=True)
-
-
-# --- forecasts ---
 
 
 def band(axes):

@@ -57,6 +57,22 @@ def test_a_runs_folder_is_read_by_its_records(tmp_path):
     assert read_run(tmp_path / "merges.jsonl") == RECORDS
 
 
+def test_records_of_a_callback_with_a_name_of_its_own_are_found_in_the_runs_folder(tmp_path):
+    append_record(tmp_path / "merges.jsonl", RECORDS[0])
+    append_record(tmp_path / "long [1]" / "merges.jsonl", dataclasses.replace(RECORDS[1], name="long [1]"))
+    assert [item.step for item in read_run(tmp_path, name="long [1]")] == [200]
+    assert [item.step for item in read_run(tmp_path)] == [100]
+
+
+def test_a_folder_of_runs_names_those_in_it(tmp_path):
+    for version in ("version_0", "version_1"):
+        append_record(tmp_path / "lightning_logs" / version / "merges.jsonl", RECORDS[0])
+    with pytest.raises(
+        CheckpointError, match=r"lightning_logs is not a run.*version_0, .*version_1\. Name one of these"
+    ):
+        read_run(tmp_path / "lightning_logs")
+
+
 def test_lightnings_csv_gives_the_merges_back(tmp_path):
     logger = CSVLogger(tmp_path)
     logged(logger)

@@ -81,6 +81,8 @@ def test_several_runs_are_overlaid_and_one_without_the_metric_is_left_out():
     assert [run["name"] for run in found["runs"]] == ["a", "b"]
     with pytest.raises(ConfigError, match="Measured: acc"):
         page([Reported("c", other)], "val_loss")
+    with pytest.raises(ConfigError, match=r"Did you mean 'acc'\?"):
+        page([Reported("c", other)], "accc")
 
 
 def test_a_long_run_is_thinned_and_says_so():
@@ -111,6 +113,22 @@ def test_a_forecast_is_judged_by_a_run_whose_rate_has_fallen(raw, lr, verdict):
     rows = tables_of(page([Reported("main", main), Reported("branch", branch)], "val_loss"))[0]
     assert rows[1][:3] == ["main: soon", "100", "300"]
     assert rows[1][-1] == verdict
+
+
+def test_forecasts_that_nothing_judges_are_folded_away():
+    main = [at(100, forecasts={"soon": {"val_loss": Expected(0.7, 0.6, 0.8, 300)}}), at(300)]
+    branch = Reported("branch", [at(300, raw={"val_loss": 0.7}, lr=(1e-5,))])
+    alone, both = page([Reported("main", main)], "val_loss"), page([Reported("main", main), branch], "val_loss")
+    assert "<details><summary>Forecasts, and what came" in alone
+    assert "<details open><summary>Forecasts, and what came" in both
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [(0, "–"), (409_600, "409,600"), (4_000_000, "4M"), (1_048_576_000_000, "1.049T")]
+)
+def test_tokens_are_written_as_people_say_them(tokens, shown):
+    run = Reported("a", [dataclasses.replace(at(100), tokens=tokens)])
+    assert [rows[1][1] for rows in tables_of(page([run], "val_loss")) if rows[0][1] == "tokens"] == [shown]
 
 
 def test_the_best_view_of_an_accuracy_is_the_largest():

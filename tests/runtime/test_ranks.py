@@ -93,9 +93,6 @@ def test_one_process_needs_no_group():
     assert not package_ranks.any_rank(False)
 
 
-# --- the harness ---
-
-
 def one_rank_fails():
     if dist.get_rank() == 1:
         raise ValueError("rank 1 gave up")

@@ -226,9 +226,6 @@ def test_ctrl_c_ends_a_long_evaluation_at_once_and_raw_is_back(where, tmp_path):
     assert same_bits(weights(module), raw.run.weights[1])
 
 
-# --- runs that get a signal from outside while merged weights are in the model ---
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("signals")

@@ -106,9 +106,6 @@ def test_one_process_is_alone():
     assert choose._num_ranks_on_this_host() == 1
 
 
-# --- what is free ---
-
-
 def test_free_memory_is_what_this_machine_says():
     in_use = torch.ones(2**20)
     assert 2**20 < choose._free_host_bytes() < 2**50

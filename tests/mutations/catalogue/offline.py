@@ -1,0 +1,171 @@
+"""Faults of merges of checkpoints on disk."""
+
+from tests.mutations.catalogue.fault import Fault
+
+_MERGE = "tests/offline/test_merge.py"
+_CRAFTED_FILES = "tests/offline/test_crafted_files.py"
+_KILLED = "tests/offline/test_killed.py"
+
+FAULTS = (
+    Fault(
+        "a source's ties are written twice",
+        "offline/agreement.py",
+        "        if name in common_ties(sources):\n            continue\n",
+        "",
+        _MERGE,
+    ),
+    Fault(
+        "a constant is summed and rounded",
+        "offline/sums.py",
+        "if _are_equal(row.parts):",
+        "if False:",
+        _MERGE,
+    ),
+    Fault(
+        "buffers of the next batch are those of this one",
+        "offline/stream.py",
+        "lane = free.pop()",
+        "lane = self._lanes[0]",
+        "tests/offline",
+    ),
+    Fault(
+        "two states of one step in a folder are taken for one",
+        "offline/doubles.py",
+        "if not _are_one(other, source):",
+        "if False:",
+        _MERGE,
+    ),
+    Fault(
+        "a state that a folder holds twice weighs double",
+        "offline/recognise.py",
+        "return without_doubles(inner)",
+        "return inner",
+        _MERGE,
+    ),
+    Fault(
+        "a class that DCP does not write is looked up",
+        "offline/dcp_metadata.py",
+        "            return _ALLOWED[module, name]\n        except KeyError:",
+        "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
+        _CRAFTED_FILES,
+    ),
+    Fault(
+        "metadata name files elsewhere",
+        "offline/dcp_format.py",
+        'or ".." in name.split("/") ',
+        "",
+        _CRAFTED_FILES,
+    ),
+    Fault(
+        "a tensor reaches beyond its storage",
+        "offline/torch_archive.py",
+        "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
+        "if False:",
+        _CRAFTED_FILES,
+    ),
+    Fault(
+        "a safetensors header is believed before the file's size",
+        "offline/safetensors_format.py",
+        "if stop - start != kind.num_bytes:",
+        "if False:",
+        _CRAFTED_FILES,
+    ),
+    Fault(
+        "finished files of another merge are kept",
+        "offline/partial.py",
+        "if not plan.exists() or plan.read_bytes() != text.encode():",
+        "if not plan.exists():",
+        _KILLED,
+    ),
+    Fault(
+        "a finished file is believed without its checksum",
+        "offline/shards.py",
+        " and _checksum(path) == before.crc32",
+        "",
+        _KILLED,
+    ),
+    Fault(
+        "what was written is not compared",
+        "offline/shards.py",
+        "if found != block:",
+        "if False:",
+        _KILLED,
+    ),
+    Fault(
+        "a diverged checkpoint is merged",
+        "offline/sums.py",
+        "if not part.isfinite().all():",
+        "if False:",
+        _MERGE,
+    ),
+    Fault(
+        "statistics of BatchNorm are averaged unasked",
+        "offline/agreement.py",
+        "if merged and _BATCH_NORM.fullmatch(name) and",
+        "if False and",
+        _MERGE,
+    ),
+    Fault(
+        "spelled-out coefficients follow the steps",
+        "offline/recipe.py",
+        'keep_order=wanted.kind == "custom"',
+        "keep_order=False",
+        _MERGE,
+    ),
+    Fault(
+        "the emulated decay ignores uneven steps",
+        "offline/recipe.py",
+        "len(ordered), times=times, **wanted.params)",
+        "len(ordered), **wanted.params)",
+        _MERGE,
+    ),
+    Fault(
+        "an exported checkpoint has the window of the run before",
+        "offline/export.py",
+        "            del callbacks[key]\n",
+        "            pass\n",
+        "tests/offline/test_export.py",
+    ),
+    Fault(
+        "a sweep's merges take buffers of all checkpoints",
+        "offline/validating.py",
+        " and name in parameters:",
+        ":",
+        "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "candidates of a sweep draw other random numbers",
+        "offline/validating.py",
+        "        self._random_state()\n        self._trainer",
+        "        self._trainer",
+        "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "a killed sweep begins anew",
+        "offline/sweep_job.py",
+        "if self._step(point) > last]",
+        "if self._step(point) > 0]",
+        _KILLED,
+    ),
+    Fault(
+        "a checkpoint at the edge of a falling rate is merged with what follows",
+        "offline/schedule.py",
+        "(differs or fell)",
+        "differs",
+        "tests/offline/test_schedule.py",
+    ),
+    Fault(
+        "views of a sweep are compared at unequal points",
+        "offline/comparison.py",
+        "points = [record for record in measured if set(views) <= set(_holding(record, metric))]",
+        "points = [record for record in measured if _holding(record, metric)]",
+        "tests/offline/test_comparison.py",
+    ),
+    Fault(
+        "neighbouring points count as independent",
+        "offline/comparison.py",
+        "(1.0 - correlation) / (1.0 + correlation)",
+        "1.0",
+        "tests/offline/test_comparison.py",
+    ),
+)

@@ -1,0 +1,50 @@
+"""Faults of spikes and the way back from them."""
+
+from tests.mutations.catalogue.fault import Fault
+
+_SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
+
+FAULTS = (
+    Fault(
+        "a run goes back to its newest restart point, damaged or not",
+        "spikes/restart_points.py",
+        "if point.step <= onset - self._distrust]\n        good",
+        "if point.step <= onset]\n        good",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "the optimizer keeps the state that diverged",
+        "spikes/live_state.py",
+        "optimizer.state.clear()",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "the scaled rate stays after the step",
+        "spikes/changed_steps.py",
+        '            group["lr"] = rate\n',
+        "            pass\n",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "one bad batch is a spike",
+        "spikes/detector.py",
+        "sustained: int = 3,",
+        "sustained: int = 1,",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "a spike is judged by itself",
+        "spikes/detector.py",
+        "known[len(self._ahead) :], self._ahead[:0]",
+        "known[: self._num_kept], self._ahead[:0]",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "each rank judges its own losses",
+        "spikes/detector.py",
+        "_means(self._unread, ranks.sum_of_floats)",
+        "_means(self._unread, lambda sums: sums)",
+        "tests/merging/test_spikes_on_ranks.py",
+    ),
+)

@@ -1,0 +1,171 @@
+"""Faults of the window: what a snapshot holds, which are held, what breaks the stretch."""
+
+from tests.mutations.catalogue.fault import Fault
+
+_WINDOW = "tests/window/test_window.py"
+_BREAKS = "tests/merging/test_breaks.py"
+_BLOCK_MEAN = "tests/window/test_block_mean.py"
+
+FAULTS = (
+    Fault(
+        "the newest snapshot leaves, not the oldest",
+        "window/window.py",
+        "self._held.popleft().segment",
+        "self._held.pop().segment",
+        _WINDOW,
+    ),
+    Fault(
+        "a full window writes over the newest slot",
+        "window/window.py",
+        "return self._held[0].slot",
+        "return self._held[-1].slot",
+        _WINDOW,
+    ),
+    Fault(
+        "each step goes through the whole window",
+        "window/window.py",
+        "return self._held[-2] if len(self._held) > 1",
+        "return self.snapshots[-2] if len(self._held) > 1",
+        _WINDOW,
+    ),
+    Fault(
+        "snapshots before a break are counted as valid",
+        "window/window.py",
+        "num_lost, self.num_valid = self.num_valid, 0",
+        "num_lost = self.num_valid",
+        _WINDOW,
+    ),
+    Fault(
+        "a break does not end the segment",
+        "window/window.py",
+        "self.segment += 1",
+        "self.segment += 0",
+        f"{_WINDOW} {_BREAKS}",
+    ),
+    Fault(
+        "the sum starts with the old one",
+        "window/block_mean.py",
+        "weighted_sum_(self.sums, [tensors], [1.0])",
+        "weighted_sum_(self.sums, [self.sums, tensors], [1.0, 1.0])",
+        _BLOCK_MEAN,
+    ),
+    Fault(
+        "the mean divides by one too many",
+        "window/block_mean.py",
+        "[1.0 / self.num_samples]",
+        "[1.0 / (self.num_samples + 1)]",
+        _BLOCK_MEAN,
+    ),
+    Fault(
+        "a block with a break in it stays complete",
+        "window/block_mean.py",
+        "self._is_valid = self._is_valid and self.num_seen == 0",
+        "pass",
+        _BLOCK_MEAN,
+    ),
+    Fault(
+        "sums in the dtype of the parameter",
+        "window/block_mean.py",
+        "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
+        "return tensor.dtype",
+        _BLOCK_MEAN,
+    ),
+    Fault(
+        "a changed learning rate is no break",
+        "window/breaks.py",
+        "if self._settings.breaks.lr and _differs(",
+        "if False and _differs(",
+        _BREAKS,
+    ),
+    Fault(
+        "a slow drift of the learning rate is no break",
+        "window/breaks.py",
+        "            self.segment_lr = lr\n",
+        "        self.segment_lr = lr\n",
+        _BREAKS,
+    ),
+    Fault(
+        "non-finite snapshots are kept",
+        "window/capture.py",
+        "not num_partial and not num_non_finite",
+        "True",
+        _BREAKS,
+    ),
+    Fault(
+        "tensors are merged by position",
+        "window/stored.py",
+        "return [live[name] for name in self._kinds]",
+        "return list(live.values())",
+        "tests/merging/test_swap.py",
+    ),
+    Fault(
+        "a step inside a swap takes the slot of raw",
+        "window/capture.py",
+        "if self.stored.num_swaps:",
+        "if False:",
+        "tests/merging/test_raw_comes_back.py",
+    ),
+    Fault(
+        "raw is always taken from the newest slot",
+        "window/stored.py",
+        "if self.open_store().holds(newest.slot, self._in_order(live)) else None",
+        "if True else None",
+        "tests/merging/test_copies_of_raw.py tests/callbacks/test_which_parameters.py",
+    ),
+    Fault(
+        "raw is always copied",
+        "window/stored.py",
+        "if self.open_store().holds(newest.slot, self._in_order(live)) else None",
+        "if False else None",
+        "tests/merging/test_copies_of_raw.py",
+    ),
+    Fault(
+        "a block keeps the iterate beyond its end",
+        "window/capture.py",
+        "        if not overshoots:\n",
+        "        if True:\n",
+        "tests/merging/test_blocks.py",
+    ),
+    Fault(
+        "masters are rounded before they are merged",
+        "window/stored.py",
+        "parameter if self._least is None else torch.promote_types(parameter, self._least)",
+        "parameter",
+        "tests/merging/test_masters.py",
+    ),
+    Fault(
+        "parameters are merged in place of masters",
+        "window/capture.py",
+        "[sources[name] for name in live]",
+        "list(live.values())",
+        "tests/merging/test_masters.py",
+    ),
+    Fault(
+        "what ranks hold alike counts in the spread once per rank",
+        "window/capture.py",
+        "name: whole / together if together else 1.0 for",
+        "name: 1.0 for",
+        "tests/system/test_layouts.py",
+    ),
+    Fault(
+        "a break on one rank is none on the others",
+        "window/capture.py",
+        "if num_broken and not has_broken:",
+        "if False:",
+        "tests/system/test_failures_on_ranks.py",
+    ),
+    Fault(
+        "what a spike may have damaged is kept",
+        "window/spike_breaks.py",
+        "self._window.drop_after(onset.step - self._num_distrusted())",
+        "0",
+        "tests/callbacks/test_spikes.py",
+    ),
+    Fault(
+        "a snapshot goes into a slot that is held",
+        "window/window.py",
+        "            return self._spare[-1]\n",
+        "            return len(self._held)\n",
+        _WINDOW,
+    ),
+)
