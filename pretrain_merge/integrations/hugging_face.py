@@ -148,6 +148,7 @@ def _caller(callback: TrainerCallback) -> tuple[Trainer, dict[str, Any]]:
 
     A Trainer hands its callbacks everything but itself, and an evaluation by its own loop needs it.
     """
+    # outwards: the first Trainer that is met runs this event
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

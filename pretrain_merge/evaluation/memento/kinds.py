@@ -53,6 +53,7 @@ _WORKING = frozenset(
         "_asyncio",
     }
 )  # fmt: skip
+# of Python's own, what users' state is made of
 _PLAIN_STDLIB = frozenset(
     {
         "builtins", "types", "argparse", "random", "collections", "functools", "dataclasses", "abc", "typing",
@@ -162,6 +163,7 @@ def is_library(module: str) -> bool:
     top = module.partition(".")[0]
     if top in _LIBRARIES or top in sys.stdlib_module_names:
         return top != "__main__" and not module.startswith("pretrain_merge.demo")
+    # what is installed for editing is the user's own code
     file = getattr(sys.modules.get(top), "__file__", None) or ""
     return "site-packages" in file or "dist-packages" in file
 

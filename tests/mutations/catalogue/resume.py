@@ -10,7 +10,7 @@ FAULTS = (
         "resume/saved_window.py",
         "self._capture.trained.remember(manifest.parameters)",
         "pass",
-        "tests/callbacks/test_which_parameters.py",
+        "tests/merging/test_states.py",
     ),
     Fault(
         "files of old states stay for ever",
