@@ -1,5 +1,8 @@
 """One thread per test process: the suite runs in parallel, and bitwise comparisons want one reduction order."""
 
+import functools
+import gc
+import importlib.metadata
 import os
 import signal
 
@@ -9,13 +12,21 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
-import pytest
-import torch
+# Every Trainer asks what is installed: a directory listing and a file for each package, a tenth of a short run.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
-torch.set_num_threads(1)
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
 hypothesis.settings.register_profile("suite", max_examples=50)  # of each law; one that needs more says so
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_finish(session):
+    import torch  # not by the process that only hands out tests
+
+    torch.set_num_threads(1)
+    gc.freeze()  # half a million objects of imported modules, which no collection needs to walk again
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 This module trains; it knows no files.
 """
 
+import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -86,6 +88,32 @@ def measured(divergence: Divergence) -> dict[str, Any]:
     return found | {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end}
 
 
+def steps(divergence: Divergence, corpus: Corpus) -> Iterator[tuple[float, float]]:
+    """Training loss, and norm of the gradient, of each step of the run that nobody takes back."""
+    model = _Model(divergence)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=divergence.lr, betas=(0.9, divergence.beta2))
+    blocks = _blocks(divergence, corpus, divergence.num_steps)
+    for step in range(divergence.num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = divergence.lr * _warmth(step)
+        optimizer.zero_grad()
+        batch = [blocks[step * _BATCH + index]["input_ids"] for index in range(_BATCH)]
+        loss = model.training_step({"input_ids": torch.stack(batch)}, step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        optimizer.step()
+        yield loss.item(), norm.item()
+
+
+def _blocks(divergence: Divergence, corpus: Corpus, num_steps: int) -> TrainingBlocks:
+    num_blocks = num_steps * _BATCH
+    return TrainingBlocks(corpus.train, block_length=_BLOCK_LENGTH, num_blocks=num_blocks, seed=divergence.seed)
+
+
+def _warmth(step: int) -> float:
+    return min(1.0, (step + 1) / _WARMUP)
+
+
 class _Model(lightning.LightningModule):
     def __init__(self, divergence: Divergence, clip: float | None = None) -> None:
         super().__init__()
@@ -110,7 +138,7 @@ class _Model(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         betas = (0.9, self._divergence.beta2)
         optimizer = torch.optim.AdamW(self.parameters(), lr=self._divergence.lr, betas=betas)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmth)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -135,9 +163,7 @@ class _Measuring(lightning.Callback):
 
 
 def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery | None = None) -> None:
-    blocks = TrainingBlocks(
-        corpus.train, block_length=_BLOCK_LENGTH, num_blocks=(num_steps + BEYOND) * _BATCH, seed=module._divergence.seed
-    )
+    blocks = _blocks(module._divergence, corpus, num_steps + BEYOND)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             accelerator="cpu", devices=1, max_steps=num_steps + (BEYOND if recovery else 0), logger=False,

@@ -1,17 +1,22 @@
 """Train what is missing and say what the detector makes of it: `python -m benchmarks.spikes [--report]`."""
 
 import argparse
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.annealing import texts
-from benchmarks.spikes.runs import COLLAPSING, STABLE, seeded, trained
+from benchmarks.recovery.divergences import ALL, Divergence, steps
+from benchmarks.spikes.runs import COLLAPSING, DEFINITIONS, STABLE, Run, recorded, seeded, trained
 from benchmarks.spikes.scores import score
 from pretrain_merge.demo.corpus import Corpus
 
+_TOLD_OF = {"loss": False, "loss and gradient norm": True}
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -25,13 +30,16 @@ def main() -> None:
     if not options.report:
         _train(options.out, options.seeds)
     runs = {path.stem: np.load(path)["steps"] for path in sorted(options.out.glob("*.npz"))}
-    print("| told of | stable steps | false alarms | per 1,000 | collapses | within 15 steps | within 25 |")
-    print("|---|---|---|---|---|---|---|")
-    for name, with_norm in (("loss", False), ("loss and gradient norm", True)):
-        found = score(runs, with_norm=with_norm)
+    groups = {kind: [name for name in runs if name.startswith(kind)] for kind in ("rate", "shock")}
+    groups |= {"others": [name for name in runs if name not in groups["rate"] + groups["shock"]], "all": list(runs)}
+    print("| told of | runs | collapse | stable steps | false alarms | per 1,000 | seen within 15 | within 25 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, with_norm), definition, (group, names) in product(_TOLD_OF.items(), DEFINITIONS, groups.items()):
+        found = score({name: runs[name] for name in names}, with_norm=with_norm, definition=definition)
+        num = len(found.delays)
         print(
-            f"| {name} | {found.num_stable} | {found.num_false} | {found.per_thousand:.2f} | {len(found.delays)} | "
-            f"{found.within(15)} | {found.within(25)} |"
+            f"| {name} | {group} ({len(names)}) | {definition} | {found.num_stable} | {found.num_false} | "
+            f"{found.per_thousand:.2f} | {found.within(15)} of {num} | {found.within(25)} of {num} |"
         )
 
 
@@ -41,12 +49,26 @@ def _train(out: Path, seeds: int) -> None:
         return texts.TEXTS[text]()
 
     out.mkdir(parents=True, exist_ok=True)
+    for divergence in ALL:
+        _keep(out, divergence.name, partial(_taken, divergence, corpus))
     for runs, until_collapse in ((STABLE, False), (COLLAPSING, True)):
         for run in seeded(runs, seeds):
-            path = out / f"{run.name}.npz"
-            if not path.exists():
-                np.savez_compressed(path, steps=trained(run, corpus(run.text), until_collapse=until_collapse))
-                print(f"{run.name}: done", flush=True)
+            _keep(out, run.name, partial(_trained, run, corpus, until_collapse))
+
+
+def _taken(divergence: Divergence, corpus: Callable[[str], Corpus]) -> NDArray[np.float32]:
+    return recorded(steps(divergence, corpus("stdlib")), until_collapse=True)
+
+
+def _trained(run: Run, corpus: Callable[[str], Corpus], until_collapse: bool) -> NDArray[np.float32]:
+    return trained(run, corpus(run.text), until_collapse=until_collapse)
+
+
+def _keep(out: Path, name: str, made: Callable[[], NDArray[np.float32]]) -> None:
+    path = out / f"{name}.npz"
+    if not path.exists():
+        np.savez_compressed(path, steps=made())
+        print(f"{name}: done", flush=True)
 
 
 if __name__ == "__main__":

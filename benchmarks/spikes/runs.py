@@ -4,7 +4,7 @@ This module knows the loop and what makes a run collapse. What a detector sees i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,9 @@ from pretrain_merge.demo.corpus import Corpus, TrainingBlocks
 
 BLOCK_LENGTH = 64
 _LOOKS_EVERY = 50
-COLLAPSED, SOUND = 1.0, 0.3  # nats of the smoothed loss above its lowest: it has collapsed; it is as good as ever
+# By which a run has collapsed: nats of the smoothed loss above its lowest, and those up to which it is as good as ever.
+# The first was there before any result; half a nat of a loss as noisy as these comes and goes.
+DEFINITIONS = {".5 nat": (0.5, 0.15), "1 nat": (1.0, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,14 @@ def trained(run: Run, corpus: Corpus, *, until_collapse: bool) -> NDArray[np.flo
         corpus: Its text.
         until_collapse: Go on for 100 steps beyond a collapse, and no further.
     """
+    return recorded(_steps(run, corpus), until_collapse=until_collapse)
+
+
+def recorded(steps: Iterable[tuple[float, float]], *, until_collapse: bool) -> NDArray[np.float32]:
+    """`(2, step)`: what the steps of a run gave, as `trained`."""
     found: list[tuple[float, float]] = []
-    told, onset = _told(), None
-    for step, (loss, norm) in enumerate(_steps(run, corpus), start=1):
+    told, onset = _told(*DEFINITIONS["1 nat"]), None
+    for step, (loss, norm) in enumerate(steps, start=1):
         found.append((loss, norm))
         if onset is None and told.sees(step, loss):
             onset = told.sound_until
@@ -108,17 +115,17 @@ def trained(run: Run, corpus: Corpus, *, until_collapse: bool) -> NDArray[np.flo
     return np.array(found, dtype=np.float32).T
 
 
-def collapse(losses: list[float]) -> int | None:
+def collapse(losses: list[float], definition: str) -> int | None:
     """The last step at which the smoothed loss was as good as ever, counted from 1; None: it never collapsed.
 
     With hindsight and by nats, where the detector has neither.
     """
-    told = _told()
+    told = _told(*DEFINITIONS[definition])
     return next((told.sound_until for step, loss in enumerate(losses, start=1) if told.sees(step, loss)), None)
 
 
-def _told() -> Collapse:
-    return Collapse(collapsed=COLLAPSED, sound=SOUND)
+def _told(collapsed: float, sound: float) -> Collapse:
+    return Collapse(collapsed=collapsed, sound=sound)
 
 
 def _steps(run: Run, corpus: Corpus) -> Iterator[tuple[float, float]]:

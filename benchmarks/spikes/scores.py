@@ -38,17 +38,18 @@ class Score:
         return sum(delay is not None and delay <= steps for delay in self.delays)
 
 
-def score(runs: Mapping[str, NDArray[np.float32]], *, with_norm: bool) -> Score:
+def score(runs: Mapping[str, NDArray[np.float32]], *, with_norm: bool, definition: str) -> Score:
     """That of a detector with its defaults.
 
     Args:
         runs: By name, `(2, step)`: loss and norm of the gradient.
         with_norm: Whether the detector is told of the norm.
+        definition: Of a collapse.
     """
     num_stable = num_false = 0
     delays: list[int | None] = []
     for losses, norms in runs.values():
-        onset = collapse(losses.tolist())
+        onset = collapse(losses.tolist(), definition)
         told = list(_told(losses, norms if with_norm else None))
         num_stable += len(losses) if onset is None else onset
         num_false += sum(onset is None or step < onset - _BEFORE for step in told)

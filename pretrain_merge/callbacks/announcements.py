@@ -145,7 +145,9 @@ class Announcements:
         save = self._fit.config.save
         # forecasts' own views are never saved
         views = len(self._fit.settings.views) + save.raw
-        number = views * save.keep * (save.every is not None) + (save.best is not None) + views * save.at_end
+        # beside the best one those that stand in for it, should a spike take it back
+        best = 0 if save.best is None else 3 if self._fit.config.breaks.spikes else 1
+        number = views * save.keep * (save.every is not None) + best + views * save.at_end
         return (
             f"merged models, {bytes_text(number * sizes.model)} at most" if number else "no merged models (save: {…})"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
+from pretrain_merge.callbacks.resuming import step_of
 from pretrain_merge.callbacks.run_folder import logs_folder
 from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.errors import ConfigError, DivergenceError, printable
@@ -76,7 +77,9 @@ class RecoveryRun:
         self._live = LiveState(module, trainer.optimizers, with_optimizers=settings.optimizer == "newest")
         self._points = RestartPoints(settings.distrust, settings.num_kept, settings.folder_of_rank(self._folder))
         self._detector = SpikeDetector()
-        self._step = 0
+        # a run that is resumed from a checkpoint without a state of ours goes on counting
+        self._step = step_of(trainer)
+        self._phase_since = 0  # what the loss was before this step says nothing of what it is now
         self._high_since: int | None = None  # first step of the reads in a row that told of a spike
         self.recoveries: tuple[Recovery, ...] = ()
         self._stepped, self._had_loss = False, False
@@ -136,6 +139,12 @@ class RecoveryRun:
         if self._step % self._settings.every == 0:
             self._keep()
 
+    def mark_phase(self, name: str) -> None:
+        """What the loss was so far says nothing of what it will be."""
+        self._detector.restart()
+        self._high_since, self._phase_since = None, self._step
+        self._say(f"step {self._step}: phase {name!r}; the loss is judged anew.")
+
     def state(self, *, alone: bool = False) -> dict[str, Any]:
         """All that a resumed run needs to do what this one will do.
 
@@ -147,6 +156,7 @@ class RecoveryRun:
         return {
             "step": self._step,
             "high_since": self._high_since,
+            "phase_since": self._phase_since,
             "recoveries": [asdict(item) | {"back_to": list(item.back_to)} for item in self.recoveries],
             "detector": {} if alone else self._detector.state_dict(),
             "points": packed(points, self._module, alone=alone),
@@ -198,7 +208,10 @@ class RecoveryRun:
         with ranks.all_or_none("go back to a restart point"):
             self._live.write(mean_of(points) if len(points) > 1 else points[-1].read())
             self._points.go_back_to(points[-1])
-        self._detector.load_state_dict(points[-1].watch)
+        if points[-1].step >= self._phase_since:
+            self._detector.load_state_dict(points[-1].watch)
+        else:  # its weights are of other data than those that come
+            self._detector.restart()
         self._high_since = None
         steps = tuple(point.step for point in points)
         recovery = Recovery(attempt, self._step, onset.step, steps, settings.lr**attempt, onset.reason)
@@ -266,6 +279,7 @@ class RecoveryRun:
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._step, self._high_since = state["step"], state["high_since"]
+        self._phase_since = state.get("phase_since", 0)  # a checkpoint of an earlier version has none
         attempts = ({**item, "back_to": tuple(item["back_to"])} for item in state["recoveries"])
         self.recoveries = tuple(Recovery(**item) for item in attempts)
         if state["detector"]:

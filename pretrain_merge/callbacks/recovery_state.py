@@ -83,6 +83,7 @@ class RecoverySettings:
         """Where restart points of this rank lie; None: in memory."""
         if self.store == "host":
             return None
+        # a folder of its own: all ranks have points of the same steps
         return Path(self.store_folder or run_folder / "restart_points") / f"rank-{ranks.rank()}"
 
 
@@ -99,6 +100,7 @@ def packed(points: Iterable[RestartPoint], module: nn.Module, *, alone: bool) ->
     if alone:  # the losses that ranks have not added up yet are lost, too
         return None
     sharded = is_sharded(module)
+    # `ranks`: of replicas one for all, or the checkpoint would grow with their number
     return [
         {
             "step": point.step,

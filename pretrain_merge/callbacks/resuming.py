@@ -48,6 +48,13 @@ def find_state(
         refill_or_raise(config, notices, error, checkpoint["global_step"])
 
 
+def step_of(trainer: Any) -> int:
+    """The step that a run is at, as far as Lightning knows."""
+    # with optimizers stepped by hand, `global_step` counts each of them
+    by_hand = not trainer.lightning_module.automatic_optimization
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped if by_hand else trainer.global_step)
+
+
 def has_begun(trainer: Any) -> bool:
     """Whether a Trainer trained before: what it counts differs between automatic and manual optimisation."""
     # by hand-stepped optimizers `global_step` may stay 0; batches count all the same
@@ -149,9 +156,7 @@ class Start:
         trainer = self._trainer
         if not plain and not has_begun(trainer):
             return RunState(Progress())
-        # with optimizers stepped by hand, `global_step` counts each of them
-        by_hand = not trainer.lightning_module.automatic_optimization
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped if by_hand else trainer.global_step
+        step = step_of(trainer)
         if plain:
             try:
                 return RunState.from_plain(plain)

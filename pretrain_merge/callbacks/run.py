@@ -6,7 +6,7 @@ things and nothing of how a merge is computed or measured; Lightning's hooks are
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import RAW, MergeRecord, Recipe
 from pretrain_merge.records.thinning import History
 from pretrain_merge.runtime import ranks
+from pretrain_merge.window.spike_breaks import Damage
 
 
 class Run:
@@ -121,6 +122,7 @@ class Run:
         Raises:
             CheckpointError: The disk refuses.
         """
+        self._withdraw(self.merger.judge_rest())
         merger, newest = self._auto.tell(self.merger), self.merger.window.newest
         if self._fit.config.save.at_end and newest is not None:
             try:
@@ -135,7 +137,7 @@ class Run:
                 self._fit.notices.warn("end", f"no merged model is saved at the end: {error}")
         self._on_publish.finish()
         self._publisher.finish()
-        self._merged_models.drop_unused()
+        self._merged_models.finish()
         self._announcements.end(self.last_record, self.best_model_path)
         if best_here := ranks.gather(self._auto.advice())[0]:
             self._fit.notices.warn("auto", best_here)
@@ -228,8 +230,15 @@ class Run:
     def _observe(self, loss: Tensor | None) -> None:
         before = self.merger.progress
         self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
-        self.merger.judge(before, loss)
+        damage = self.merger.judge(before, loss)
+        if damage is not None:
+            self._withdraw(damage)
         self._merge_if_due()
+
+    def _withdraw(self, damage: Damage | None) -> None:
+        """Merges that were saved before a spike was seen held snapshots that the window has dropped since."""
+        if damage is not None:
+            self._merged_models.withdraw(damage.after, damage.reason)
 
     def _merge_if_due(self) -> None:
         if not self.merger.merge_is_due():
@@ -241,7 +250,7 @@ class Run:
             if record is None and not ranks.any_rank(self._fit.trainer.received_sigterm):
                 record = self._measure()  # after a signal that lets the run go on
             if record is not None:
-                record = self._auto.with_choices(record)
+                record = replace(self._auto.with_choices(record), withdrawn=self._merged_models.withdrawn)
                 self.last_record, self._last_merge = self._publisher.publish(record), record.step
                 self._announcements.merged(self.last_record)
                 self._on_publish.collect()
@@ -266,5 +275,12 @@ class Run:
 
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
-            now, lacks = self.merger.progress, may_lack_best
-            self._merged_models.save_if_due(self.module, view, now, recipe, metrics, may_lack_best=lacks)
+            self._merged_models.save_if_due(
+                self.module,
+                view,
+                self.merger.progress,
+                recipe,
+                metrics,
+                may_lack_best=may_lack_best,
+                trusted_until=self.merger.trusted_until,
+            )

@@ -79,6 +79,16 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
         """What was done so far in this run, or in the one that ended last."""
         return self._run.recoveries if self._run is not None else self._recoveries
 
+    def mark_phase(self, name: str) -> None:
+        """Say that the data changed, and with them the loss: one that is higher from here on is not a divergence.
+
+        Raises:
+            ConfigError: No run has begun.
+        """
+        if self._run is None:
+            raise ConfigError(f"mark_phase({name!r}) before training has begun. Call it from a hook of training.")
+        self._run.mark_phase(name)
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse set-ups in which a run cannot go back, before anything is trained."""
         if stage != "fit":  # nothing of ours in `validate`, `test` and `predict`
@@ -95,7 +105,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one: P13 lets nothing be restored before."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # too few steps to judge a loss by
             self._run = RecoveryRun(self.settings, trainer, pl_module, self._state)
             self._state = {}
 

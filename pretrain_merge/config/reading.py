@@ -6,6 +6,7 @@ allowed. This module knows no key by name.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,13 +64,21 @@ def typed(schema: type[_ConfigT], given: Any, *, at: str) -> _ConfigT:
     try:
         # objects: the shape of a `decay` view may be a function where the configuration is Python
         overrides = OmegaConf.create(given, flags={"allow_objects": True})
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), overrides))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), overrides))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         path = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{at}{path}: {reason}. See the configuration page for the type of each key.") from error
     except RecursionError as error:
         raise ConfigError(_endless(at or "configuration")) from error
+
+
+@cache
+def _structured(schema: type) -> Any:
+    """Its keys, types and defaults as OmegaConf has them; a merge copies what it is given."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
 
 
 def require(config: object, key: str, holds: Callable[[Any], object], allowed: str, *, at: str = "") -> None:

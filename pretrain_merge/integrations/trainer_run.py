@@ -3,21 +3,25 @@
 This module knows the order of these things. It knows no events, and nothing of how the Trainer evaluates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+from torch import Tensor
+
 from pretrain_merge.cadence import Progress
 from pretrain_merge.callbacks import merge_point, refusals
 from pretrain_merge.callbacks.auto_spans import AutoSpans
+from pretrain_merge.callbacks.borrowing import wrapped
 from pretrain_merge.callbacks.forecasts import RunForecasts
 from pretrain_merge.callbacks.resuming import refill_or_raise
 from pretrain_merge.callbacks.run_folder import RunFolder, files_of
 from pretrain_merge.callbacks.run_state import RunState
+from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.config import MergeConfig, Settings
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
 from pretrain_merge.evaluation.evaluate import Evaluator
@@ -31,6 +35,7 @@ from pretrain_merge.records import RAW, MergeRecord, Recipe, append_record, keep
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
+from pretrain_merge.window.spike_breaks import Damage
 
 _open_runs: "WeakSet[TrainerRun]" = WeakSet()  # a run that an exception ended keeps its locks, and is told by nobody
 
@@ -85,6 +90,9 @@ class TrainerRun:
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
             # P36: what is frozen at this moment may train later; the optimizer knows it
             self.merger.watch(self._model, [trainer.optimizer])
+            # no event tells of a loss, and those that the Trainer logs were waited for
+            self._loss = TrainingLoss()
+            borrowed.enter_context(wrapped(trainer, "training_step", self._noting_loss))
             with ranks.all_or_none("open the run's folder"):
                 self._checkpoints = None
                 if ranks.rank() == 0:
@@ -120,6 +128,7 @@ class TrainerRun:
         tokens = int(trainer.state.num_input_tokens_seen)
         now = Progress(trainer.state.global_step, before.samples + batch, tokens)
         self.merger.observe(self._model, now, lr=lr)
+        self._withdraw(self.merger.judge(before, self._loss.take()))
         self._merge_if_due()
 
     def keep(self) -> None:
@@ -133,6 +142,7 @@ class TrainerRun:
         if self._kept == step:
             return
         with ranks.all_or_none("keep the window for a checkpoint"):
+            self.merger.meet()
             if self._checkpoints is not None or is_sharded(self._model):
                 manifest = self.merger.manifest(self._model, self._window_folder)
                 if self._checkpoints is not None:
@@ -150,6 +160,7 @@ class TrainerRun:
         Raises:
             CheckpointError: The disk refuses.
         """
+        self._withdraw(self.merger.judge_rest())
         merger, newest = self._auto.tell(self.merger), self.merger.window.newest
         if self._config.save.at_end and newest is not None:
             try:
@@ -163,7 +174,7 @@ class TrainerRun:
                             self._add_processing(path)
             except WindowNotReadyError as error:  # another callback changed the model when training ended
                 self._notices.warn("end", f"no merged model is saved at the end: {error}")
-        self._merged_models.drop_unused()
+        self._merged_models.finish()
         if not self._last_merge:
             reason = merger.why_not(merger.views[0]) or "no merge point was reached."
             self._notices.warn("no merge", f"training ended at step {merger.progress.step} without a merge: {reason}")
@@ -172,6 +183,17 @@ class TrainerRun:
         """Free the window and the locks of its folders."""
         _open_runs.discard(self)
         self._borrowed.close()
+
+    def _noting_loss(self, users_step: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+        """Around `Trainer.training_step`, once for each batch of a step."""
+        loss = users_step(*arguments, **options)
+        self._loss.add(loss)
+        return loss
+
+    def _withdraw(self, damage: Damage | None) -> None:
+        """Merges that were saved before a spike was seen held snapshots that the window has dropped since."""
+        if damage is not None:
+            self._merged_models.withdraw(damage.after, damage.reason)
 
     def _filled(self, resumed: Path | None) -> RunState:
         """The state of the checkpoint, with its window in the merger; an empty one where training begins."""
@@ -247,6 +269,7 @@ class TrainerRun:
         with ranks.all_or_none(f"merge at step {step}"):
             record = self._measured()
             if record is not None:
+                record = replace(record, withdrawn=self._merged_models.withdrawn)
                 self.last_record, self._last_merge = self._publish(record), step
                 return
         self._notices.warn(
@@ -283,7 +306,15 @@ class TrainerRun:
     def _save_if_due(self, view: str, recipe: Recipe, metrics: Mapping[str, float], may_lack_best: bool) -> None:
         if view not in self._not_saved:
             progress = self.merger.progress
-            self._merged_models.save_if_due(self._model, view, progress, recipe, metrics, may_lack_best=may_lack_best)
+            self._merged_models.save_if_due(
+                self._model,
+                view,
+                progress,
+                recipe,
+                metrics,
+                may_lack_best=may_lack_best,
+                trusted_until=self.merger.trusted_until,
+            )
             self._add_processing(self._merged_models.path_of(view, progress))
 
     def _add_processing(self, folder: Path) -> None:

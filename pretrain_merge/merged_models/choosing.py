@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import untrusted
-from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
+from pretrain_merge.merged_models.provenance import PROVENANCE, WITHDRAWN, read_provenance
 from pretrain_merge.records import RAW
 
 Which = Literal["best", "last"]
@@ -29,7 +29,13 @@ def chosen(run: Path, which: Which) -> Path:
     if which == "best":
         return _best(folder)
     about = {path: read_provenance(path) for path in folder.glob("step-*") if (path / PROVENANCE).is_file()}
-    found = {path: item for path, item in about.items() if item.get("view") != RAW}  # `save.raw` lies beside the merges
+    merges = {path: item for path, item in about.items() if item.get("view") != RAW}  # `save.raw` lies beside them
+    found = {path: item for path, item in merges.items() if not item.get(WITHDRAWN)}
+    if merges and not found:
+        why = next(iter(merges.values()))[WITHDRAWN]
+        raise CheckpointError(
+            f"every merged model in {folder} was withdrawn ({why}). Name one of these folders to load it all the same."
+        )
     if not found:
         raise CheckpointError(
             f"{folder} holds no merged model. Name the folder of a run that saved some (`save: {{at_end: true}}`)."
@@ -40,10 +46,12 @@ def chosen(run: Path, which: Which) -> Path:
 def _best(folder: Path) -> Path:
     note = folder / BEST
     try:
-        name = untrusted.read_json(note)["folder"]
+        found = untrusted.read_json(note)
+        name = found.get("folder")
         if not isinstance(name, str):
-            raise ValueError("it names no folder")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            withdrawn = "".join(f"; {name} was withdrawn: {why}" for name, why in found.get(WITHDRAWN, {}).items())
+            raise ValueError(f"it names no folder{withdrawn}")
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{note} does not say which merged model is the best ({error}). `save: {{best: val_loss}}` keeps it; "
             f"without it, take which='last', or name the folder."

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models import whole_weights
 from pretrain_merge.merged_models.choosing import Which, chosen
-from pretrain_merge.merged_models.provenance import PROVENANCE, read_provenance
+from pretrain_merge.merged_models.provenance import PROVENANCE, WITHDRAWN, read_provenance
 from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
 from pretrain_merge.parameters import is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
+from pretrain_merge.runtime.log import logger
 
 _LISTED = 5  # differences that a message names: another model has hundreds
 
@@ -44,6 +45,8 @@ def load_merged(module: nn.Module, path: str | Path, which: Which | None = None)
     """
     folder = Path(path) if which is None else chosen(Path(path), which)
     provenance = read_provenance(folder)
+    if provenance.get(WITHDRAWN):
+        logger.warning(f"{folder} was withdrawn ({provenance[WITHDRAWN]}). Take an earlier merge where you can.")
     wanted = tensors_of(module, provenance["prefix"])
     try:
         # all that can be refused is, before the first byte is written into the module

@@ -14,6 +14,7 @@ from pretrain_merge.files import atomic, untrusted
 
 PROVENANCE = "provenance.json"
 FORMAT = "pretrain-merge/1"
+WITHDRAWN = "withdrawn"  # why a merge is not to be used after all
 _SUM = "crc32"  # of all other values, whatever the file's spaces and order
 
 
@@ -42,10 +43,31 @@ def add_reasons(folder: Path, reasons: Sequence[str]) -> None:
     known = about.get("saved_for", [])
     if isinstance(known, list) and not set(reasons) <= set(map(str, known)):
         about["saved_for"] = [*known, *(reason for reason in reasons if reason not in known)]
-        try:
-            write_provenance(folder, about)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {folder / PROVENANCE}: {error}. Free space there.") from error
+        _rewrite(folder, about)
+
+
+def set_withdrawn(folder: Path, reason: str) -> None:
+    """Note in the provenance of a saved model why it was taken back; empty: it was not. On one rank.
+
+    One that was deleted or damaged by others is left: whoever loads it is told.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    try:
+        about = read_provenance(folder)
+    except CheckpointError:
+        return
+    if about.get(WITHDRAWN, "") != reason:
+        about.pop(WITHDRAWN, None)  # no key where there is no reason, as if there had never been one
+        _rewrite(folder, about | ({WITHDRAWN: reason} if reason else {}))
+
+
+def _rewrite(folder: Path, about: Mapping[str, Any]) -> None:
+    try:
+        write_provenance(folder, about)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder / PROVENANCE}: {error}. Free space there.") from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -5,32 +5,23 @@ when it is called; putting merged weights there and taking them out is the calle
 the same books, and rank 0 deletes and renames.
 """
 
-import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pretrain_merge.cadence import Progress
 from pretrain_merge.config import SaveConfig, save_cadence
-from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import discard, move_aside
-from pretrain_merge.merged_models.choosing import BEST
+from pretrain_merge.merged_models.best import NAME, BestModel, step_of
 from pretrain_merge.merged_models.folder_users import FolderUsers, NobodyUses
 from pretrain_merge.merged_models.merged import holds_weights_of, save_merged
-from pretrain_merge.merged_models.provenance import add_reasons, read_provenance
-from pretrain_merge.records import RAW, Recipe, metric_names
+from pretrain_merge.merged_models.provenance import add_reasons, set_withdrawn
+from pretrain_merge.records import RAW, Recipe
 from pretrain_merge.runtime import ranks
-
-# of what may be deleted; whatever else lies there is the user's
-_NAME = re.compile(r"step-[0-9]{8,20}-[^/]+")
+from pretrain_merge.runtime.log import logger
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,8 @@ class SavedModels:
         best: Name of the best model's folder; a path where that lies in the folder of a run before this one.
         best_score: Its metric, lower is better.
         surplus: Names of folders that nobody wants any more, and that somebody was using yet.
+        stand_ins: Likewise with their metrics, those that would be the best if a spike took that back.
+        withdrawn: By the names of their folders, why models were taken back.
     """
 
     start: Progress = field(default_factory=Progress)
@@ -52,6 +45,8 @@ class SavedModels:
     best: str | None = None
     best_score: float | None = None
     surplus: tuple[str, ...] = ()
+    stand_ins: Mapping[str, float] = field(default_factory=dict)
+    withdrawn: Mapping[str, str] = field(default_factory=dict)
 
 
 def will_save(config: SaveConfig) -> bool:
@@ -70,6 +65,8 @@ class MergedModels:
 
     Attributes:
         users: Told of each model that is published, and asked before one is deleted.
+        withdrawn: By the names of their folders, why models were taken back: by the last spike that took any, and
+            earlier ones that `save.every` keeps.
     """
 
     def __init__(
@@ -82,25 +79,24 @@ class MergedModels:
         self._start = start or Progress()
         self._last_merge: dict[str, Progress] = {}
         self._periodic: dict[str, list[Path]] = {}
-        self._best: tuple[float, Path] | None = None
+        self._best = BestModel(self.folder, config)
+        self.withdrawn: Mapping[str, str] = {}
         self._surplus: list[Path] = []  # to be deleted once nobody uses them
         self.users: FolderUsers = NobodyUses()
 
     @property
     def best_path(self) -> Path | None:
         """The best merged model so far, by `save.best`."""
-        return self._best[1] if self._best else None
+        return self._best.path
 
     def state(self) -> SavedModels:
         """What is on disk for which reason."""
         periodic = {view: tuple(path.name for path in saved) for view, saved in self._periodic.items()}
         start, last = self._start, dict(self._last_merge)
         surplus = tuple(path.name for path in self._surplus)
-        if self._best is None:
-            return SavedModels(start, last, periodic, surplus=surplus)
-        score, path = self._best
-        best = path.name if path.parent == self.folder else str(path)
-        return SavedModels(start, last, periodic, best, score, surplus)
+        scores = self._best.scores()
+        best, best_score = scores.popitem() if scores else (None, None)
+        return SavedModels(start, last, periodic, best, best_score, surplus, scores, dict(self.withdrawn))
 
     def resume_from(self, saved: SavedModels, before: Path) -> None:
         """Go on with what an earlier part of the run saved, as far as it is still there.
@@ -111,20 +107,27 @@ class MergedModels:
         """
         self._start, self._last_merge = saved.start, dict(saved.last_merge)
         found = {view: [self.folder / name for name in names] for view, names in saved.periodic.items()}
+        scores = dict(saved.stand_ins)
+        if saved.best is not None and saved.best_score is not None:
+            scores[saved.best] = saved.best_score
         # here first: of a folder that was copied, the copy belongs to this run
-        places = [] if saved.best is None else [folder / saved.best for folder in (self.folder, before.absolute())]
-        there = ranks.gather({path for path in chain(places, *found.values()) if path.exists()})[0]  # all decide alike
+        places = {name: [folder / name for folder in (self.folder, before.absolute())] for name in scores}
+        known = {*chain(*found.values(), *places.values())}
+        there = ranks.gather({path for path in known if path.exists()})[0]  # all decide alike
         self._periodic = {view: [path for path in paths if path in there] for view, paths in found.items()}
-        best = next((path for path in places if path in there), None)
-        self._best = (saved.best_score, best) if best is not None and saved.best_score is not None else None
+        first = {name: next((path for path in paths if path in there), None) for name, paths in places.items()}
+        self._best.resume_from({path: scores[name] for name, path in first.items() if path is not None})
+        self.withdrawn = dict(saved.withdrawn)
         self._surplus = [self.folder / name for name in saved.surplus]
         with ranks.all_or_none("name the best merged model"):
-            self._name_best()
+            # a spike after the checkpoint that the run goes on from has not been yet
+            self._note_withdrawn([path for path in self.kept if path.name not in self.withdrawn], "")
+            self._best.note(self.withdrawn)
 
     @property
     def kept(self) -> list[Path]:
         """Folders of this run that are kept for a reason."""
-        own = [self.best_path] if self.best_path is not None and self.best_path.parent == self.folder else []
+        own = [path for path in self._best.paths if path.parent == self.folder]
         return list(dict.fromkeys([*chain(*self._periodic.values()), *own]))
 
     def save_if_due(
@@ -136,6 +139,7 @@ class MergedModels:
         metrics: Mapping[str, float],
         *,
         may_lack_best: bool = False,
+        trusted_until: int | None = None,
     ) -> None:
         """Call while a view is in the module; saves it where a periodic save is due or it is the best so far.
 
@@ -146,27 +150,60 @@ class MergedModels:
             recipe: How it was made.
             metrics: What was measured of it.
             may_lack_best: Whether the metric of `save.best` may be missing, since an evaluation failed that may.
+            trusted_until: Last step that `withdraw` cannot reach any more; None: it is never called.
 
         Raises:
             ConfigError: `save.best` names a metric that was not measured.
             CheckpointError: The disk refuses.
         """
         is_due = self._cadence is not None and self._cadence.crossed(self._last_merge.get(view, self._start), progress)
-        score = self._score(metrics, may_lack_best) if view != RAW else None  # raw is beside the merges, not one
-        is_best = score is not None and (self._best is None or score < self._best[0])
+        # raw is beside the merges, not one
+        score = self._best.score_of(metrics, may_lack=may_lack_best) if view != RAW else None
+        is_best = score is not None and self._best.is_beaten_by(score)
         if is_due or is_best:
             reasons = [*(["every"] if is_due else []), *(["best"] if is_best else [])]
             path = self._save(module, view, progress, recipe, metrics, reasons)
             if is_due:
                 self._periodic.setdefault(view, []).append(path)
-            # it goes when the new one is on the disk and named
-            old = self._best if is_best else None
             if is_best and score is not None:
-                self._best = (score, path)
-                self._name_best()
-            self._drop_surplus(view, old[1] if old is not None else None)
-        # also where nothing was saved: the next multiple counts from here
+                self._best.enter(path, score)
+                self._best.note(self.withdrawn)
+            self._drop_surplus(view, trusted_until)
         self._last_merge[view] = progress
+
+    def withdraw(self, after: int, reason: str) -> None:
+        """Take back merges of later steps: none of them is the best any more, and each says why. Collective.
+
+        They are deleted only where they would have been without: what `save.every` keeps stays its time.
+
+        Args:
+            after: The last step whose snapshots are trusted.
+            reason: Why those after it are not.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        held = dict.fromkeys([*chain(*self._periodic.values()), *self._best.paths])
+        # each read tells of a spike again while it lasts
+        taken = [path for path in held if step_of(path) > after and path.name not in self.withdrawn]
+        if not taken:
+            return
+        periodic = {path.name for path in chain(*self._periodic.values())}
+        earlier = {name: why for name, why in self.withdrawn.items() if name in periodic}
+        self.withdrawn = earlier | {path.name: reason for path in taken}
+        self._surplus += self._best.withdraw(after)
+        with ranks.all_or_none("withdraw merged models"):
+            self._note_withdrawn(taken, reason)
+            self._best.note(self.withdrawn)
+        self.drop_unused()
+        if ranks.rank() == 0:
+            best = "" if self._config.best is None else f" The best one is now {self.best_path or 'none'}."
+            logger.warning(f"{', '.join(path.name for path in taken)}: withdrawn ({reason}).{best}")
+
+    def finish(self) -> None:
+        """The run has ended: nothing will take its best model back."""
+        self._surplus += self._best.settle(None)
+        self.drop_unused()
 
     def save_last(self, module: Any, view: str, progress: Progress, recipe: Recipe) -> Path:
         """Save the view that is in the module now, for good."""
@@ -176,67 +213,29 @@ class MergedModels:
         """Where a view of this step is, if it was saved."""
         return self.folder / f"step-{progress.step:08d}-{view}"
 
-    def _score(self, metrics: Mapping[str, float], may_lack_best: bool) -> float | None:
-        """The metric of `save.best`, lower is better; None where there is none that can be the best."""
-        best = self._config.best
-        if best is None:
-            return None
-        find = partial(metric_names.measured_name, "save.best") if not may_lack_best else metric_names.found
-        value = metrics.get(find(best, metrics) or best, math.nan)
-        # NaN is never the best
-        return (-value if self._config.mode == "max" else value) if math.isfinite(value) else None
+    def _note_withdrawn(self, paths: Sequence[Path], reason: str) -> None:
+        for path in paths:
+            # what lies in the folder of another run stays as it is
+            if ranks.rank() == 0 and self._is_ours(path):
+                set_withdrawn(path, reason)
 
-    def _name_best(self) -> None:
-        """Tell whoever looks into the folder which of the models is the best; rank 0."""
-        if ranks.rank() != 0 or self._config.best is None:
-            return
-        target = self.folder / BEST
-        try:
-            about = self._provenance_of_best()
-            if self._best is None or about is None:
-                target.unlink(missing_ok=True)
-                return
-            path = self._best[1]
-            metrics = about.get("metrics")
-            # anybody may have edited that file
-            metrics = metrics if isinstance(metrics, Mapping) else {}
-            value = metrics.get(metric_names.found(self._config.best, metrics))
-            what = {
-                "folder": path.name if path.parent == self.folder else str(path),
-                "view": about.get("view"),
-                "step": about.get("step"),
-                "metric": self._config.best,
-                "mode": self._config.mode,
-                "value": value,
-            }
-            atomic.make_folder(self.folder)
-            atomic.write(target, json.dumps(what, indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"cannot write {target}: {error}. Free space there.") from error
-
-    def _provenance_of_best(self) -> Mapping[str, Any] | None:
-        if self._best is not None:
-            with suppress(CheckpointError):  # a checkpoint may name anything
-                return read_provenance(self._best[1])
-        return None
-
-    def _drop_surplus(self, view: str, old_best: Path | None) -> None:
+    def _drop_surplus(self, view: str, trusted_until: int | None) -> None:
         saved = self._periodic.get(view, [])
         self._surplus += [saved.pop(0) for _ in range(len(saved) - self._config.keep)]
-        self._surplus += [old_best] if old_best is not None else []
+        self._surplus += self._best.settle(trusted_until)
         self.drop_unused()
 
     def drop_unused(self) -> None:
         """Delete surplus models that nobody uses any more, unless they are wanted for another reason."""
-        wanted = {self.best_path, *chain(*self._periodic.values())}
+        wanted = {*self._best.paths, *chain(*self._periodic.values())}
         surplus = [path for path in dict.fromkeys(self._surplus) if path not in wanted]
         self._surplus = [path for path in surplus if self.users.is_using(path)]
         for path in surplus:
-            is_ours = path.parent == self.folder and _NAME.fullmatch(path.name) is not None
-            if path not in self._surplus and is_ours and ranks.rank() == 0:
+            if path not in self._surplus and self._is_ours(path) and ranks.rank() == 0:
                 discard(path)
+
+    def _is_ours(self, path: Path) -> bool:
+        return path.parent == self.folder and NAME.fullmatch(path.name) is not None
 
     def _save(
         self,
@@ -263,6 +262,7 @@ class MergedModels:
                 with ranks.all_or_none(f"note why {target} is kept"):
                     if ranks.rank() == 0:
                         add_reasons(target, reasons)
+                        set_withdrawn(target, "")  # by a spike of another past
                 self.users.published(target, view, progress.step)
                 return target
             with ranks.all_or_none(f"move {target} aside"):

@@ -112,6 +112,8 @@ class MergeRecord:
         spikes: Spikes of the training loss since the start of the run.
         since: Step of the last break; 0: none. Records before it say nothing of this stretch.
         why_since: What that break was, or empty.
+        withdrawn: By the names of their folders, why saved merges were taken back: by the last spike that took any, and
+            earlier ones that are on disk yet.
         average: What a snapshot is: "last", the model after a step, or "block", the mean of the models since the
             snapshot before.
         slot_dtype: Dtype of the snapshots where it is smaller than the parameters', or empty.
@@ -136,6 +138,7 @@ class MergeRecord:
     spikes: int = 0
     since: int = 0
     why_since: str = ""
+    withdrawn: Mapping[str, str] = field(default_factory=dict)
     average: str = "last"
     slot_dtype: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)

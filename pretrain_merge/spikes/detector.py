@@ -5,28 +5,26 @@ its distance from their median, in units of their median absolute deviation.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain_merge.runtime import ranks
+from pretrain_merge.spikes.running_z import RunningZ
 
-_MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noise must not take rounding for a spike
 # Steps between two reads of a run: each waits for the device and for all ranks, and a collapse shall be known within 15
 # steps of its begin.
 READ_EVERY = 10
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
-_Floats = NDArray[np.float64]
-_Number = Tensor | float
-_Given = list[_Number | None]  # loss and norm of a step on this rank
+_Given = list[Tensor | None]  # loss and norm of a step on this rank
+_Row = tuple[float, float]  # loss and log of the norm of a step over all ranks; NaN: not known
+_UNKNOWN: _Row = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,11 @@ class Onset:
     last: int
     reason: str
     is_new: bool = True
+
+    @property
+    def told(self) -> str:
+        """In a few words."""
+        return f"spike from step {self.step} on: {self.reason}"
 
 
 class SpikeDetector:
@@ -76,20 +79,24 @@ class SpikeDetector:
     ) -> None:
         self._history, self._lag, self._fewest = history, lag, fewest
         self._threshold, self._sustained, self._within, self._calm = threshold, sustained, within, calm
+        # the first of the newest `within` steps needs `lag` and `history` before it
         self._num_kept = history + lag + within - 1
         self._unread: list[_Given] = []
         self.restart()
 
     def restart(self) -> None:
         """Forget all steps, as where the data changed: no earlier loss says what to expect."""
-        # judged already; the first of the newest `within` steps needs `lag` and `history` before it
-        self._known: _Floats = np.full((self._num_kept, 2), math.nan)
-        self._ahead = self._known[:0]  # on the host, not judged yet
+        self._known: deque[_Row] = deque([_UNKNOWN] * self._num_kept, self._num_kept)  # judged already
+        self._ahead: list[_Row] = []  # on the host, not judged yet
         self._unread.clear()
         self._newest: int | None = None  # step of the last row of all these
         self._onset: Onset | None = None
+        limits: dict[str, Any] = {"fewest": self._fewest, "threshold": self._threshold, "least_scale": _LEAST_SCALE}
+        self._losses, self._norms = RunningZ(relative=True, **limits), RunningZ(relative=False, **limits)
+        # of the newest `within` steps: whether its loss and its norm were out of bounds, and the median before it
+        self._judged: deque[tuple[bool, bool | None, float]] = deque(maxlen=self._within)
 
-    def observe(self, step: int, loss: _Number | None, gradient_norm: _Number | None = None) -> None:
+    def observe(self, step: int, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None) -> None:
         """Note what a step gave, without waiting for the device.
 
         Args:
@@ -101,7 +108,10 @@ class SpikeDetector:
             self._skip_to(step - 1)
         # copies: a compiled step may write its next loss into the same memory
         self._unread.append(
-            [value.detach().clone() if isinstance(value, Tensor) else value for value in (loss, gradient_norm)]
+            [
+                None if value is None else torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
+                for value in (loss, gradient_norm)
+            ]
         )
         self._newest = step
 
@@ -121,12 +131,11 @@ class SpikeDetector:
         """
         self._skip_to(step)
         self.fetch()
-        before = self._onset
-        known = np.concatenate([self._known, self._ahead])
-        first = step - len(self._ahead) + 1
-        for index in self._spikes(known):
-            self._onset = self._with(first + index, known[index : index + self._num_kept + 1])
-        self._known, self._ahead = known[len(self._ahead) :], self._ahead[:0]
+        before, first = self._onset, step - len(self._ahead) + 1
+        for at, row in enumerate(self._ahead, start=first):
+            if self._is_spike(row):
+                self._onset = self._with(at, row[_LOSS])
+        self._ahead = []
         if self._onset is None or self._onset is before:
             return None
         return replace(self._onset, is_new=before is None or before.step != self._onset.step)
@@ -138,7 +147,7 @@ class SpikeDetector:
             RankError: Another rank failed before it came here.
         """
         if self._unread:
-            self._ahead = np.concatenate([self._ahead, _means(self._unread, ranks.sum_of_floats)])
+            self._ahead += _means(self._unread, ranks.sum_of_floats)
             self._unread.clear()
 
     def state_dict(self, *, meet: bool = True) -> dict[str, Any]:
@@ -149,12 +158,12 @@ class SpikeDetector:
         """
         if meet:
             self.fetch()
-        unread = _means(self._unread, lambda sums: sums) if self._unread else self._ahead[:0]
-        is_known: NDArray[np.bool_] = np.any(~np.isnan(self._known), axis=1)
-        num_unknown = int(is_known.argmax()) if is_known.any() else len(is_known)
+        unread = _means(self._unread, lambda sums: sums) if self._unread else []
+        known = list(self._known)
+        num_unknown = next((index for index, row in enumerate(known) if not all(map(math.isnan, row))), len(known))
         return {
-            "known": _without_nan(self._known[num_unknown:]),
-            "ahead": _without_nan(np.concatenate([self._ahead, unread])),
+            "known": _without_nan(known[num_unknown:]),
+            "ahead": _without_nan([*self._ahead, *unread]),
             "newest": self._newest,
             "onset": None if self._onset is None else asdict(self._onset),
         }
@@ -162,10 +171,9 @@ class SpikeDetector:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where another run was; what this one observed so far is forgotten."""
         self.restart()
-        known, self._ahead = (
-            np.array(state_dict[name], dtype=np.float64).reshape(-1, 2) for name in ("known", "ahead")
-        )
-        self._known[self._num_kept - len(known) :] = known
+        for row in _with_nan(state_dict["known"]):
+            self._is_spike(row)  # again, for what it leaves behind; it was told then
+        self._ahead = _with_nan(state_dict["ahead"])
         self._newest = state_dict["newest"]
         self._onset = None if state_dict["onset"] is None else Onset(**state_dict["onset"])
 
@@ -175,44 +183,33 @@ class SpikeDetector:
             self._unread += [[None, None]] * min(step - self._newest, self._num_kept)
         self._newest = step
 
-    def _spikes(self, known: _Floats) -> list[int]:
-        """Which of the steps that are not judged yet belong to a spike, counted from the first of them."""
-        out = sliding_window_view(self._loss_z(known) > self._threshold, self._within)
-        spikes = (out.sum(axis=-1) >= self._sustained) & out[:, -1]
-        if not np.isnan(known[:, _NORM]).all():  # mostly nobody knows them, and medians are what a read costs
-            newest = sliding_window_view(self._robust_z(known[:, _NORM], lambda median: _LEAST_SCALE), self._within)
-            spikes &= np.isnan(newest).all(axis=-1) | (newest > self._threshold).any(axis=-1)
-        return [int(index) for index in np.flatnonzero(spikes | (known[self._num_kept :, _LOSS] == math.inf))]
+    def _is_spike(self, row: _Row) -> bool:
+        """Judge the step after those that are known, which then is one of them."""
+        known = self._known
+        loss, norm = row
+        self._judged.append((self._losses.is_out(loss) is True, self._norms.is_out(norm), self._losses.median))
+        # the window of the next step: one step beyond what is left out comes in
+        entering, leaving = known[len(known) - self._lag] if self._lag else row, known[self._within - 1]
+        self._losses.move(entering[_LOSS], leaving[_LOSS])
+        self._norms.move(entering[_NORM], leaving[_NORM])
+        known.append(row)
+        if loss == math.inf:
+            return True
+        if not self._judged[-1][0] or sum(out for out, _, _ in self._judged) < self._sustained:
+            return False
+        norms = [out for _, out, _ in self._judged]
+        return any(norms) or all(out is None for out in norms)
 
-    def _loss_z(self, known: _Floats) -> _Floats:
-        return self._robust_z(known[:, _LOSS], lambda median: _LEAST_SCALE * np.abs(median))
-
-    def _robust_z(self, values: _Floats, least: Callable[[_Floats], _Floats | float]) -> _Floats:
-        """How far each step beyond the first `history + lag` lies from those before it; NaN: not judged.
-
-        Args:
-            values: One number of each step.
-            least: From medians to the least scale that a distance is told in.
-        """
-        judged = values[self._history + self._lag :]
-        before = sliding_window_view(values, self._history)[: len(judged)]  # (step, history)
-        median = _median(before)
-        with np.errstate(invalid="ignore"):  # infinity, which is a spike by itself, less infinity
-            mad = _median(np.abs(before - median[:, None]))
-            z = (judged - median) / np.maximum(np.maximum(_MAD_OF_NORMAL * mad, least(median)), 1e-30)
-        return np.where(np.isfinite(before).sum(axis=-1) >= self._fewest, z, math.nan)
-
-    def _with(self, step: int, known: _Floats) -> Onset:
-        """The spike so far, with this step of it."""
+    def _with(self, step: int, loss: float) -> Onset:
+        """The spike so far, with the step that was judged last."""
         if self._onset is not None and step - self._onset.last <= self._calm:
             return replace(self._onset, last=step)
-        loss = float(known[-1, _LOSS])
         if loss == math.inf:
             return Onset(step, step, "the training loss is NaN or infinite")
-        out = np.flatnonzero(self._loss_z(known) > self._threshold)
-        median = float(_median(known[: self._history, _LOSS]))
+        first = next(index for index, (out, _, _) in enumerate(self._judged) if out)
+        median = self._judged[0][2]
         return Onset(
-            step - (self._within - 1) + int(out[0]), step, f"the training loss rose to {loss:.3g} from {median:.3g}"
+            step - (len(self._judged) - 1) + first, step, f"the training loss rose to {loss:.3g} from {median:.3g}"
         )
 
 
@@ -237,36 +234,44 @@ def find_onsets(
     return list(onsets.values())
 
 
-def _without_nan(rows: _Floats) -> list[list[float | None]]:
+def _without_nan(rows: Iterable[_Row]) -> list[list[float | None]]:
     """NaN as None: it is not JSON, and two states that are the same would not be equal."""
-    return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
+    return [[None if math.isnan(value) else value for value in row] for row in rows]
 
 
-def _median(rows: _Floats) -> _Floats:
-    """The lower median of what is known in each row; NaN where nothing is."""
-    ordered = np.sort(rows, axis=-1)  # NaN comes last
-    middle = np.maximum((~np.isnan(rows)).sum(axis=-1, keepdims=True) - 1, 0) // 2
-    medians: _Floats = np.take_along_axis(ordered, middle, axis=-1)[..., 0]
-    return medians
+def _with_nan(rows: Iterable[Sequence[float | None]]) -> list[_Row]:
+    return [(math.nan if loss is None else loss, math.nan if norm is None else norm) for loss, norm in rows]
 
 
-def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> _Floats:
-    """`(step, 2)` in float64: loss and log of the norm; NaN: unknown, infinity: not finite. The same on all ranks."""
+def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> list[_Row]:
+    """In float64; NaN: unknown, infinity: not finite. The same on all ranks."""
     tensors = [value for step in given for value in step if value is not None]
     # one copy to the host, which waits for the device
     host = iter(_on_host(tensors) if tensors else [])
-    values = np.array([[math.nan if value is None else next(host) for value in step] for step in given])
-    present = np.array([[value is not None for value in step] for step in given])
-    finite = np.where(np.isfinite(values), values, np.where(present, math.inf, 0.0))
-    sums, counts = sum_over_ranks(torch.from_numpy(np.stack([finite, present]))).numpy()
-    with np.errstate(invalid="ignore", divide="ignore"):  # nobody had one: 0 / 0
-        means = sums / counts
-        means = np.where(np.isfinite(means) | (counts == 0), means, math.inf)
-        return np.stack([means[:, _LOSS], np.log(means[:, _NORM])], axis=1)
+    values = [math.nan if value is None else next(host) for step in given for value in step]
+    present = [float(value is not None) for step in given for value in step]
+    finite = [
+        value if math.isfinite(value) else math.inf if there else 0.0
+        for value, there in zip(values, present, strict=True)
+    ]
+    # rows of tensors of a few numbers cost more than the numbers: lists, but for what ranks add up
+    sums, counts = sum_over_ranks(torch.tensor([finite, present], dtype=torch.float64)).tolist()
+    means = [_mean(*item) for item in zip(sums, counts, strict=True)]
+    return list(zip(means[_LOSS::2], map(_log, means[_NORM::2]), strict=True))
 
 
-def _on_host(values: list[_Number]) -> list[float]:
-    tensors = [torch.as_tensor(value) for value in values]
-    device = tensors[0].device
-    numbers: list[float] = torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors]).tolist()
+def _mean(total: float, count: float) -> float:
+    if not count:  # nobody had one
+        return math.nan
+    mean = total / count
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _log(norm: float) -> float:
+    return math.log(norm) if norm > 0.0 else -math.inf if norm == 0.0 else math.nan
+
+
+def _on_host(values: list[Tensor]) -> list[float]:
+    device = values[0].device
+    numbers: list[float] = torch.stack([value.to(device) for value in values]).tolist()
     return numbers

@@ -92,7 +92,7 @@ class Breaks:
             num_dropped: Valid snapshots that are not even kept.
         """
         self.num_spikes += onset.is_new
-        self.at(now, f"spike from step {onset.step} on: {onset.reason}", num_dropped=num_dropped)
+        self.at(now, onset.told, num_dropped=num_dropped)
 
     def at(self, now: Progress, reason: str, *, said_as: str | None = None, num_dropped: int = 0) -> None:
         """Break for this reason; said once by itself, or by the name of its kind."""

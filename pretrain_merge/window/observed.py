@@ -16,7 +16,7 @@ from pretrain_merge.runtime.log import WarnOnce
 from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.breaks import Breaks
 from pretrain_merge.window.capture import Capture
-from pretrain_merge.window.spike_breaks import SpikeBreaks
+from pretrain_merge.window.spike_breaks import Damage, SpikeBreaks
 from pretrain_merge.window.stored import StoredWindow
 from pretrain_merge.window.window import Window
 
@@ -139,14 +139,30 @@ class ObservedWindow:
             self.judge(before, loss, gradient_norm)
         return self._snapshot_is_new
 
-    def judge(self, before: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None) -> None:
+    def judge(
+        self, before: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None
+    ) -> Damage | None:
         """See whether the loss of the step that was observed last is part of a spike, as `observe` does with `loss`.
 
         Every rank calls it at every step, also one that has no loss there.
+
+        Returns:
+            What is not to be trusted any more, where it is.
         """
         # after the capture: a snapshot that was taken in the middle of a spike is dropped with the others
-        if self._spikes is not None and self._spikes.judge(before, self._progress, loss, gradient_norm):
+        damage = self._spikes.judge(before, self._progress, loss, gradient_norm) if self._spikes is not None else None
+        if damage is not None:
             self._snapshot_is_new = False
+        return damage
+
+    def judge_rest(self) -> Damage | None:
+        """Judge the losses that wait for the next read, where no step follows. Collective."""
+        return self._spikes.read(self._progress) if self._spikes is not None else None
+
+    @property
+    def trusted_until(self) -> int | None:
+        """The last step whose weights no spike can make doubtful any more; None: nobody watches for spikes."""
+        return self._spikes.trusted_until(self._progress) if self._spikes is not None else None
 
     def meet(self) -> None:
         """Bring the losses of all ranks together, before one of them makes the `manifest` alone. Collective."""

@@ -5,6 +5,7 @@ This module knows when losses are read and what a spike does to a window. What a
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,22 @@ from pretrain_merge.window.window import Window
 
 # Steps. Of nine collapses five had done damage up to 100 steps before the loss showed it. Long windows move slowly.
 _DISTRUSTED, _SHARE_DISTRUSTED = 100, 0.05
+# Steps from where a spike begins to the read that tells of it, at most: those of a read, and of the few that are judged
+# together before.
+_TOLD_WITHIN = 2 * READ_EVERY
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a spike may have damaged.
+
+    Attributes:
+        after: The last step whose weights are trusted; those of all steps after it are not.
+        reason: What was seen.
+    """
+
+    after: int
+    reason: str
 
 
 class SpikeBreaks:
@@ -34,22 +51,31 @@ class SpikeBreaks:
 
     def judge(
         self, before: Progress, now: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None
-    ) -> bool:
+    ) -> Damage | None:
         """Look at a step. All ranks meet at one step in ten.
 
         Returns:
-            Whether the segment ended here.
+            What is not to be trusted, where the segment ended here.
         """
         self._detector.observe(now.step, loss, gradient_norm)
         if before.step // READ_EVERY == now.step // READ_EVERY:
-            return False
+            return None
+        return self.read(now)
+
+    def read(self, now: Progress) -> Damage | None:
+        """Judge what was not read yet, as `judge` does at one step in ten. All ranks meet."""
         onset = self._detector.read(now.step)
         if onset is None:
-            return False
+            return None
+        after = onset.step - self._num_distrusted()
         # at each read while it lasts: what was taken since the last one is of a model in the middle of it
-        num_lost = self._window.drop_after(onset.step - self._num_distrusted())
+        num_lost = self._window.drop_after(after)
         self._breaks.at_spike(now, onset, num_lost)
-        return True
+        return Damage(after, onset.told)
+
+    def trusted_until(self, now: Progress) -> int:
+        """The last step that no spike can take back any more."""
+        return now.step - _TOLD_WITHIN - self._num_distrusted()
 
     def restart(self) -> None:
         """What the loss was says nothing of what it will be."""

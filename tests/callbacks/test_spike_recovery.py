@@ -185,6 +185,31 @@ def test_each_attempt_reaches_the_loggers_and_the_log(tmp_path, caplog):
     assert "keeps up to 3 restart points" in caplog.text
 
 
+def test_a_marked_switch_to_harder_data_is_not_a_divergence(tmp_path):
+    class Marks(pl.Callback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == self.at:
+                recovery.mark_phase("harder")
+
+    harder = range(70, 1000)
+    for at, is_taken_back in ((1000, True), (70, False)):
+        recovery = SpikeRecovery(**SMALL)
+        fit(tmp_path / str(at), Marks(at), recovery, model=Model(bad=harder, shift=30.0), steps=110)
+        assert bool(recovery.recoveries) is is_taken_back
+
+
+def test_a_run_resumed_from_a_checkpoint_without_our_state_counts_its_own_steps(tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20)
+    fit(tmp_path, steps=20, saves=[saving])
+    recovery = SpikeRecovery(**SMALL)
+    fit(tmp_path, recovery, ckpt=saving.best_model_path, saves=[saving])
+    (done,) = recovery.recoveries
+    assert BAD[0] < done.onset <= BAD[0] + 5
+
+
 def test_merges_do_not_reach_across_a_recovery(tmp_path):
     merging = ModelMerging(window=4, every=5, validate=False, batch_norm="live", forecast=None)
     recovery = SpikeRecovery(**SMALL)

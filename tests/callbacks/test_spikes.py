@@ -1,6 +1,7 @@
 """A spike of the training loss is a break, in all that is kept, said and recorded; where there is none, nothing is."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,61 @@ def test_a_spike_is_in_every_record(tmp_path, caplog):
     assert own.callback_metrics["merge/spikes"] == 1
     assert callback.last_record.why_since == last["why_since"]
     assert "break at step 70 (spike from step 64 on" in caplog.text
+
+
+def saved(folder):
+    (merged,) = folder.rglob("merged")
+    about = {path.parent.name: json.loads(path.read_text()) for path in merged.glob("step-*/provenance.json")}
+    return json.loads((merged / "best.json").read_text()), {name: item.get("withdrawn") for name, item in about.items()}
+
+
+SAVING = {"every": 5, "merge_every": 5, "save": {"every": 10, "keep": 4, "best": "own/x"}}
+
+
+def improving():
+    """Each merge is better than those before."""
+    scores = iter(range(1000, 0, -1))
+    return {"evaluators": {"own": lambda _: {"x": float(next(scores))}}}
+
+
+def test_a_merge_that_was_saved_before_its_spike_was_seen_is_withdrawn(tmp_path, caplog):
+    callback = merging(**SAVING, **improving())
+    fit(tmp_path, callback, steps=70)
+    best, why = saved(tmp_path)
+    reason = why["step-00000060-sma"]
+    assert reason.startswith("spike from step 64 on: the training loss rose to")
+    assert why["step-00000050-sma"] == reason
+    assert why["step-00000030-sma"] is None
+    # 64 - 25 = 39 is the last step that is trusted
+    assert best["step"] <= 39
+    assert best["withdrawn"]["step-00000060-sma"] == reason
+    assert str(callback.best_model_path).endswith(best["folder"])
+    assert "step-00000060-sma" in caplog.text
+
+
+def test_a_record_says_which_saved_merges_were_taken_back(tmp_path):
+    fit(tmp_path, merging(**SAVING, **improving()), steps=80)
+    first, *_, last = records(tmp_path)
+    assert first["withdrawn"] == {}
+    assert last["withdrawn"]["step-00000060-sma"].startswith("spike from step 64 on")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You.re resuming")
+@pytest.mark.parametrize("stop", [60, 67, 70])
+def test_a_run_that_is_resumed_around_a_spike_withdraws_what_the_run_would_have(stop, tmp_path):
+    scores = {"evaluators": {"own": lambda module: {"x": -float(module.trainer.global_step)}}}
+    folder = tmp_path / "first"
+    before = fit(folder, merging(**SAVING, **scores), saving(folder, stop), steps=75)  # it has seen the spike
+    (path,) = Path(before.checkpoint_callback.dirpath).glob(f"*step={stop}.ckpt")
+    fit(folder, merging(**SAVING, **scores), saving(folder, stop), ckpt_path=path, steps=80)
+    fit(tmp_path / "whole", merging(**SAVING, **scores), steps=80)
+    (best, why), (best_of_whole, why_of_whole) = (saved(tmp_path / name) for name in ("first", "whole"))
+    assert why == why_of_whole
+    assert best["folder"] == best_of_whole["folder"]
+    # one that was the best alone was deleted by the run before, when it had seen the spike
+    withdrawn, of_whole = (records(tmp_path / name)[-1]["withdrawn"] for name in ("first", "whole"))
+    assert withdrawn.items() <= of_whole.items()
+    assert withdrawn.keys() == best["withdrawn"].keys() >= {name for name in why if why[name]} != set()
 
 
 def held_steps(checkpoint):

@@ -1,7 +1,7 @@
 """Processes that begin with the slow imports behind them: forked from one server per test process.
 
-The server is started once and imports torch, Lightning and this package; it runs nothing. A process of it is as clean
-as a new interpreter, but for those imports, and costs a hundredth of the time.
+The server is started once and imports torch, Lightning and this package (`preloaded.py`); it runs nothing. A process of
+it is as clean as a new interpreter, but for those imports, and costs a hundredth of the time.
 """
 
 import multiprocessing
@@ -10,11 +10,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lightning.pytorch", "pretrain_merge.callbacks", "numpy", "torch.distributed.fsdp"])
+_CONTEXT.set_forkserver_preload(["harness.preloaded"])
 
 
 def run_forked(function: Callable[..., object], *arguments: str, timeout: float = 300.0) -> tuple[int, str]:
@@ -28,6 +30,9 @@ def run_forked(function: Callable[..., object], *arguments: str, timeout: float 
     Returns:
         Its exit code (that of `sys.exit`; negative: ended by that signal) and all that it printed.
     """
+    # the server looks for modules where its environment says, not where this process does
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(_ROOT), str(_ROOT / "tests")])):
+        forkserver.ensure_running()
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         process = _CONTEXT.Process(target=_run, args=(output.name, dict(os.environ), function, arguments))
         process.start()
@@ -39,6 +44,7 @@ def run_forked(function: Callable[..., object], *arguments: str, timeout: float 
 
 
 def _run(output: str, environment: dict[str, str], function: Callable[..., object], arguments: tuple[str, ...]) -> None:
+    assert "harness.preloaded" in sys.modules  # a server that cannot import says nothing
     log = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -383,3 +383,27 @@ def test_a_second_call_of_train_is_a_new_run_and_the_first_ones_files_stay(tmp_p
     trainer = trained(tmp_path, merging_of())
     trainer.train()
     assert [len(read_records(tmp_path / name)) for name in ("merges.jsonl", "merges.1.jsonl")] == [5, 5]
+
+
+class Spiking(Trainer):
+    """What a step returns is scripted; its gradients are those of the model."""
+
+    def training_step(self, *arguments, **options):
+        loss = super().training_step(*arguments, **options)
+        step = self.state.global_step + 1
+        return torch.full_like(loss, 1.0 + 0.01 * (step * 7 % 11) + 2.0 * (64 <= step < 69))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_spike_of_the_training_loss_is_a_break(accumulated, tmp_path):
+    options = {"window": 8, "every": 10, "merge_every": 10, "breaks": {"distrust": 25}, "validate": False}
+    merging = merging_of(**options, views=["sma"], evaluators={"own": lambda _: {"x": 1.0}}, save={"best": "own/x"})
+    trainer = trained(
+        tmp_path, merging, kind=Spiking, max_steps=90, gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    last = merging.last_record
+    assert (last.step, last.spikes, last.since) == (90, 1, 70)
+    assert last.why_since.startswith("spike from step 64 on")
+    assert last.recipes["sma"].steps == (80, 90)
+    assert "training_step" not in vars(trainer)  # given back

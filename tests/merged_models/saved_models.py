@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pretrain_merge.merged_models.retention import BEST
+from pretrain_merge.merged_models.choosing import BEST
 
 
 def saved(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ def main() -> int:
     num_caught = 0
     for fault, code, output in run_all(faults, arguments.jobs):
         failed = _FAILED.findall(output)
-        # pytest exits with 1 for failed tests, and memory that was freed ends it by a signal; anything else proves nothing
+        # pytest exits with 1 for failed tests, and freed memory ends it by a signal; anything else proves nothing
         is_noticed = (code == 1 and bool(failed)) or code == -signal.SIGSEGV
         num_caught += report(fault.what, is_noticed, "caught", f"NOT CAUGHT (exit code {code})")
         noticed.update(failed)

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +92,67 @@ def test_a_step_without_a_loss_is_not_judged() -> None:
     for step in range(300):
         detector.observe(step, None if step % 3 else torch.tensor(2.0))
     assert detector.read(299) is None
+
+
+_FEW = {"history": 12, "lag": 3, "fewest": 5, "threshold": 2.0, "sustained": 2, "within": 4, "calm": 6}
+
+
+def _told_plainly(losses: list[float], norms: list[float]) -> list[Onset]:
+    """As the class says it, from the whole run at every step, in NumPy; losses that are not known are NaN."""
+
+    def z(values: np.ndarray, step: int, least: float | None) -> float:
+        before = values[max(0, step - 12 - 3) : max(0, step - 3)]
+        before = np.sort(before[~np.isnan(before)])
+        if np.isfinite(before).sum() < 5:
+            return math.nan
+        median = before[(len(before) - 1) // 2]
+        with np.errstate(invalid="ignore"):
+            distances = np.abs(before - median)
+            distances = np.sort(distances[~np.isnan(distances)])
+            mad = 1.4826 * distances[(len(distances) - 1) // 2]
+            return (values[step] - median) / max(mad, 1e-3 * abs(median) if least is None else least)
+
+    loss, norm = np.array(losses), np.log(np.array(norms))
+    found: list[Onset] = []
+    for step in range(len(loss)):
+        newest = [index for index in range(step - 3, step + 1) if index >= 0]
+        out = [index for index in newest if z(loss, index, None) > 2.0]
+        of_norms = [z(norm, index, 1e-3) for index in newest]
+        sees = len(out) >= 2 and out[-1] == step
+        sees = sees and (all(map(math.isnan, of_norms)) or any(value > 2.0 for value in of_norms))
+        if not (sees or loss[step] == math.inf):
+            continue
+        if found and step - found[-1].last <= 6:
+            found[-1] = replace(found[-1], last=step)
+        else:
+            found.append(Onset(step if loss[step] == math.inf else out[0], step, ""))
+    return found
+
+
+def _awkward(seed: int) -> tuple[list[float], list[float]]:
+    """Ties, steps, gaps, infinities, norms of nothing: on a grid, so that medians are often hit exactly."""
+    draws = np.random.default_rng(seed)
+    loss = np.round(draws.normal(2.0, 1.0, 200) * draws.choice([1, 4, 40]), 0) * 0.5
+    loss += 3.0 * (np.arange(200) > draws.integers(200)) * draws.integers(0, 2)
+    norm = np.exp(np.round(draws.normal(0, 1, 200), 1))
+    for share, values, value in ((0.1, loss, math.nan), (0.1, norm, math.nan), (0.02, loss, math.inf)):
+        values[draws.random(200) < share * draws.integers(0, 3)] = value
+    norm[draws.random(200) < 0.1 * draws.integers(0, 2)] = 0.0
+    norm = norm.astype(np.float32).astype(np.float64)  # as they are read
+    return loss.tolist(), norm.tolist() if draws.integers(2) else [math.nan] * 200
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_seen_is_what_sorting_everything_anew_at_every_step_sees(seed: int) -> None:
+    loss, norm = _awkward(seed)
+    detector, found = SpikeDetector(**_FEW), {}
+    for step, (value, size) in enumerate(zip(loss, norm, strict=True)):
+        detector.observe(step, *(None if math.isnan(item) else item for item in (value, size)))
+        if step % 4 == 3 and (onset := detector.read(step)) is not None:
+            found[onset.step] = replace(onset, reason="", is_new=True)
+        if step % 37 == 36:
+            state = json.loads(json.dumps(detector.state_dict()))
+            detector = SpikeDetector(**_FEW)
+            detector.load_state_dict(state)
+    assert list(found.values()) == _told_plainly(loss, norm)

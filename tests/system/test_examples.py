@@ -5,12 +5,15 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.run as torchrun
 from harness.forks import run_forked
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from pretrain_merge.config import MergeConfig, build
 
@@ -135,10 +138,46 @@ def run_on_two_ranks(folder, launcher, strategy):
 
 
 def started_by_lightning(folder, script, *arguments):
-    """`python SCRIPT`, which starts the second rank itself."""
+    """`python SCRIPT`, which starts the second rank itself: the command and the environment are Lightning's."""
     in_reach_of_the_examples(folder)
     sys.argv = [script, *arguments]
+    subprocess_script.subprocess = SimpleNamespace(Popen=ForkedScript)
     runpy.run_path(script, run_name="__main__")
+
+
+class ForkedScript:
+    """What Lightning needs of a `Popen` of `python SCRIPT ...`, which does without imports of its own."""
+
+    def __init__(self, command, env, cwd):
+        python, *self.argv = command
+        assert (python, cwd) == (sys.executable, None)
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            self._run(env)
+
+    def _run(self, env):
+        code = 1
+        try:
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = self.argv
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        ended, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        if ended:
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
 
 
 def started_by_torchrun(folder, *script):

@@ -47,9 +47,9 @@ FAULTS = (
     Fault(
         "schedulers' next rate is taken for the one used",
         "callbacks/run.py",
-        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        self.merger.judge(",
+        "self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)\n        damage = self.merger.judge(",
         "rates = [group['lr'] for group in self._fit.trainer.optimizers[0].param_groups]\n        "
-        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        self.merger.judge(",
+        "self.merger.observe(self.module, self.clock.progress, lr=rates)\n        damage = self.merger.judge(",
         "tests/callbacks",
     ),
     Fault(
@@ -288,6 +288,20 @@ FAULTS = (
         "callbacks/recovery_run.py",
         'callback.mark_phase(f"{_NAME} {attempt}")',
         "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "a run does not say which saved merges its spike may have damaged",
+        "callbacks/run.py",
+        "self._merged_models.withdraw(damage.after, damage.reason)",
+        "pass",
+        "tests/callbacks/test_spikes.py",
+    ),
+    Fault(
+        "a switch of data that was told is a divergence",
+        "callbacks/recovery_run.py",
+        'of what it will be."""\n        self._detector.restart()\n',
+        'of what it will be."""\n',
         _SPIKE_RECOVERY,
     ),
 )

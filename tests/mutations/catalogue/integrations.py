@@ -40,4 +40,11 @@ FAULTS = (
         "",
         _HUGGING_FACE,
     ),
+    Fault(
+        "a Hugging Face Trainer trains without a look at its loss",
+        "integrations/trainer_run.py",
+        "        self._loss.add(loss)\n",
+        "        pass\n",
+        "tests/integrations/test_hugging_face.py",
+    ),
 )

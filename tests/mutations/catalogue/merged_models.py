@@ -17,7 +17,7 @@ FAULTS = (
     ),
     Fault(
         "the worst merged model is kept",
-        "merged_models/retention.py",
+        "merged_models/best.py",
         '-value if self._config.mode == "max" else value',
         'value if self._config.mode == "max" else -value',
         _RETENTION,
@@ -46,7 +46,7 @@ FAULTS = (
     Fault(
         "a checkpoint names what is deleted elsewhere",
         "merged_models/retention.py",
-        "if path not in self._surplus and is_ours and ranks.rank() == 0:",
+        "if path not in self._surplus and self._is_ours(path) and ranks.rank() == 0:",
         "if path not in self._surplus:",
         _RETENTION,
     ),
@@ -119,5 +119,26 @@ FAULTS = (
         "{name: as_integers(tensor) if name in odd else tensor for",
         "{name: tensor for",
         _ODD_MODELS,
+    ),
+    Fault(
+        "a merge that holds damaged snapshots stays the best",
+        "merged_models/retention.py",
+        "self._surplus += self._best.withdraw(after)",
+        "pass",
+        "tests/merged_models/test_withdrawn.py",
+    ),
+    Fault(
+        "nobody says which merges a spike took back",
+        "merged_models/retention.py",
+        "            self._note_withdrawn(taken, reason)\n",
+        "            pass\n",
+        "tests/merged_models/test_withdrawn.py",
+    ),
+    Fault(
+        "a run that goes on from before a spike finds its merges withdrawn",
+        "merged_models/retention.py",
+        'if path.name not in self.withdrawn], "")',
+        'if path.name in self.withdrawn], "")',
+        "tests/merged_models/test_withdrawn.py",
     ),
 )

@@ -36,8 +36,8 @@ FAULTS = (
     Fault(
         "a spike is judged by itself",
         "spikes/detector.py",
-        "known[len(self._ahead) :], self._ahead[:0]",
-        "known[: self._num_kept], self._ahead[:0]",
+        "known[len(known) - self._lag] if self._lag else row, known[self._within - 1]",
+        "row, known[self._within - 1]",
         "tests/spikes/test_detector.py",
     ),
     Fault(
@@ -46,5 +46,12 @@ FAULTS = (
         "_means(self._unread, ranks.sum_of_floats)",
         "_means(self._unread, lambda sums: sums)",
         "tests/merging/test_spikes_on_ranks.py",
+    ),
+    Fault(
+        "a median distance is one too near",
+        "spikes/running_z.py",
+        "return max(nearest_below, nearest_above)",
+        "return min(nearest_below, nearest_above)",
+        "tests/spikes/test_detector.py",
     ),
 )

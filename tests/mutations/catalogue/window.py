@@ -157,7 +157,7 @@ FAULTS = (
     Fault(
         "what a spike may have damaged is kept",
         "window/spike_breaks.py",
-        "self._window.drop_after(onset.step - self._num_distrusted())",
+        "self._window.drop_after(after)",
         "0",
         "tests/callbacks/test_spikes.py",
     ),
