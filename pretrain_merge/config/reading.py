@@ -64,7 +64,8 @@ def typed(schema: type[_ConfigT], given: Any, *, at: str) -> _ConfigT:
     try:
         # objects: the shape of a `decay` view may be a function where the configuration is Python
         overrides = OmegaConf.create(given, flags={"allow_objects": True})
-        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), overrides))  # type: ignore[return-value]
+        merged = OmegaConf.merge(_structured(schema), overrides)  # type: ignore[arg-type] # a class has a hash
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         path = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
