@@ -101,7 +101,7 @@
     const traces = data.runs.flatMap((run, number) => curves(run, number, colors, several));
     const y = (domain, axis) => ({
       domain, gridcolor: colors.grid, zerolinecolor: axis === "y2" ? colors.raw : colors.grid, automargin: true,
-      nticks: axis === "y" ? 8 : 4, rangemode: axis === "y4" ? "tozero" : "normal",
+      nticks: axis === "y" ? 12 : 4, rangemode: axis === "y4" ? "tozero" : "normal",
       range: axis === "y4" ? undefined : range(traces, axis),
     });
     // above its panel: turned by a right angle, a long name is longer than a panel is high
