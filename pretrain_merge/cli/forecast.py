@@ -88,7 +88,10 @@ def forecast(
     if target is not None:
         say(_reached(records[-1], metric, target) or _budget(fan, target))
     expected = [item.expected for item in fan]
-    draw = partial(plots.curves, records, metric=metric, ahead=expected, title=run_names([run])[run])
+
+    def draw(path: Path) -> None:
+        plots.save(plots.curves(records, metric=metric, ahead=expected, title=run_names([run])[run]), path)
+
     write_picture(console, draw, picture, folder_of(run) / "forecast.png", what="Picture")
     if json is not None:
         write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")

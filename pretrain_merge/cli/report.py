@@ -5,7 +5,6 @@ This module knows the command's options and where its results go. What they show
 
 import json as json_format
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +60,10 @@ def report(
         _print_table(console, records[run], metric, mode or mode_of(metric), title=title, every=all)
     if len(runs) == 1:
         (run,) = runs
-        draw = partial(plots.curves, records[run], metric=metric, title=names[run])
+
+        def draw(path: Path) -> None:
+            plots.save(plots.curves(records[run], metric=metric, title=names[run]), path)
+
         write_picture(console, draw, picture, folder_of(run) / "report.png", what="Curves")
     if html is not None:
         write_result(html, _page(records, names, metric, mode, html))

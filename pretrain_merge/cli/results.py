@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 from pretrain_merge.errors import CheckpointError, MissingDependencyError, printable
 from pretrain_merge.files import atomic
-from pretrain_merge.records import plots
 from pretrain_merge.records.tables import require_rich
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Console
 
 _STANDARD_OUTPUT = Path("-")
@@ -31,13 +29,13 @@ def console_beside(result: Path | None = None) -> "Console":
 
 
 def write_picture(
-    console: "Console", draw: Callable[[], "Figure"], wanted: Path | None, default: Path, *, what: str
+    console: "Console", draw: Callable[[Path], object], wanted: Path | None, default: Path, *, what: str
 ) -> None:
     """Draw where the user wants it, else to a place of its own; say where.
 
     Args:
         console: Told where it is, or why there is none.
-        draw: Makes the figure.
+        draw: Makes the figure, and saves it at a path.
         wanted: What the user named.
         default: Where it goes otherwise.
         what: Of the picture, for the line that says so.
@@ -48,7 +46,7 @@ def write_picture(
         MissingDependencyError: It was asked for, and matplotlib is not installed.
     """
     try:
-        plots.save(draw(), wanted or default)
+        draw(wanted or default)
     except (MissingDependencyError, CheckpointError) as error:
         # a picture by default is a present, also where the run is somebody else's; one that was asked for is owed
         if wanted is not None:
