@@ -6,7 +6,7 @@ This module knows shares of a run and sentences. It knows no tensors and no merg
 import math
 
 from pretrain_merge.cadence import Quantity, Share
-from pretrain_merge.config import LONGEST_SPAN, View, WindowSettings
+from pretrain_merge.config import EXTRAPOLATED, EXTRAPOLATED_SPAN, LONGEST_SPAN, View, WindowSettings
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
 
 
@@ -23,7 +23,7 @@ def why_too_wide(settings: WindowSettings, num_steps: float) -> str | None:
     for view in settings.views:
         share = _share_spanned(settings, view, num_steps)
         # a limit of the user's own below the best span is no reason for a word; what is beyond the best one is
-        at_most = max(LONGEST_SPAN, view.span or 0.0)
+        at_most = max(EXTRAPOLATED_SPAN if view.kind == EXTRAPOLATED else LONGEST_SPAN, view.span or 0.0)
         if share is None or share <= at_most or share * num_steps <= ALWAYS_ALLOWED:
             continue
         reach = _reach(settings, view)

@@ -1,8 +1,9 @@
-"""Views that choose what they span, by the losses of plain means at the merge point before.
+"""Views that choose what they span, or how far they go beyond, by the losses of means at the merge point before.
 
-There are two kinds. `auto` spans what nested means say is best. A view whose `span` is "auto", as it is by default, has
-a limit that moves a little at each merge point: to longer where the mean over it was better than the mean over half of
-it, to shorter where it was worse. One mean more tells which, and forecasts read that one anyway.
+There are three kinds. `auto` spans what nested means say is best. A view whose `span` is "auto", as it is by default,
+has a limit that moves a little at each merge point: to longer where the mean over it was better than the mean over half
+of it, to shorter where it was worse. One mean more tells which, and forecasts read that one anyway. An `extrapolated`
+view moves its step in the same way, by one more model that is a little further out.
 
 A choice is read off the last record and used at the next merge point. So the number that a view reports is not the
 smallest of several that were tried at that very point, nothing is stored beside the records, and a resumed run, which
@@ -15,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pretrain_merge.cadence import Progress, Quantity, Share
-from pretrain_merge.config import LONGEST_SPAN, SPAN, Settings, View
-from pretrain_merge.merging.best_span import best_span, followed, nested
+from pretrain_merge.config import EXTRAPOLATED, LONGEST_SPAN, SPAN, Settings, View
+from pretrain_merge.merging.best_span import NOTCH, best_span, followed, nested, stepped
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
 from pretrain_merge.records import FORECAST, Choice, MergeRecord, is_plain, metric_names, span_of
@@ -40,6 +41,21 @@ def is_followed(settings: Settings, age: int) -> bool:
     return leading(settings) is not None and age >= _FOLLOWED_FROM
 
 
+def spanning(settings: Settings) -> list[View]:
+    """The views that choose their span by nested means."""
+    return [view for view in settings.views if view.is_auto and view.kind != EXTRAPOLATED]
+
+
+def stepping(settings: Settings) -> list[View]:
+    """The views that choose how far they extrapolate."""
+    return [view for view in settings.views if view.is_auto and view.kind == EXTRAPOLATED]
+
+
+def further(view: View) -> View:
+    """The model one notch beyond that of an `extrapolated` view, which tells whether to go there."""
+    return replace(view, name=_further(view.name), params={"step": NOTCH})
+
+
 class AutoSpans:
     """The choices of one run.
 
@@ -49,10 +65,10 @@ class AutoSpans:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._views = [view for view in settings.views if view.is_auto]
+        self._views, self._stepping = spanning(settings), stepping(settings)
         self._leading = leading(settings)
         self._last: MergeRecord | None = None  # on rank 0, where a resumed run reads its records
-        self._now: Mapping[str, float] = {}  # what views span at this merge point, on all ranks
+        self._now: Mapping[str, float] = {}  # what views span, or their step, at this merge point, on all ranks
         self._shares: dict[str, list[float]] = {view.name: [] for view in self._views}
 
     def with_choices(self, record: MergeRecord) -> MergeRecord:
@@ -74,12 +90,14 @@ class AutoSpans:
         return merger
 
     def shares(self, since: Progress) -> Mapping[str, float]:
-        """The share of the steps since the last break that each view is to span now, the same on all ranks. Collective.
+        """The share of the steps since the last break that each view is to span now, or its step. Collective.
+
+        The same on all ranks.
 
         Args:
             since: The last break. What was best before it says nothing of this stretch.
         """
-        if self._views or self._leading is not None:
+        if self._views or self._stepping or self._leading is not None:
             self._now = ranks.gather(self._known(since.step))[0]
         return self._now
 
@@ -101,6 +119,9 @@ class AutoSpans:
             limit = known[self._leading.name]
             found |= {view.name: limit for view in self._settings.views if view.follows}
             found[HALF] = limit / 2.0
+        for view in self._stepping:
+            step = record.choices[view.name].step if view.name in record.choices else None
+            found |= {view.name: step, _further(view.name): step + NOTCH} if step is not None else {}
         return found
 
     def _choices(self, record: MergeRecord) -> dict[str, Choice]:
@@ -108,6 +129,7 @@ class AutoSpans:
         if record.step <= record.since:
             return {}
         chosen = {view.name: self._best(view, record) for view in self._views}
+        chosen |= {view.name: self._stepped(view, record) for view in self._stepping}
         if self._leading is not None and is_followed(self._settings, record.step - record.since):
             chosen[self._leading.name] = self._moved(self._leading, record)
         return {name: choice for name, choice in chosen.items() if choice is not None}
@@ -146,6 +168,18 @@ class AutoSpans:
         least = min(loss, shorter)
         return Choice(following * age, loss / least - 1.0 if least else 0.0)
 
+    def _stepped(self, view: View, record: MergeRecord) -> Choice | None:
+        """The step moved by whether the model one notch further was better."""
+        if not {view.name, _further(view.name)} <= record.recipes.keys():
+            return None
+        metric, step = _metric(view, record), self._now.get(view.name, 0.0)
+        loss, beyond = (record.views[name].get(metric, math.nan) for name in (view.name, _further(view.name)))
+        used = span_of(record.recipes[view.name].steps, record.average)
+        if not math.isfinite(loss - beyond):  # what was not measured speaks against going on
+            return Choice(used, 0.0, 0.0)
+        least = min(loss, beyond)
+        return Choice(used, loss / least - 1.0 if least else 0.0, stepped(step, is_better_further=beyond < loss))
+
     def _advice(self, name: str, shares: list[float], num_steps: int) -> str:
         low, high = (shares[round(quantile * (len(shares) - 1))] for quantile in _TYPICAL)
         middle = shares[len(shares) // 2]
@@ -163,6 +197,10 @@ def _metric(view: View, record: MergeRecord) -> str:
     """The loss that a view chooses by, as it is called in the record."""
     wanted = view.metric or metric_names.the_loss(record.raw) or ""
     return metric_names.found(wanted, record.raw) or wanted
+
+
+def _further(name: str) -> str:
+    return f"{FORECAST}/further-{name}"
 
 
 def _share(choice: Choice, record: MergeRecord) -> float:

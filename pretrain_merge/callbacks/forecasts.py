@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain_merge.cadence import Quantity
-from pretrain_merge.callbacks.auto_spans import HALF, is_followed, leading
+from pretrain_merge.callbacks.auto_spans import HALF, further, is_followed, leading, spanning, stepping
 from pretrain_merge.config import Forecast, MergeConfig, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
@@ -65,7 +65,8 @@ class RunForecasts:
         if follows or any(forecast.num_intervals is None for forecast in forecasts):
             means += [view for view in _halved(own, config) if view not in means]
         measured = {num_in_full_window(view, config) for view in own}
-        return tuple(view for view in means if view.last is None or view.last not in measured)
+        means = [view for view in means if view.last is None or view.last not in measured]
+        return (*means, *map(further, stepping(self._settings)))
 
     def reads(self, record: MergeRecord | None, age: int) -> bool:
         """Whether anything reads these means at a merge point.
@@ -75,15 +76,16 @@ class RunForecasts:
             age: Steps since the last break.
         """
         follows = is_followed(self._settings, age)
-        if self._chooses_spans or record is None:
-            return self._chooses_spans or follows or bool(self)
+        chooses = self._chooses_spans or bool(stepping(self._settings))
+        if chooses or record is None:
+            return chooses or follows or bool(self)
         has_loss = metric_names.the_loss(record.raw) is not None
         return (follows and has_loss) or any(self._metric(item, record) for item in self._settings.forecasts.values())
 
     @property
     def _chooses_spans(self) -> bool:
         """Whether a view needs nested means, over more than the half that a limit follows."""
-        return any(view.is_auto for view in self._settings.views)
+        return bool(spanning(self._settings))
 
     def of_a_run(self) -> "RunForecasts":
         """The same forecasts, of a run that has no records yet."""

@@ -17,7 +17,7 @@ A new kind of coefficients is one function under `@kind`, in `means` or `replays
 know its name.
 """
 
-from pretrain_merge.coefficients.means import custom, ema, power, sma, wma
+from pretrain_merge.coefficients.means import custom, ema, extrapolated, power, sma, wma
 from pretrain_merge.coefficients.numbers import SUM_TOLERANCE
 from pretrain_merge.coefficients.readings import decay_curve, mean_age, n_eff
 from pretrain_merge.coefficients.registry import KINDS, Coefficients, compute, kind
@@ -32,6 +32,7 @@ __all__ = [
     "decay",
     "decay_curve",
     "ema",
+    "extrapolated",
     "kind",
     "mean_age",
     "n_eff",

@@ -127,6 +127,34 @@ def power(
 
 
 @kind
+def extrapolated(n: int, *, step: float) -> Coefficients:
+    """Beyond the mean of the newer half of the snapshots, away from the mean of the older half. Experimental.
+
+    ``M_new + step (M_new - M_old)``: means taken one after another lie nearly on a line while the rate is constant, and
+    the older half weighs less than nothing.
+
+    Args:
+        n: Snapshots in the merge, at least 1; the one in the middle of an odd number belongs to the newer half.
+        step: In distances between the two means, at least 0; 0 is the mean of the newer half.
+
+    Raises:
+        CoefficientError: `step` is not a finite number from 0.
+
+    Source: Extra-Merge (arXiv 2605.26484).
+
+    >>> [round(c, 9) for c in extrapolated(4, step=0.2)]
+    [-0.1, -0.1, 0.6, 0.6]
+    """
+    if not finite_number("step", step) >= 0.0:
+        raise CoefficientError(f"step is {step!r}; it must be at least 0. Set 0.1 to 0.3; from 0.5 on it does harm.")
+    num_older = n // 2
+    if not num_older:  # a single snapshot lies on no line
+        return (1.0,)
+    newer, older = (1.0 + step) / (n - num_older), -step / num_older
+    return absorb_rounding([*[older] * num_older, *[newer] * (n - num_older)])
+
+
+@kind
 def custom(n: int, *, weights: Sequence[float]) -> Coefficients:
     """Takes the coefficients as they are given. Negative ones extrapolate.
 

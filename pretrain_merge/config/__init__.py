@@ -16,6 +16,8 @@ from pretrain_merge.config.forecasts import num_intervals, parse_forecasts
 from pretrain_merge.config.reading import did_you_mean, read, refuse_misfits
 from pretrain_merge.config.schema import (
     AUTO,
+    EXTRAPOLATED,
+    EXTRAPOLATED_SPAN,
     FORECAST_KINDS,
     FORECAST_SHAPES,
     LONGEST_SPAN,
@@ -32,6 +34,8 @@ from pretrain_merge.config.views import View, num_in_full_window, parse_views
 
 __all__ = [
     "AUTO",
+    "EXTRAPOLATED",
+    "EXTRAPOLATED_SPAN",
     "FORECAST_KINDS",
     "FORECAST_SHAPES",
     "LONGEST_SPAN",

@@ -11,6 +11,7 @@ STORES = ("auto", "device", "host", "disk")
 SLOT_DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("min", "max")
 AUTO = "auto"
+EXTRAPOLATED = "extrapolated"
 FORECAST_KINDS = ("forecast", "nowcast")
 FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
 # A plain mean was best over 8 to 13% of the steps so far at large learning rates, where half of that costs .1 to .2% of
@@ -18,6 +19,7 @@ FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
 # view begins between the two, where it is never far wrong, and what it measures moves it.
 SPAN = 0.06
 LONGEST_SPAN = 0.12  # beyond it no rate gained anything
+EXTRAPOLATED_SPAN = 0.2  # two means one behind the other, each over the tenth that is best for one alone
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Named merges: from the short forms of YAML to kinds of coefficients with their parameters."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Share, parse_interval
 from pretrain_merge.config.reading import did_you_mean
-from pretrain_merge.config.schema import AUTO, SPAN, WindowConfig
+from pretrain_merge.config.schema import AUTO, EXTRAPOLATED, EXTRAPOLATED_SPAN, SPAN, WindowConfig
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.records import FORECAST, RAW
 
@@ -20,6 +21,8 @@ _SHORTHANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 _RESERVED = (RAW, FORECAST)
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%", re.ASCII)
+_LEAST_ON_A_LINE = 4  # a mean of one snapshot is raw, whose noise an extrapolation would enlarge
+_ROUNDING = 1e-9  # 20% in steps of 1% are twenty
 _MOST_DIGITS = 9  # of a view's number; Python refuses to read thousands
 
 
@@ -34,7 +37,8 @@ class View:
         params: Parameters of the kind.
         span: Of these, the newest that span at most this share of the steps since the last break; None: all of them.
         follows: Whether that share follows what merge points measure, beginning with `span`.
-        is_auto: Whether the share is chosen anew at each merge point, beginning with `span`.
+        is_auto: Whether the share is chosen anew at each merge point, beginning with `span`; or the step, of kind
+            `extrapolated`, beginning with that of `params`.
         metric: By which it is chosen; None: the loss that the run measures.
     """
 
@@ -77,6 +81,8 @@ def parse_views(config: WindowConfig) -> tuple[View, ...]:
     for index, view in enumerate(views):
         # at the start of a run, not at its first merge hours later
         _try_coefficients(view, config.window, f"views[{index}]")
+        if view.kind == EXTRAPOLATED:
+            _try_reach(view, config, f"views[{index}]")
     return views
 
 
@@ -108,12 +114,20 @@ def parse_view(value: object, key: str, span: Limit = _ANY) -> View:
     span = own or span
     if kind == AUTO:
         return _auto(View(value["name"], "sma", last, params), key, span)
+    if kind == EXTRAPOLATED and last is None:
+        span = own or Limit(EXTRAPOLATED_SPAN)
+        if span.follows:
+            raise ConfigError(
+                f"{key}.span: 'auto' is a limit of means, and {value['name']!r} goes beyond one. Allowed: a share of "
+                f'the run, for both of its means together, or null. Set span: "{EXTRAPOLATED_SPAN:.0%}".'
+            )
     if last is not None and own is not None and own.share is not None:
         raise ConfigError(
             f"{key}.span: {value['span']!r}, and the view is of exactly {last} snapshots. Allowed: a number of "
             f"snapshots or a share of the run. Remove one of the two."
         )
-    return View(value["name"], str(kind), last, params, *(span if last is None else ()))
+    view = View(value["name"], str(kind), last, params, *(span if last is None else ()))
+    return _extrapolated(view, key) if kind == EXTRAPOLATED and "step" not in params else view
 
 
 def parse_span(value: object, key: str) -> Limit:
@@ -147,6 +161,17 @@ def _auto(view: View, key: str, span: Limit) -> View:
     return replace(view, params={}, span=span.share or SPAN, is_auto=True, metric=metric)
 
 
+def _extrapolated(view: View, key: str) -> View:
+    """A view that was given no step chooses it by itself, and begins with none."""
+    metric = view.params.get("metric")
+    if view.params.keys() - {"metric"} or not isinstance(metric, str | None):
+        raise ConfigError(
+            f"{key}: view {view.name!r} was given {sorted(view.params)}. Allowed: `step`, or `metric`, the name of the "
+            f"loss that it chooses its step by, and `span` or `last`. Remove what is given besides."
+        )
+    return replace(view, params={"step": 0.0}, follows=False, is_auto=True, metric=metric)
+
+
 def num_in_full_window(view: View, config: WindowConfig) -> int | None:
     """How many snapshots a view merges of a full window; None where that depends on the age of the run."""
     every = parse_interval(config.every)
@@ -171,7 +196,30 @@ def _parse_shorthand(text: str, key: str, span: Limit) -> View:
         raise ConfigError(
             f"{key}: {text!r} is not a view{did_you_mean(letters, known)} Known kinds: {', '.join(known)}."
         )
+    if kind == EXTRAPOLATED:
+        return _extrapolated(View(text, kind, last, span=EXTRAPOLATED_SPAN if last is None else None), key)
     return View(text, kind, last, params, *(span if last is None else ()))
+
+
+def _try_reach(view: View, config: WindowConfig, key: str) -> None:
+    """Refuse a line through two means where a full window never reaches over both."""
+    every, more = parse_interval(config.every), int(config.average == "last")
+    if (view.last or config.window) < _LEAST_ON_A_LINE:
+        raise ConfigError(
+            f"{key}: view {view.name!r} goes on along the line through two means, and has "
+            f"{view.last or config.window} snapshots for both. Allowed: {_LEAST_ON_A_LINE} and more; raise `window`."
+        )
+    # a fixed interval reaches over any share while the run is young enough
+    if view.span is None or not isinstance(every, Share):
+        return
+    needed = math.ceil(100.0 * view.span / every.percent - _ROUNDING) + more
+    if config.window < needed:
+        wider = Share.spanning(view.span, config.window - more, every.unit)
+        raise ConfigError(
+            f"{key}: view {view.name!r} goes on along the line through two means over {view.span:.3g} of the run "
+            f'together, and window {config.window} at every: "{every.percent:g}%" spans less. Set window: {needed}, '
+            f'every: "{wider.percent:g}%", or a smaller `span` of this view.'
+        )
 
 
 def _try_coefficients(view: View, window: int, key: str) -> None:

@@ -161,10 +161,10 @@ class RollingMerger(DurableWindow):
     def span(self, shares: Mapping[str, float]) -> None:
         """From now on `auto` views merge the snapshots that span these shares of the steps since the last break.
 
-        A merger measures nothing: whoever measures nested means chooses, say by `merging.best_span`. A view that is not
-        named spans what its configuration begins with.
+        For an `extrapolated` view the number is its step. A merger measures nothing: whoever measures nested means
+        chooses, say by `merging.best_span`. A view that is not named does what its configuration begins with.
         """
-        self._views.span(shares)
+        self._views.choose(shares)
 
     def evaluate(self, module: Modules, measure: Callable[[], _T]) -> dict[str, _T]:
         """What a function finds with the raw weights in the model, and with those of every view that is ready.

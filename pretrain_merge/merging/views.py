@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pretrain_merge import coefficients
 from pretrain_merge.cadence import Cadence, Progress
-from pretrain_merge.config import SPAN, View, did_you_mean
+from pretrain_merge.config import EXTRAPOLATED, SPAN, View, did_you_mean
 from pretrain_merge.errors import CoefficientError, ConfigError, WindowNotReadyError
 from pretrain_merge.records import FORECAST, Recipe, span_of
 from pretrain_merge.window.window import Snapshot, Window
@@ -45,7 +45,7 @@ class Views:
         self._views = {view.name: view for view in views}
         self._cadence = cadence
         self._average = average
-        self._shares: Mapping[str, float] = {}  # of views that choose their span
+        self._chosen: Mapping[str, float] = {}  # shares of views that choose their span, steps of those that go on
         self._resolved: dict[str, Merge | str] = {}
         self._state: tuple[object, ...] = ()  # of the window and the counters that `_resolved` is of
 
@@ -54,10 +54,13 @@ class Views:
         """Of all views, as they were configured."""
         return tuple(self._views)
 
-    def span(self, shares: Mapping[str, float]) -> None:
-        """From now on `auto` views span these shares of the steps since the last break; if not named, `span`."""
-        if shares != self._shares:
-            self._shares, self._state = dict(shares), ()
+    def choose(self, chosen: Mapping[str, float]) -> None:
+        """From now on `auto` views span these shares of the steps since the last break; `extrapolated` ones go so far.
+
+        One that is not named does what it begins with.
+        """
+        if chosen != self._chosen:
+            self._chosen, self._state = dict(chosen), ()
 
     def resolve(self, name: str, window: Window, now: Progress, *, num_lost: int = 0) -> Merge:
         """The merge that a view is now.
@@ -95,8 +98,11 @@ class Views:
         # counted from the last break, of which some kinds take a share
         unit = self._cadence.every.unit
         times = [item.progress.count(unit) - window.since.count(unit) for item in chosen]
+        params = dict(view.params)
+        if view.kind == EXTRAPOLATED and name in self._chosen:
+            params["step"] = self._chosen[name]
         try:
-            weights = coefficients.compute(view.kind, len(chosen), times=times, **view.params)
+            weights = coefficients.compute(view.kind, len(chosen), times=times, **params)
         except CoefficientError as error:  # a kind that asks for even spacing, say
             return f"view {name!r}: {error}"
         return Merge(chosen, Recipe(tuple(item.progress.step for item in chosen), weights))
@@ -110,7 +116,7 @@ class Views:
             return valid
         steps = [item.progress.step for item in valid]
         age = steps[-1] - since.step
-        chosen = self._shares.get(view.name)
+        chosen = None if view.kind == EXTRAPOLATED else self._chosen.get(view.name)
         # a mean over half of another's share is half as long from the start
         least = ALWAYS_ALLOWED * min(1.0, view.span / SPAN)
         at_most = max(view.span * age, least) if chosen is None else chosen * age

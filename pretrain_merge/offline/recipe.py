@@ -91,6 +91,11 @@ def make_recipe(sources: Sequence[Source], view: ViewLike, steps: Sequence[int] 
 def _view(view: ViewLike) -> View:
     if isinstance(view, str | Mapping):
         parsed = parse_view(view, "view")
+        if parsed.is_auto:
+            raise ConfigError(
+                f"view: {parsed.name!r} chooses by what a run measures, and a merge of files measures nothing. "
+                f"Allowed: what is spelled out, such as 'sma' or {{kind: extrapolated, step: 0.2}}. Name one of those."
+            )
         if "times" in parsed.params:
             raise ConfigError("view.times: the times of a merge are the steps of its checkpoints. Give them as steps.")
         return parsed

@@ -27,7 +27,7 @@ from pretrain_merge.records import (
     read_records,
 )
 
-_NESTED = re.compile(r"sma[0-9]*")
+_NESTED = re.compile(r"sma[0-9]*|further-.*")
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, which part of a record
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # 3: in the middle
 _SIGNATURE = 7  # bytes
@@ -209,7 +209,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
     raw = measured.pop(RAW)
     spans = {view: _counter(values, SPAN, _LARGEST_STEP) for view, values in measured.items() if SPAN in values}
     for values in measured.values():
-        for told_of_recipes in (SPAN, "best_span", "regret"):
+        for told_of_recipes in (SPAN, "best_span", "best_step", "regret"):
             values.pop(told_of_recipes, None)
     numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
     return MergeRecord(

@@ -78,15 +78,18 @@ def is_plain(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """What nested means say of the span, for a view that chooses its own at the next merge point.
+    """What nested means say of the span, for a view that chooses its own at the next merge point; or of the step.
 
     Attributes:
-        span: Over which a plain mean is best, in steps.
-        regret: By how much of the loss the mean over the whole window is above the best one.
+        span: Over which a plain mean is best, in steps; of an `extrapolated` view, what it spanned.
+        regret: By how much of the loss the mean over the whole window is above the best one, or what was merged above
+            the model a little further.
+        step: How far an `extrapolated` view goes, in distances between its two means; None: of other views.
     """
 
     span: float
     regret: float
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ class MergeRecord:
         for view, recipe in self.recipes.items():
             named[metric_name(self.name, view, SPAN)] = span_of(recipe.steps, self.average)
         for view, choice in self.choices.items():
-            named[metric_name(self.name, view, "best_span")] = choice.span
-            named[metric_name(self.name, view, "regret")] = choice.regret
+            best = ("best_span", choice.span) if choice.step is None else ("best_step", choice.step)
+            named |= {metric_name(self.name, view, key): value for key, value in (best, ("regret", choice.regret))}
         for forecast, expected in self.forecasts.items():
             for metric, value in expected.items():
                 key = metric_name(self.name, f"{FORECAST}/{forecast}", metric)

@@ -45,6 +45,7 @@ PARAMETERS = {
         st.fixed_dictionaries({"gamma": st.floats(0.0, 100.0)}),
         st.fixed_dictionaries({"relative_width": st.floats(0.01, 0.28)}),
     ),
+    "extrapolated": lambda n: st.fixed_dictionaries({"step": st.floats(0.0, 2.0)}),
     "decay": lambda n: st.fixed_dictionaries({"shape": shapes}),
     "qam": lambda n: st.fixed_dictionaries({"shape": shapes}),
     "custom": lambda n: st.fixed_dictionaries({"weights": normalised_lists_of(n)}),

@@ -9,7 +9,7 @@ from harness import oracles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_merge.coefficients import decay, ema, qam, sma, wma
+from pretrain_merge.coefficients import decay, ema, extrapolated, qam, sma, wma
 from pretrain_merge.errors import CoefficientError
 from pretrain_merge.lr_schedules import SHAPES
 
@@ -50,6 +50,22 @@ def test_the_tables_tell_a_reversed_list_from_a_right_one():
 def test_averages_agree_with_the_oracle(n):
     assert_close(sma(n), oracles.sma(n), n)
     assert_close(wma(n), oracles.wma(n), n)
+
+
+@law
+@given(n=st.integers(2, 60), step=st.floats(0.0, 2.0))
+def test_an_extrapolation_lies_on_the_line_through_the_means_of_its_halves(n, step):
+    models = np.random.default_rng(n).normal(size=(n, 7))
+    older, newer = models[: n // 2].mean(axis=0), models[n // 2 :].mean(axis=0)
+    expected = newer + step * (newer - older)
+    found = oracles.merged(models, extrapolated(n, step=step))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [-0.1, math.nan, math.inf, True, "0.1"])
+def test_an_extrapolation_goes_forward_by_a_number(step):
+    with pytest.raises(CoefficientError, match="step is"):
+        extrapolated(4, step=step)
 
 
 @law

@@ -18,7 +18,8 @@ NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", None, 1j, 10**400, [1.0
 @pytest.mark.parametrize("n", [0, -1, 2.0, math.nan, math.inf, True, False, "3", None, np.True_, np.float64(3)])
 @pytest.mark.parametrize("name", KINDS)
 def test_n_must_be_a_positive_integer(name, n):
-    parameters = {"ema": {"alpha": 0.2}, "custom": {"weights": [1.0]}}.get(name, {})
+    given = {"ema": {"alpha": 0.2}, "custom": {"weights": [1.0]}, "extrapolated": {"step": 0.2}}
+    parameters = given.get(name, {})
     for call in (KINDS[name], lambda n, **parameters: compute(name, n, **parameters)):
         with pytest.raises(CoefficientError) as caught:
             call(n, **parameters)
@@ -83,7 +84,7 @@ def test_every_number_must_be_finite_and_a_number(bad):
         (lambda: mean_age([0.5, 0.5], times=[0, 1, 2]), ["times has length 3", "must have 2"]),
         (
             lambda: compute("smaa", 3),
-            ["kind: 'smaa'", "sma, wma, ema, power, custom", "Did you mean 'sma'?"],
+            ["kind: 'smaa'", "sma, wma, ema, power, extrapolated, custom", "Did you mean 'sma'?"],
         ),
         (lambda: compute("DECAY", 3), ["Did you mean 'decay'?"]),
         (lambda: compute("zzz", 3), ["'zzz'", "sma, wma", "Use one of those"]),

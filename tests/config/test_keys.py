@@ -44,7 +44,12 @@ def test_a_custom_view_takes_as_many_snapshots_as_it_has_weights():
 
 
 def test_every_kind_of_coefficients_can_be_a_view():
-    params = {"custom": {"weights": [0.5, 0.5]}, "ema": {"alpha": 0.3}, "power": {"gamma": 3.0}}
+    params = {
+        "custom": {"weights": [0.5, 0.5]},
+        "ema": {"alpha": 0.3},
+        "power": {"gamma": 3.0},
+        "extrapolated": {"step": 0.2},
+    }
     for kind in coefficients.KINDS:
         (view,) = views_of({"name": "mine", "kind": kind, **params.get(kind, {})})
         assert view.kind == kind

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_merge.merging.best_span import BestSpan, best_span, followed, nested
+from pretrain_merge.merging.best_span import BestSpan, best_span, followed, nested, stepped
 
 
 def parabola(best, bend, spans, least=2.0):
@@ -54,6 +54,13 @@ def test_a_limit_moves_by_the_fourth_root_of_two_and_not_beyond_what_it_may_be()
     assert followed(0.05, 0.05, is_better_longer=True, at_most=0.12) == pytest.approx(0.05 * 2**0.25)
     assert followed(0.05, 0.05, is_better_longer=False, at_most=0.12) == pytest.approx(0.05 / 2**0.25)
     assert followed(0.11, 0.11, is_better_longer=True, at_most=0.12) == 0.12
+
+
+def test_a_step_goes_a_notch_at_a_time_and_is_off_again_where_two_merge_points_disagree():
+    steps = [0.0]
+    for is_better in [True, True, True, True, False, False, False, False]:
+        steps.append(stepped(steps[-1], is_better_further=is_better))
+    assert steps == [0.0, 0.1, 0.2, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0]
 
 
 def test_a_limit_does_not_run_away_from_what_a_full_window_can_span():

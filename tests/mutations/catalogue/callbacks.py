@@ -10,6 +10,13 @@ _SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
 
 FAULTS = (
     Fault(
+        "a copy of the callback takes the run with it",
+        "callbacks/fits.py",
+        """vars(self) | {"run": None, "last_run": None, "_borrowed": ExitStack()}""",
+        "vars(self)",
+        "tests/callbacks/test_copies.py",
+    ),
+    Fault(
         "auto goes on with a choice from before the break",
         "callbacks/auto_spans.py",
         "self._last is None or self._last.since != since",
@@ -22,6 +29,13 @@ FAULTS = (
         "is_better_longer=loss < shorter",
         "is_better_longer=loss > shorter",
         "tests/callbacks/test_auto_spans.py",
+    ),
+    Fault(
+        "an extrapolation goes further where that was worse",
+        "callbacks/auto_spans.py",
+        "is_better_further=beyond < loss",
+        "is_better_further=beyond > loss",
+        "tests/callbacks/test_extrapolated.py",
     ),
     Fault(
         "a move of a run's files that was killed is left half done",

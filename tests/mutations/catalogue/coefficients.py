@@ -21,6 +21,13 @@ FAULTS = (
         _FORMULAS,
     ),
     Fault(
+        "an extrapolation goes back",
+        "coefficients/means.py",
+        "(1.0 + step) / (n - num_older), -step / num_older",
+        "(1.0 - step) / (n - num_older), step / num_older",
+        _FORMULAS,
+    ),
+    Fault(
         "half-life in e-foldings",
         "coefficients/means.py",
         "-math.log(2.0) * ((after",
