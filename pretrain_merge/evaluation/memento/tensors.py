@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.evaluation.memento.memory import SAMPLE
+from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.parameters import bits
 
 _BLOCK = 4 << 20  # bytes that are compared at once: what is gathered for it is small beside a run's memory
@@ -153,7 +154,7 @@ class Tensors:
     """
 
     def __init__(self, states: Sequence[tuple[TensorState, int]]) -> None:
-        self.states = states
+        self.states: Sequence[tuple[State, int]] = states
         self._items = [state.item for state, _ in states]
         self._was = self._now()
 
