@@ -176,7 +176,7 @@ class Block:
     def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
         self._states, self._views = zip(*parts, strict=True)
         first = self._views[0]
-        self._one = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
+        self._one: Tensor | None = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
         if self._one is not None:
             self._tail, self._saved = first[:0], self._one.clone()
             return
@@ -198,7 +198,8 @@ class Block:
         # as integers: NaN is not itself, and 0.0 is -0.0
         if self._one is not None:
             return self._one
-        return torch.cat((*self._views, self._tail)).view(torch.int64)
+        bits: Tensor = torch.cat((*self._views, self._tail)).view(torch.int64)
+        return bits
 
 
 def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:
