@@ -103,7 +103,7 @@ def test_a_batch_in_work_has_its_buffers_for_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stream.Streamer, "_sum", begun)
     monkeypatch.setattr(stream.Streamer, "_finish", finished)
-    monkeypatch.setattr(stream, "_LARGEST_BATCH", 16)
+    monkeypatch.setattr(stream, "batch_length", lambda *_, **__: 16)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
     kind = Kind((512,), torch.float32)
     source = Source("sparse", "test", {"w": kind}, lambda _: [Block("file", 0, (0,), (512,))], ("file",))
