@@ -1,5 +1,6 @@
 # make demo   sets up .venv, pre-trains a small model with merging on, leaves runs/demo/
 # make test   sets up .venv, then lint, types, import layers, docs and tests: the whole of CI
+# make test-all   the same with the long tests, whole matrices of which make test runs a part
 # PYTHON=python3.12 make test   uses another interpreter (3.11 or newer: constraints.txt is one set of exact versions)
 # make gpu    measures everything that needs a CUDA device, with the interpreter that has torch for it (docs/gpu.md)
 
@@ -14,7 +15,7 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types layers docs pytest mutations gpu gpu-wheels format constraints clean
+.PHONY: help demo test test-all lint types layers docs pytest mutations gpu gpu-wheels format constraints clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -23,6 +24,9 @@ demo: $(VENV)/installed-demo
 	$(BIN)/pretrain-merge demo
 
 test: lint types layers docs pytest
+
+test-all: SELECTED = -m ""
+test-all: test
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -38,7 +42,7 @@ docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(SELECTED)
 
 # Breaks the package in one place at a time; a test must notice each.
 mutations: $(VENV)/installed-dev

@@ -40,6 +40,10 @@ class Fits:
         self._phase_to_come: str | None = None  # marked before a run began
         self._borrowed = ExitStack()  # the fit loop's `run`, and all that a run has; given back when `fit` ends
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the callback has: a run is of one, with its threads, its files and the lock of its folder."""
+        return vars(self) | {"run": None, "last_run": None, "_borrowed": ExitStack()}
+
     def mark_phase(self, name: str) -> None:
         """Mark a phase of the run that is on, or of the next one."""
         if self.run is not None:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from pretrain_merge.parameters import named_parameters
+
 
 class CountsSteps(Protocol):
     """Whoever is told of steps."""
@@ -59,7 +61,7 @@ def _place(optimizer: Any, trainers: list[Any], module: Any, places: dict[int, t
     for place, item in enumerate(trainers):
         if optimizer is item or optimizer is getattr(item, "optimizer", None):
             return place
-    parameters = {id(parameter) for parameter in module.parameters()}
+    parameters = {id(parameter) for _, parameter in named_parameters(module)}
     if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
         others = [place for place, _ in places.values() if place is not None and place >= len(trainers)]
         return len(trainers) + len(others)  # one that the Trainer does not know

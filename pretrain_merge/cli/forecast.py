@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain_merge.cli.results import console_beside, write_result
+from pretrain_merge.cli.results import console_beside, write_picture, write_result
 from pretrain_merge.cli.run_names import folder_of, run_names
 from pretrain_merge.errors import ForecastError, printable
 from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
@@ -87,10 +87,12 @@ def forecast(
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
     if target is not None:
         say(_reached(records[-1], metric, target) or _budget(fan, target))
-    out = picture or folder_of(run) / "forecast.png"
     expected = [item.expected for item in fan]
-    plots.save(plots.curves(records, metric=metric, ahead=expected, title=run_names([run])[run]), out)
-    say(f"Picture: {printable(out)}")
+
+    def draw(path: Path) -> None:
+        plots.save(plots.curves(records, metric=metric, ahead=expected, title=run_names([run])[run]), path)
+
+    write_picture(console, draw, picture, folder_of(run) / "forecast.png", what="Picture")
     if json is not None:
         write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain_merge.cli.results import console_beside, write_result
+from pretrain_merge.cli.results import console_beside, write_picture, write_result
 from pretrain_merge.cli.run_names import folder_of, run_names
-from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
+from pretrain_merge.errors import ConfigError, printable
 from pretrain_merge.files import untrusted
 from pretrain_merge.records import MergeRecord, metric_names, plots, read_run, tables
 from pretrain_merge.records.modes import Mode, mode_of
@@ -18,7 +18,7 @@ from pretrain_merge.records.modes import Mode, mode_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ROWS = 30  # a screen
+_ROWS = 40  # a screen, and all merges of a run with the README's lines
 _CONFIG, _LARGEST_CONFIG = "merges.config.yaml", 2**16
 
 
@@ -60,7 +60,11 @@ def report(
         _print_table(console, records[run], metric, mode or mode_of(metric), title=title, every=all)
     if len(runs) == 1:
         (run,) = runs
-        _draw(console, records[run], metric, picture, folder_of(run) / "report.png", title=names[run])
+
+        def draw(path: Path) -> None:
+            plots.save(plots.curves(records[run], metric=metric, title=names[run]), path)
+
+        write_picture(console, draw, picture, folder_of(run) / "report.png", what="Curves")
     if html is not None:
         write_result(html, _page(records, names, metric, mode, html))
         console.print(f"Page: {printable(html)}", soft_wrap=True, markup=False)
@@ -93,20 +97,6 @@ def _print_table(
     if hidden := [printable(view) for view in views if view not in columns]:
         note = f"No room for {', '.join(hidden)}; best vs raw is of all. --html shows them."
         console.print(note, soft_wrap=True, markup=False)
-
-
-def _draw(
-    console: "Console", records: Sequence[MergeRecord], metric: str, wanted: Path | None, default: Path, *, title: str
-) -> None:
-    try:
-        plots.save(plots.curves(records, metric=metric, title=title), wanted or default)
-    except MissingDependencyError as error:
-        # a picture by default is a present; one that was asked for is owed
-        if wanted is not None:
-            raise
-        console.print(f"No picture: {error}", soft_wrap=True, markup=False)
-        return
-    console.print(f"Curves: {printable(wanted or default)}", soft_wrap=True, markup=False)
 
 
 def _page(

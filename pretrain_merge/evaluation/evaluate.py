@@ -230,7 +230,8 @@ def _repeated_data(trainer: Any, module: Any, stateful_data: str, notices: WarnO
             # the user's loop has not asked for its loaders yet: ask for ours alone, so that it asks as it would have
             loop = _new_loop(trainer, users_loop)
             loop._data_source = users_loop._data_source
-            memento = Memento(parts_of(trainer, module), merged=module.parameters(), notices=notices)
+            merged = dict(parameters.named_parameters(module)).values()
+            memento = Memento(parts_of(trainer, module), merged=merged, notices=notices)
             with isolation.stage(trainer, "validating"):
                 loop.setup_data()
             memento.put_back()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import loaders, muting
+from pretrain_merge.parameters import named_parameters
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -104,7 +105,7 @@ def gradients_hidden(module: nn.Module) -> Iterator[None]:
     Raises:
         EvaluationError: A parameter is such that its gradient does not fit it any more; all others have theirs.
     """
-    gradients = [(name, parameter, parameter.grad) for name, parameter in module.named_parameters()]
+    gradients = [(name, parameter, parameter.grad) for name, parameter in named_parameters(module)]
     try:
         # hidden, not zeroed: a `backward` would add to what accumulates, and zeroing loses it
         for _, parameter, _ in gradients:

@@ -1,9 +1,10 @@
-"""Settings of the whole process that hooks switch as they do a module's mode: torch's, NumPy's and Python's warnings.
+"""Settings of the whole process that hooks switch as they do a module's mode: torch's, NumPy's, Python's warnings.
 
 This module knows how each is read and set. It knows no evaluation. The environment, the working directory, signal
 handlers and log levels are left alone: what a hook starts may have set them for good.
 """
 
+import contextvars
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ def _set_filters(filters: list[Any]) -> None:
 
 def _flags(owner: Any, *names: str) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
     return [(partial(getattr, owner, name), partial(setattr, owner, name)) for name in names if hasattr(owner, name)]
+
+
+def _set_context(before: Iterator[tuple[contextvars.ContextVar[Any], Any]]) -> None:
+    # one that was set for the first time cannot be unset without the token of whoever set it
+    for variable, value in before:
+        if variable.get() is not value:
+            variable.set(value)
 
 
 def _parts(*owners: Any) -> list[Any]:
@@ -70,6 +78,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     *_flags(torch.utils.deterministic, "fill_uninitialized_memory"),
     (np.geterr, lambda state: np.seterr(**state)),
     (lambda: list(warnings.filters), _set_filters),
+    # an iterator equals no other, so that no value is asked whether it equals another
+    (lambda: iter(contextvars.copy_context().items()), _set_context),
 )
 
 

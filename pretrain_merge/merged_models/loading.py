@@ -5,7 +5,6 @@ that returns copies there is loaded by its own `load_state_dict` and looked at a
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pretrain_merge.merged_models.choosing import Which, chosen
 from pretrain_merge.merged_models.provenance import PROVENANCE, WITHDRAWN, read_provenance
 from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
-from pretrain_merge.parameters import is_sharded, plain_name
+from pretrain_merge.parameters import all_tensors, is_sharded, plain_name
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
 from pretrain_merge.runtime.log import logger
 
@@ -129,7 +128,7 @@ def _load_by_module(module: nn.Module, saved: _Saved, copies: list[str]) -> None
             f"the state_dict of {type(module).__name__} returns copies (of {copies[0]}), which cannot be loaded into a "
             f"module that is sharded. Load it before it is sharded."
         )
-    live = list(chain(module.parameters(), module.buffers()))
+    live = all_tensors(module)
     # a method of the user's may raise when it has written half
     before = [copy_of(tensor) for tensor in live]
     state = dict(module.state_dict())
@@ -159,7 +158,7 @@ def _shows(shown: Mapping[str, Tensor], saved: _Saved, name: str) -> bool:
 
 def _copies(module: nn.Module, wanted: Mapping[str, Tensor]) -> list[str]:
     """Names in the state dict whose memory is not the module's own."""
-    own = {place for tensor in chain(module.parameters(), module.buffers()) for place in _places(tensor)}
+    own = {place for tensor in all_tensors(module) for place in _places(tensor)}
     return [
         name
         for name, tensor in wanted.items()

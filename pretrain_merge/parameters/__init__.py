@@ -5,7 +5,15 @@ from pretrain_merge.parameters.live import Trained, mergeable_tensors
 from pretrain_merge.parameters.masters import Masters
 from pretrain_merge.parameters.places import Places
 from pretrain_merge.parameters.several import Given, Modules, as_one
-from pretrain_merge.parameters.shards import as_shards, is_sharded, plain_name, reshard, whole_sizes
+from pretrain_merge.parameters.shards import (
+    all_tensors,
+    as_shards,
+    is_sharded,
+    named_parameters,
+    plain_name,
+    reshard,
+    whole_sizes,
+)
 
 __all__ = [
     "Given",
@@ -15,11 +23,13 @@ __all__ = [
     "Trained",
     "all_finite",
     "all_same_bits",
+    "all_tensors",
     "as_one",
     "as_shards",
     "copy_",
     "is_sharded",
     "mergeable_tensors",
+    "named_parameters",
     "plain_name",
     "reshard",
     "whole_sizes",

@@ -259,7 +259,7 @@ def _chosen_buffers(
         )
     if not patterns and batch_norm != "merge":
         return {}
-    buffers = {plain_name(name): buffer for name, buffer in unwrapped(module).named_buffers()}
+    buffers = {plain_name(name): buffer for name, buffer in nn.Module.named_buffers(unwrapped(module))}
     for pattern in patterns:
         matched = fnmatch.filter(buffers, pattern)
         if not matched or not all(buffers[name].is_floating_point() for name in matched):

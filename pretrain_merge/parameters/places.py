@@ -14,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.tensor import DTensor
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, reshard, unwrapped
+from pretrain_merge.parameters.shards import all_tensors, is_plain, local_part, plain_name, reshard, unwrapped
 
 
 class _Place(NamedTuple):
@@ -60,7 +60,7 @@ class Places:
         """
         reshard(self._module)
         failed = [place.name for place in self._places if not _put_back(place)]
-        present = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
+        present = set(map(id, all_tensors(self._module)))
         # a parametrization moves the object elsewhere in the module, which is as good a place; a copy of it is none
         failed += [place.name for place in self._places if id(place.tensor) not in present]
         if failed:

@@ -3,7 +3,8 @@
 This module knows DTensors and FSDP modules. It knows nothing of which tensors are merged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter once, whatever the class makes of its own method: some list only what an optimizer is to have."""
+    return nn.Module.named_parameters(module)
+
+
+def all_tensors(module: nn.Module) -> list[Tensor]:
+    """Every parameter and every buffer once, past methods of the class's own."""
+    named = chain(named_parameters(module), nn.Module.named_buffers(module))
+    return [tensor for _, tensor in named]
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: of a DTensor its shard, else the tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -50,7 +62,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this rank holds only a part of some parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(isinstance(parameter, DTensor) for _, parameter in named_parameters(module))
 
 
 def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +72,7 @@ def as_shards(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         module: The live model, whose parameters tell how they are sharded.
         tensors: By the names of `mergeable_tensors`, in the shapes of its tensors and any dtype.
     """
-    parameters = {plain_name(name): parameter for name, parameter in unwrapped(module).named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in named_parameters(unwrapped(module))}
     return {name: _as_shard(tensor, parameters.get(name)) for name, tensor in tensors.items()}
 
 

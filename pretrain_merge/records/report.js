@@ -101,7 +101,7 @@
     const traces = data.runs.flatMap((run, number) => curves(run, number, colors, several));
     const y = (domain, axis) => ({
       domain, gridcolor: colors.grid, zerolinecolor: axis === "y2" ? colors.raw : colors.grid, automargin: true,
-      nticks: axis === "y" ? 8 : 4, rangemode: axis === "y4" ? "tozero" : "normal",
+      nticks: axis === "y" ? 12 : 4, rangemode: axis === "y4" ? "tozero" : "normal",
       range: axis === "y4" ? undefined : range(traces, axis),
     });
     // above its panel: turned by a right angle, a long name is longer than a panel is high
@@ -109,7 +109,9 @@
       text: literal(text), xref: "paper", yref: "paper", x: 0, y: top, xanchor: "left", yanchor: "bottom", showarrow: false,
     });
     const ends = traces.flatMap((trace) => trace.x).filter((value) => value !== null);
-    const last = ends.reduce((most, value) => Math.max(most, value), 1);
+    const first = ends.reduce((least, value) => Math.min(least, value), Infinity);
+    const last = ends.reduce((most, value) => Math.max(most, value), first + 1);
+    const beside = 0.02 * (last - first);
     const layout = {
       paper_bgcolor: colors.page, plot_bgcolor: colors.page, font: { color: colors.text, family: "system-ui, sans-serif" },
       hovermode: "x unified", hoverlabel: { bgcolor: colors.page }, margin: { t: 40, r: 8, b: 48, l: 48 },
@@ -117,7 +119,7 @@
       legend: narrow.matches ? { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } : { x: 1.01, y: 1 },
       xaxis: {
         title: { text: narrow.matches ? "" : chosen.axis }, anchor: "y4", gridcolor: colors.grid, zeroline: false,
-        hoverformat: ",d", range: [-0.02 * last, 1.02 * last],
+        hoverformat: ",d", range: [first - beside, last + beside],
       },
       yaxis: y([0.52, 1], "y"), yaxis2: y([0.3, 0.46], "y2"), yaxis3: y([0.155, 0.24], "y3"), yaxis4: y([0, 0.095], "y4"),
       annotations: [

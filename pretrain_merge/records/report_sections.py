@@ -69,13 +69,15 @@ def merges(run: Reported, metric: str, mode: Mode, views: Sequence[str]) -> str:
     places = evenly(len(measured), _MOST_ROWS - 1) | {_best_place(measured, metric, mode)}
     forecasts = list(dict.fromkeys(name for record in measured for name in record.forecasts))
     more = [f"forecast {name}" for name in forecasts]
-    head = ["step", "tokens", "raw", *views, "best vs raw", *more, "spread", "window"]
+    counts_tokens = any(record.tokens for record in measured)
+    head = ["step", *(["tokens"] if counts_tokens else []), "raw", *views, "best vs raw", *more, "spread", "window"]
     rows = []
     for place in sorted(places):
         record = measured[place]
         raw, values = record.raw[metric], _measured(record, metric)
         best = _best(values, mode) if values else None
-        cells = [_cell(f"{record.step:,}"), _cell(_count(record.tokens) if record.tokens else "–"), _cell(_number(raw))]
+        cells = [_cell(f"{record.step:,}"), *([_cell(_count(record.tokens))] if counts_tokens else [])]
+        cells.append(_cell(_number(raw)))
         for view in views:
             good = "good" if view in values and is_better(values[view], raw, mode) else "bad"
             cells.append(_cell(_number(values.get(view)), f"{good} best" if view == best else good))

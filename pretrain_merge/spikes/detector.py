@@ -22,7 +22,8 @@ _LEAST_SCALE = 1e-3  # of the median loss, and in log norm: a set-up without noi
 READ_EVERY = 10
 _AT_ONCE = 50  # steps, no more than `calm`; what is seen does not depend on it
 _LOSS, _NORM = 0, 1
-_Given = list[Tensor | None]  # loss and norm of a step on this rank
+_Number = Tensor | float
+_Given = list[_Number | None]  # loss and norm of a step on this rank
 _Row = tuple[float, float]  # loss and log of the norm of a step over all ranks; NaN: not known
 _UNKNOWN: _Row = (math.nan, math.nan)
 
@@ -53,8 +54,9 @@ class SpikeDetector:
     """Tells where the loss left what the steps before led to expect, with all ranks of one mind.
 
     A step is out of bounds where its robust z, `(x - median) / (1.4826 MAD)` over `history` steps before it, is beyond
-    `threshold`. A spike is seen where the loss was so in `sustained` of `within` steps and, where gradient norms are
-    known, the log of the norm was so in one of them. A loss of NaN or infinity is a spike at once.
+    `threshold`, and it is higher than three quarters of these. A spike is seen where the loss was so in `sustained` of
+    `within` steps and, where gradient norms are known, the log of the norm was so in one of them. A loss of NaN or
+    infinity is a spike at once.
 
     Args:
         history: Steps that median and MAD are taken over.
@@ -96,7 +98,7 @@ class SpikeDetector:
         # of the newest `within` steps: whether its loss and its norm were out of bounds, and the median before it
         self._judged: deque[tuple[bool, bool | None, float]] = deque(maxlen=self._within)
 
-    def observe(self, step: int, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None) -> None:
+    def observe(self, step: int, loss: _Number | None, gradient_norm: _Number | None = None) -> None:
         """Note what a step gave, without waiting for the device.
 
         Args:
@@ -108,10 +110,7 @@ class SpikeDetector:
             self._skip_to(step - 1)
         # copies: a compiled step may write its next loss into the same memory
         self._unread.append(
-            [
-                None if value is None else torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
-                for value in (loss, gradient_norm)
-            ]
+            [value.detach().clone() if isinstance(value, Tensor) else value for value in (loss, gradient_norm)]
         )
         self._newest = step
 
@@ -271,7 +270,15 @@ def _log(norm: float) -> float:
     return math.log(norm) if norm > 0.0 else -math.inf if norm == 0.0 else math.nan
 
 
-def _on_host(values: list[Tensor]) -> list[float]:
-    device = values[0].device
-    numbers: list[float] = torch.stack([value.to(device) for value in values]).tolist()
+def _on_host(values: list[_Number]) -> list[float]:
+    tensors = [torch.as_tensor(value) for value in values]
+    device = tensors[0].device
+    # a call of torch takes longer than these three questions, whose answer is mostly yes
+    plain = [
+        value
+        if value.dtype == torch.float32 and not value.ndim and value.device == device
+        else value.reshape(()).to(device, torch.float32)
+        for value in tensors
+    ]
+    numbers: list[float] = torch.stack(plain).tolist()
     return numbers

@@ -41,12 +41,14 @@ class RunningZ:
             self._num_finite += math.isfinite(entering)
 
     def is_out(self, value: float) -> bool | None:
-        """Whether a value is beyond the threshold; None: it cannot be judged."""
+        """Whether a value is beyond the threshold, and above three quarters of all; None: it cannot be judged."""
         median = self.median
         # around an infinite median every distance is infinite, and their ratio says nothing
         if self._num_finite < self._fewest or math.isinf(median) or value != value:
             return None
-        if value <= median:  # as about half of all are, and the distances are what a step costs
+        # a level that a quarter of the steps had is not new: networks that train by turns, batches of one source each;
+        # it also spares most steps the distances, which are what judging one costs
+        if value <= self._ordered[3 * (len(self._ordered) - 1) // 4]:
             return False
         least = self._least_scale * abs(median) if self._relative else self._least_scale
         return (value - median) / max(_MAD_OF_NORMAL * self._mad(median), least, 1e-30) > self._threshold

@@ -5,9 +5,11 @@ import re
 import sys
 
 import pytest
+from forecast.synthetic import run as synthetic_run
 from harness.records import at, falling_run
 
 from pretrain_merge.cli import main as cli
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.records import append_record
 
 
@@ -81,6 +83,21 @@ def test_without_matplotlib_the_table_is_printed_all_the_same(monkeypatch, capsy
     assert "No picture: Figures are drawn with matplotlib" in printed
     with pytest.raises(SystemExit, match="matplotlib, which is not installed"):
         call(monkeypatch, "report", tmp_path, "--picture", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("command", [["report", "--json"], ["forecast", "--steps", "300", "--json"]])
+def test_the_run_of_somebody_else_is_read_without_a_picture_in_its_folder(monkeypatch, capsys, tmp_path, command):
+    def refuse(figure, path):
+        raise CheckpointError(f"cannot write {path}: Permission denied.")
+
+    monkeypatch.setattr("pretrain_merge.records.plots.save", refuse)
+    name, *options = command
+    call(monkeypatch, name, written(tmp_path, synthetic_run(2000)), *options, "-")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)
+    assert "No picture: cannot write" in printed.err
+    with pytest.raises(SystemExit, match="Permission denied"):
+        call(monkeypatch, name, tmp_path, *options, "-", "--picture", tmp_path / "a.png")
 
 
 def test_a_view_of_a_project_needs_no_network_to_be_looked_at(monkeypatch, capsys, tmp_path):

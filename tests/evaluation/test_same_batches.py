@@ -1,7 +1,7 @@
 """Raw and merged see the same batches and random numbers, or it is an error; a signal ends all passes."""
 
 from collections.abc import Iterator
-from threading import Lock
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ class _OtherEachTime(Rows):
     def __init__(self) -> None:
         super().__init__(10, seed=1)
         self.reads = [0]
-        self.lock = Lock()  # so that its clock is not put back
+        self.queue = SimpleQueue()  # so that its clock is not put back
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         self.reads[0] += 1
@@ -47,7 +47,7 @@ class _OtherEachTime(Rows):
 class _Shrinks(IterableDataset):
     def __init__(self) -> None:
         self.passes = [0]
-        self.lock = Lock()
+        self.queue = SimpleQueue()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.passes[0] += 1

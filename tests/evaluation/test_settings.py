@@ -1,5 +1,6 @@
 """Settings of the process that a hook switches are back after each pass, whichever way they are read."""
 
+import contextvars
 import warnings
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from pretrain_merge.evaluation.settings import settings_kept
 
+LEVEL = contextvars.ContextVar("level", default=0)
+LEVEL.set(1)
 SWITCHED = {
     "products": (lambda: torch.set_float32_matmul_precision("medium"), torch.get_float32_matmul_precision),
     "deterministic": (
@@ -25,6 +28,7 @@ SWITCHED = {
         lambda: torch.backends.cudnn.allow_tf32,
     ),
     "NumPy": (lambda: np.seterr(divide="raise"), np.geterr),
+    "a variable of the context": (lambda: LEVEL.set(2), LEVEL.get),
     "warnings": (lambda: warnings.simplefilter("always"), lambda: list(warnings.filters)),
 }
 

@@ -1,8 +1,8 @@
 """Small real models, data and Trainers for tests that need a run, and a recorder of what a run was."""
 
 import copy
+import queue
 import random
-import threading
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,11 +157,11 @@ class TiedModel(pl.LightningModule):
 
 
 class Witness(list):
-    """Notes of hooks. It owns a lock, as what works beside a run does, so an evaluation does not take them back."""
+    """Notes of hooks. It owns a queue, as what works beside a run does, so an evaluation does not take them back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.queue = queue.SimpleQueue()
 
 
 class MemoryLogger(Logger):

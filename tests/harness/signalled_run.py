@@ -6,8 +6,8 @@ imports the libraries and forks one process for each run, because importing take
 
 import json
 import os
+import queue
 import signal
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -127,12 +127,12 @@ def run(scenario: str, folder: Path) -> dict[str, Any]:
 class Once:
     """A moment at which the run stands still until a signal has arrived, the first time that `when` holds.
 
-    It owns a lock, as what works beside a run does, so an evaluation does not take back that the moment is over.
+    It owns a queue, as what works beside a run does, so an evaluation does not take back that the moment is over.
     """
 
     def __init__(self, when: Any, sign: Path) -> None:
         self._when, self._sign, self.is_over = when, sign, False
-        self.lock = threading.Lock()
+        self.queue = queue.SimpleQueue()
 
     def wait_for_the_signal(self) -> None:
         from pretrain_merge.runtime import signals

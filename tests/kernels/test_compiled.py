@@ -16,13 +16,16 @@ THREADS, BLOCK, GROUP = 128, 1024, 4
 REGISTERS_OF_AN_SM = 65_536
 
 PAIRS = [Case(90, output, inputs) for output in SIZES for inputs in SIZES]
+# one text and one branch for each dtype: what a mix of them adds is seen in these
+USUAL = [case for case in PAIRS if case.output == case.inputs or {case.output, case.inputs} == {"float32", "bfloat16"}]
 ALIGNED = [
-    *PAIRS,
+    *USUAL,
     *(Case(target, dtype, dtype) for target in (80, 100) for dtype in ("float32", "bfloat16")),
     *(Case(target, "bfloat16", "bfloat16", spread=True) for target in TARGETS),
     Case(90, "float64", "float64", spread=True),
     Case(100, "float32", None),
 ]
+OTHERS = [case for case in PAIRS if case not in USUAL]
 UNALIGNED = Case(90, "float32", "float32", aligned=False)
 MASKED = Case(90, "bfloat16", "bfloat16", whole_blocks_are_masked=True)
 
@@ -46,7 +49,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kernels(run):
     """All of them, compiled once for all tests: a fault in the text comes last."""
-    cases = [*ALIGNED, UNALIGNED, MASKED]
+    return compiled(run, [*ALIGNED, UNALIGNED, MASKED])
+
+
+def compiled(run, cases):
     pairs = zip(cases, run(compile_all, cases), strict=True)
     return {case: SimpleNamespace(ptx=ptx, log=log) for case, (ptx, log) in pairs}
 
@@ -82,11 +88,22 @@ def test_a_narrowed_access_would_be_seen(kernels, case):
 
 @pytest.mark.parametrize("case", ALIGNED, ids=str)
 def test_every_value_is_in_registers_and_enough_programs_fit(kernels, case):
-    log = kernels[case].log
+    assert_is_in_registers(case, kernels[case])
+
+
+@pytest.mark.long
+def test_whole_blocks_move_wide_and_in_registers_for_every_mix_of_dtypes(run):
+    for case, kernel in compiled(run, OTHERS).items():
+        assert moves_wide(case, kernel.ptx), case
+        assert_is_in_registers(case, kernel)
+
+
+def assert_is_in_registers(case, kernel):
+    log = kernel.log
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log) == [
         ("0",) * 3
     ]
-    assert ".local" not in kernels[case].ptx
+    assert ".local" not in kernel.ptx
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     programs = REGISTERS_OF_AN_SM // (THREADS * 8 * -(-registers // 8))  # registers are given out by 8
     double = "float64" in (case.output, case.inputs)

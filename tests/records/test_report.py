@@ -124,11 +124,12 @@ def test_forecasts_that_nothing_judges_are_folded_away():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shown"), [(0, "–"), (409_600, "409,600"), (4_000_000, "4M"), (1_048_576_000_000, "1.049T")]
+    ("tokens", "shown"), [(0, "2.0000"), (409_600, "409,600"), (4_000_000, "4M"), (1_048_576_000_000, "1.049T")]
 )
-def test_tokens_are_written_as_people_say_them(tokens, shown):
+def test_tokens_are_written_as_people_say_them_and_have_no_column_where_none_are_counted(tokens, shown):
     run = Reported("a", [dataclasses.replace(at(100), tokens=tokens)])
-    assert [rows[1][1] for rows in tables_of(page([run], "val_loss")) if rows[0][1] == "tokens"] == [shown]
+    (merges,) = (rows for rows in tables_of(page([run], "val_loss")) if rows[0][0] == "step")
+    assert (merges[0][1], merges[1][1]) == ("tokens" if tokens else "raw", shown)
 
 
 def test_the_best_view_of_an_accuracy_is_the_largest():

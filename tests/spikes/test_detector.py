@@ -58,6 +58,12 @@ def test_a_high_loss_with_calm_gradients_is_not_a_spike() -> None:
     assert find_onsets(harder, norm) == []
 
 
+@pytest.mark.parametrize("levels", [(2.0, 0.5), (3.0, 1.0, 1.1)])
+def test_a_loss_that_goes_between_levels_by_turns_is_not_a_spike(levels: tuple[float, ...]) -> None:
+    """Two networks that train by turns, or batches of one source each."""
+    assert find_onsets([levels[step % len(levels)] + 1e-3 * (step * 7 % 11) for step in range(600)]) == []
+
+
 def test_a_loss_without_noise_is_not_a_spike() -> None:
     assert find_onsets([2.0 + 1e-6 * (step % 7) for step in range(400)]) == []
 
@@ -106,6 +112,8 @@ def _told_plainly(losses: list[float], norms: list[float]) -> list[Onset]:
         if np.isfinite(before).sum() < 5:
             return math.nan
         median = before[(len(before) - 1) // 2]
+        if values[step] <= before[3 * (len(before) - 1) // 4]:
+            return 0.0 if np.isfinite(median) else math.nan
         with np.errstate(invalid="ignore"):
             distances = np.abs(before - median)
             distances = np.sort(distances[~np.isnan(distances)])

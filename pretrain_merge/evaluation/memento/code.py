@@ -53,7 +53,8 @@ def enter_class(memento: "Memento", index: int, item: Any) -> None:
     state = names.ClassState(item)
     memento.add(index, state)
     memento.reach(index, state.values)
-    memento.reach(index, item.__bases__)
+    # and its metaclass, where instances are registered
+    memento.reach(index, (type(item), *item.__bases__))
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -4,9 +4,10 @@ This module knows the insides of containers and attributes; those of functions a
 bounds and writes nothing.
 """
 
+import threading
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from itertools import count, cycle
 from types import FunctionType, GeneratorType, MappingProxyType, MethodType
@@ -16,12 +17,15 @@ from weakref import ReferenceType
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.positions import CacheState, CountState, GeneratorState, IteratorState, draws
 from pretrain_merge.evaluation.memento.tensors import TensorState
+from pretrain_merge.parameters.shards import local_part
 
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento.memento import Memento
@@ -48,6 +52,8 @@ def _enter_for(cls: Any) -> "_Enter":
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
         return _enter_bytes
+    if issubclass(cls, threading.local):
+        return _enter_local
     if not kinds.kind_of(cls).is_state:
         return _enter_nothing
     by_base: dict[Any, _Enter] = {
@@ -89,7 +95,8 @@ def _enter_set(memento: "Memento", index: int, item: Any) -> None:
 def _enter_dict(memento: "Memento", index: int, item: Any, kind: Any = dict) -> None:
     state = states.DictState(item, kind)
     # keys, too: a user's object that serves as one may hold a counter
-    if memento.items(index, [*state.values, *state.keys]):
+    are_texts = kinds.TEXT.issuperset(map(type, state.keys))
+    if memento.items(index, state.values if are_texts else [*state.values, *state.keys]):
         memento.add(index, state)
 
 
@@ -122,6 +129,15 @@ def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
     _enter_object(memento, index, item)
 
 
+def _enter_local(memento: "Memento", index: int, item: Any) -> None:
+    # this thread's part: it is the one that runs hooks
+    memento.reach(index, [threading.local.__getattribute__(item, "__dict__")])
+
+
+def _enter_storage(memento: "Memento", index: int, item: Any) -> None:
+    memento.reach(index, [torch.empty(0, dtype=torch.uint8, device=item.device).set_(item)])
+
+
 def _enter_array(memento: "Memento", index: int, item: Any) -> None:
     if item.dtype.hasobject:
         state = states.ObjectsState(item)
@@ -133,30 +149,33 @@ def _enter_array(memento: "Memento", index: int, item: Any) -> None:
 
 def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
     # without memory there is nothing to copy, and to ask for its place raises
-    if item.is_meta or torch.nn.parameter.is_lazy(item):
+    if item.is_meta or is_lazy(item):
         return
     # by memory and not by identity: `parameter.data` and views of it are other objects
-    is_merged = not memento.merged.isdisjoint(places(item))
-    memento.add(index, TensorState(item, has_values=not is_merged))
-    if item.requires_grad and item.is_leaf:
-        state = names.HooksState(item)
-        memento.add(index, state)
-        memento.reach(index, state.values)
+    is_merged = place_of(item) in memento.merged
+    is_sharded = isinstance(item, DTensor)
+    state = TensorState(item, has_values=not is_merged and not is_sharded)
+    memento.add(index, state)
+    if is_sharded:
+        memento.reach(index, [item._local_tensor])
+    if any(state.hooks):
+        memento.reach(index, state.hooks)
     if item.grad_fn is None and item.grad is not None and not is_merged:  # gradients of merged ones are out of reach
         # of a tensor inside a graph torch warns when it is asked for a gradient
         memento.reach(index, [item.grad])
 
 
-def places(tensor: Tensor) -> Iterator[Any]:
+def place_of(tensor: Tensor) -> Any:
     """The memory of a tensor on this rank, by which it is told from others."""
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_part(tensor)
     # an empty tensor's place is 0, which all empty ones share
-    yield local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
+    return local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
 
 
 def _enter_parameter(memento: "Memento", index: int, item: Any) -> None:
     _enter_tensor(memento, index, item)
-    _enter_object(memento, index, item)
+    # attributes that a user gave it: mostly none, which costs no state
+    memento.reach(index, [object.__getattribute__(item, "__dict__")])
 
 
 def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
@@ -175,11 +194,10 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
-    values = [value for state in found for value in state.values]
+    values = [value for state in found for value in state.values] if len(found) != 1 else found[0].values
     # half of it would be put back under a thread that writes the other half
     if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
-        # of a library's own nobody could do anything about it
-        if kind.is_users:
+        if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
     for state in found:
@@ -222,6 +240,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     MethodType: (None, lambda item: (item.__self__, item.__func__)),
     partial: (None, lambda item: (item.func, *item.args, item.keywords)),
     ReferenceType: (None, lambda item: (item(),)),
+    memoryview: (None, lambda item: (item.obj,)),
     **dict.fromkeys(
         (property, staticmethod, classmethod),
         (None, lambda item: [getattr(item, name) for name in _PARTS if hasattr(item, name)]),
@@ -232,7 +251,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
     enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, GeneratorType), (CountState, _nothing)),
+    **dict.fromkeys((count, cycle, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
 }
 _Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {
@@ -249,6 +268,8 @@ _ENTER: dict[type, _Enter] = {
     set: _enter_set,
     OrderedDict: _enter_ordered,
     Tensor: _enter_parameter,
+    DTensor: _enter_tensor,
     torch.nn.Parameter: _enter_parameter,
     np.ndarray: _enter_array,
+    torch.UntypedStorage: _enter_storage,
 }

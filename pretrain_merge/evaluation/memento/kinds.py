@@ -23,6 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+_MODULE: Any = type.__dict__["__module__"]
+
 # immutable, and most of what there is: skipped before anything else is asked of them
 VALUES = frozenset(
     {
@@ -35,6 +37,8 @@ VALUES = frozenset(
         types.MemberDescriptorType, types.FrameType, types.TracebackType,
     }
 )  # fmt: skip
+
+TEXT = frozenset({str})
 
 # what runs, waits or is connected outside Python's objects: rolled back, it would no longer fit its other half
 _LIVING = frozenset(
@@ -51,6 +55,13 @@ _WORKING = frozenset(
     {
         "threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "subprocess", "asyncio",
         "_asyncio",
+    }
+)  # fmt: skip
+# of these modules, what only waits: a counter that is safe for threads owns a lock, and is state all the same
+_WAITING = frozenset(
+    {
+        "lock", "Lock", "RLock", "_RLock", "SemLock", "Condition", "Semaphore", "BoundedSemaphore", "Event", "Barrier",
+        "local", "_local", "_localimpl",
     }
 )  # fmt: skip
 # of Python's own, what users' state is made of
@@ -79,7 +90,11 @@ _LIGHTNINGS_STATE = (
     "utilities.device_dtype_mixin", "trainer.connectors.data_connector",
 )  # fmt: skip
 _LIGHTNINGS_LIVING = ("callbacks.progress", "loops.fetchers", "callbacks.rich", "callbacks.device_stats_monitor")
-_TORCHS_STATE = ("nn", "optim", "utils.data", "amp", "cuda.amp", "distributions", "ao")
+_TORCHS_STATE = (
+    "nn", "optim", "utils.data", "amp", "cuda.amp", "distributions", "ao", "nested", "masked",
+    "quasirandom",
+)  # fmt: skip
+_TENSORS = (torch.Tensor, torch._C.TensorBase)  # whose own modules are "torch" and "torch._C"
 _KEPT_ALWAYS = (nn.Module, Optimizer, LRScheduler)
 _LIBRARIES = (
     _LIGHTNING | _CLIENTS | {"torch", "torchmetrics", "numpy", "transformers", "peft", "timm", "pretrain_merge"}
@@ -98,6 +113,7 @@ class Kind:
         has_dict: Whether it has an attribute dictionary.
         slots: Descriptors of its `__slots__`.
         is_users: Whether its class is the user's own code.
+        is_said: Whether the user is told where it is left alone: of a library's own he could do nothing about it.
     """
 
     is_state: bool
@@ -107,21 +123,22 @@ class Kind:
     has_dict: bool = False
     slots: tuple[Any, ...] = ()
     is_users: bool = False
+    is_said: bool = False
 
 
 @lru_cache(maxsize=4096)
 def kind_of(cls: type) -> Kind:
     """The kind of the objects of a type that is neither a value nor a container that the memento knows itself."""
-    mro = type.__dict__["__mro__"].__get__(cls)
+    mro = type.__dict__["__mro__"].__get__(cls)  # past a metaclass
     if is_shared_memory(cls):
         return Kind(is_state=True)
-    # a lock per thread belongs to nobody's attributes
-    works = cls.__name__ != "_local" and any(_top(base) in _WORKING for base in mro)
+    works = any(_top(base) in _WORKING and base.__name__ not in _WAITING for base in mro)
     lives = works or any(map(_lives, mro))
     # modules own streams and locks, and are what hooks aim at first
     always = any(base in mro for base in _KEPT_ALWAYS)
     if is_ours(_module_of(cls)) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
         return Kind(is_state=False, lives=lives, works=works)
+    is_users = not is_library(_module_of(cls))
     return Kind(
         is_state=True,
         may_own=always or any(base.__name__ == "Trainer" for base in mro),
@@ -133,7 +150,8 @@ def kind_of(cls: type) -> Kind:
             for item in vars(base).values()
             if type(item) is types.MemberDescriptorType
         ),
-        is_users=not is_library(_module_of(cls)),
+        is_users=is_users,
+        is_said=is_users or _top(cls) in _PLAIN_STDLIB,
     )
 
 
@@ -174,7 +192,7 @@ def is_ours(module: str) -> bool:
 
 
 def _module_of(cls: type) -> str:
-    module = vars(cls).get("__module__")
+    module = _MODULE.__get__(cls)  # past a metaclass; not by `vars`: classes of C have no such entry
     return module if isinstance(module, str) else "builtins"
 
 
@@ -196,11 +214,12 @@ def _lives(base: type) -> bool:
 
 def _may_be_state(base: type) -> bool:
     top, _, rest = _module_of(base).partition(".")
+    # of Lightning and torch by a list: most of their objects are machinery that goes on by itself
     if top in _LIGHTNING:
         rest = _in_lightning(rest)
         is_iterator = rest == "utilities.combined_loader" and base.__name__ != "CombinedLoader"
         return rest.startswith(_LIGHTNINGS_STATE) and not is_iterator
-    return top != "torch" or rest.startswith(_TORCHS_STATE)
+    return top != "torch" or base in _TENSORS or rest.startswith(_TORCHS_STATE)
 
 
 def _in_lightning(module: str) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain_merge.evaluation.memento.graph import enter, places
+from pretrain_merge.evaluation.memento.graph import enter, place_of
 from pretrain_merge.evaluation.memento.kinds import VALUES
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.evaluation.memento.tensors import TensorState, blocks_of
-from pretrain_merge.evaluation.memento.together import mappings_of
+from pretrain_merge.evaluation.memento.together import groups_of
 from pretrain_merge.runtime.log import WarnOnce
 
 MOST_OBJECTS = 100_000
@@ -45,7 +45,7 @@ class Memento:
     def __init__(self, roots: Mapping[str, Any], *, merged: Iterable[Tensor] = (), notices: WarnOnce) -> None:
         self._notices = notices
         self._roots = list(roots)
-        self.merged = {place for tensor in merged for place in places(tensor)}
+        self.merged = {place_of(tensor) for tensor in merged}
         self._objects: list[Any] = []
         self._parents: list[int] = []
         self._seen: set[int] = set()
@@ -58,9 +58,7 @@ class Memento:
             # a user's tensor subclass would see every question that is asked of it
             self._walk(list(roots.values()))
             self._keep_memory()
-        self._mappings = mappings_of(self._states)
-        together = {id(state) for mappings in self._mappings for state, _ in mappings.states}
-        self._others = [kept for kept in self._states if id(kept[0]) not in together]
+        self._groups, self._others = groups_of(self._states)
         if self._left:
             paths = "; ".join(f"{path} ({why})" for path, why in list(self._left.items())[:5])
             notices.warn(
@@ -79,8 +77,8 @@ class Memento:
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for container in filter(None, self._empty):
                 container.clear()
-            changed = (mappings for mappings in self._mappings if not mappings.is_same())
-            for state, index in chain(*(mappings.states for mappings in changed), self._others):
+            changed = (group.states for group in self._groups if not group.is_same())
+            for state, index in chain(*changed, self._others):
                 if not state.is_same():
                     self._put_back(state, index)
             for block in self._blocks:

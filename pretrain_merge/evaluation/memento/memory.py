@@ -14,10 +14,10 @@ SAMPLE = 256  # elements of an array that is too large to be copied, and only wa
 class BytesState:
     """The memory of an array of any library but torch."""
 
-    __slots__ = ("item", "nbytes", "sample", "saved")
+    __slots__ = ("form", "item", "nbytes", "sample", "saved")
 
     def __init__(self, item: Any) -> None:
-        self.item, self.nbytes = item, _num_bytes(item)
+        self.item, self.nbytes, self.form = item, _num_bytes(item), _form(item)
         self.saved: bytes | None = None
         self.sample = b""
 
@@ -31,7 +31,7 @@ class BytesState:
 
     def is_same(self) -> bool:
         """Byte by byte where it was copied."""
-        if _num_bytes(self.item) != self.nbytes:
+        if _num_bytes(self.item) != self.nbytes or _form(self.item) != self.form:
             return False
         return _some_bytes(self.item) == self.sample if self.saved is None else _bytes_of(self.item) == self.saved
 
@@ -42,6 +42,9 @@ class BytesState:
             self.watch()  # said once, not at every pass
             raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
         if issubclass(type(item), np.ndarray):
+            item.flags.writeable = True  # as it was: others are not kept
+            if item.shape != self.form[0]:
+                np.ndarray.resize(item, self.form[0], refcheck=False)
             # a subclass may make something else of an assignment
             plain = item.view(np.ndarray)
             plain[...] = np.frombuffer(saved, item.dtype).reshape(item.shape)
@@ -61,6 +64,11 @@ def _num_bytes(item: Any) -> int:
     if isinstance(item, bytearray):
         return len(item)
     return len(item) * item.itemsize if hasattr(type(item), "frombytes") else ctypes.sizeof(_raw(item))
+
+
+def _form(item: Any) -> Any:
+    """What of an array may change in place beside its bytes."""
+    return (item.shape, bool(item.flags.writeable)) if issubclass(type(item), np.ndarray) else None
 
 
 def _bytes_of(item: Any) -> bytes:

@@ -75,26 +75,6 @@ class ClassState(PlacesState):
         super().put_back()
 
 
-class HooksState(PlacesState):
-    """Hooks on a tensor's gradient, in dictionaries that the first of them makes and that C++ holds, too."""
-
-    __slots__ = ()
-
-    def __init__(self, tensor: Any) -> None:
-        super().__init__(tensor, ("_backward_hooks", "_post_accumulate_grad_hooks"), getattr, setattr)
-
-    def is_same(self) -> bool:
-        """No hook where there was none; those of a dictionary that was there are kept by a state of its own."""
-        return all(not getattr(self.item, name) for name, was in zip(self.places, self.values, strict=True) if not was)
-
-    def put_back(self) -> None:
-        """Emptied and not dropped: C++ would go on calling them."""
-        # the dictionary is made by the first hook; C++ keeps a pointer to it for ever
-        for name, was in zip(self.places, self.values, strict=True):
-            if not was and (hooks := getattr(self.item, name)):
-                hooks.clear()
-
-
 def _own_names(cls: type) -> list[str]:
     # `_abc_impl` caches which classes are subclasses, and Python fills it whenever it asks
     return [name for name in vars(cls) if not name.startswith("__") and name != "_abc_impl"]

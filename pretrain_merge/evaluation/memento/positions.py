@@ -99,7 +99,8 @@ def _index(iterator: Any) -> Any:
 class CountState:
     """Where something stands that can be seen to move and not be set back.
 
-    `itertools.count` and `cycle`, a running generator, an iterator of a dict, the number that `enumerate` is at.
+    `itertools.count` and `cycle`, a running generator, an iterator of a dict, the number that `enumerate` is at,
+    and how many seeds were spawned from one.
     """
 
     __slots__ = ("item", "seen")
@@ -121,6 +122,8 @@ def _seen(item: Any) -> Any:
         # the instruction it waits at tells two turns of one loop apart only with its variables
         frame = item.gi_frame
         return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
+    if type(item) is np.random.SeedSequence:
+        return item.n_children_spawned
     if type(item) is enumerate:
         return item.__reduce__()[1][1]
     return item.__length_hint__() if hasattr(type(item), "__length_hint__") else repr(item)

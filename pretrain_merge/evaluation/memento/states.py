@@ -141,7 +141,8 @@ class AttributesState(DictState):
     __slots__ = ("cls", "may_own", "owner")
 
     def __init__(self, owner: Any, *, may_own: bool) -> None:
-        super().__init__(object.__getattribute__(owner, "__dict__"))
+        self.item = item = object.__getattribute__(owner, "__dict__")
+        self.kind, self.keys, self.values = dict, list(item), list(item.values())
         self.owner, self.cls, self.may_own = owner, type(owner), may_own
 
     def is_same(self) -> bool:

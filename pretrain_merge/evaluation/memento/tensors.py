@@ -1,8 +1,9 @@
-"""The memory of one tensor by its bits, and the bits of many together.
+"""The memory of one tensor by its bits and the hooks on its gradient, and those of many together.
 
 This module knows what can be kept of a tensor, and where it lies. It knows no objects around it, and no merging.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from pretrain_merge.parameters import bits
 _BLOCK = 4 << 20  # bytes that are compared at once: what is gathered for it is small beside a run's memory
 _ALONE = 8 << 10  # bytes from which on, on a CPU, to gather takes longer than one more call; measured, half the time
 _WORD = torch.int64.itemsize
+_HOOKS = tuple(getattr(Tensor, name).__get__ for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+_WHERE: tuple[Any, ...] = (
+    Tensor.data_ptr, Tensor.size, Tensor.stride, vars(torch._C.TensorBase)["requires_grad"].__get__, *_HOOKS,
+)  # fmt: skip
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 # of whole bytes, so that any of them is read as such; torch compares integers of 8 bytes fastest
 _DTYPES = frozenset(
@@ -25,7 +30,7 @@ _DTYPES = frozenset(
 
 
 class TensorState:
-    """A tensor's memory, and whether it takes part in backward; its bits where it is not plain memory.
+    """A tensor's memory, and how it takes part in backward; its bits where it is not plain memory.
 
     The bits of plain tensors are kept together, in `Block`s.
 
@@ -34,11 +39,24 @@ class TensorState:
         has_values: Whether its values are kept here; those of merged tensors are the merger's, but for their place.
     """
 
-    __slots__ = ("copy", "has_values", "item", "memory", "nbytes", "place", "requires_grad", "sample", "version")
+    __slots__ = (
+        "copy",
+        "has_values",
+        "hooks",
+        "item",
+        "memory",
+        "nbytes",
+        "place",
+        "requires_grad",
+        "sample",
+        "version",
+    )
 
     def __init__(self, item: Tensor, *, has_values: bool) -> None:
         self.item, self.has_values = item, has_values
         self.requires_grad = item.requires_grad
+        # dictionaries that the first hook makes, and that C++ holds, too
+        self.hooks = tuple(get(item) for get in _HOOKS)
         self.nbytes = item.numel() * item.element_size() if has_values else 0
         self.copy: Tensor | None = None
         self.sample: Tensor | None = None
@@ -49,11 +67,12 @@ class TensorState:
     def keep(self) -> Tensor | None:
         """Keep the bits; of plain memory give its bytes instead, to be kept in a `Block`."""
         view = self._watch_memory()
-        if not self.has_values or (view is None and _is_released(self.item)):
+        if view is not None:
+            return view
+        if not self.has_values or _is_released(self.item):
             return None
-        if view is None:
-            self.copy = bits.copy_of(self.item)
-        return view
+        self.copy = bits.copy_of(self.item)
+        return None
 
     def watch(self) -> None:
         """Too large to be copied: note where it lies, how often it was written, and some of its bits."""
@@ -65,6 +84,8 @@ class TensorState:
         item = self.item
         if item.requires_grad != self.requires_grad or (self.place is not None and _place(item) != self.place):
             return False
+        if any(self._new_hooks()):
+            return False
         if self.copy is not None:
             return bits.same_bits(item, self.copy)
         return self.sample is None or self._has_sample()
@@ -74,6 +95,8 @@ class TensorState:
         item = self.item
         if item.requires_grad != self.requires_grad:
             item.requires_grad_(self.requires_grad)
+        for hooks in self._new_hooks():
+            hooks.clear()  # and not dropped: C++ would go on calling them
         if self.memory is not None and _place(item) != self.place:
             if _is_released(self.memory):
                 self.memory.untyped_storage().resize_(_extent(self.memory))
@@ -85,21 +108,34 @@ class TensorState:
             self.watch()  # said once, not at every pass
             raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bits are not compared here, but those of many together, or nowhere."""
+        return self.place is not None and self.copy is None and self.sample is None
+
     def put_back_version(self) -> None:
         """Or a graph that training holds across batches could no longer be walked backward."""
         if self.version is not None:
             torch._C._autograd._unsafe_set_version_counter((self.item,), (self.version,))
 
     def _watch_memory(self) -> Tensor | None:
-        """Note where it lies; its bytes, or None where it is not plain memory without gaps."""
+        """Note where it lies; its bytes, or None where it is not plain memory without gaps, or is kept elsewhere."""
         item = self.item
         self.version = None if item.is_inference() else item._version
         if not _is_plain(item) or _is_released(item):
             return None
         self.place, self.memory = _place(item), item.detach()
-        if not item.is_contiguous() or item.is_conj() or item.is_neg() or item.dtype not in _DTYPES:
+        if not self.has_values or item.dtype not in _DTYPES or not item.is_contiguous():
             return None
-        return self.memory.view(-1).view(torch.uint8)
+        if item.is_conj() or item.is_neg():
+            return None
+        # a view of a tensor without dimensions cannot be of another size of element
+        flat = self.memory if item.dim() == 1 else self.memory.view(-1)
+        return flat.view(torch.uint8)
+
+    def _new_hooks(self) -> Iterator[Any]:
+        """Of kinds that the tensor had none of; those of a dictionary that was there are kept by a state of its own."""
+        return (now for was, get in zip(self.hooks, _HOOKS, strict=True) if not was and (now := get(self.item)))
 
     def _has_sample(self) -> bool:
         view = self._watch_memory_again()
@@ -107,6 +143,26 @@ class TensorState:
 
     def _watch_memory_again(self) -> Tensor | None:
         return None if self.item.is_inference() or self.item._version != self.version else self._watch_memory()
+
+
+class Tensors:
+    """Where many plain tensors lie and how they take part in backward, compared by a few calls.
+
+    Args:
+        states: With the index of the object that each is of; all of `is_plain`.
+    """
+
+    def __init__(self, states: Sequence[tuple[TensorState, int]]) -> None:
+        self.states = states
+        self._items = [state.item for state, _ in states]
+        self._was = self._now()
+
+    def is_same(self) -> bool:
+        """Of all of them. One of them at a time touches more memory than it compares."""
+        return self._now() == self._was
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return tuple(list(map(get, self._items)) for get in _WHERE)
 
 
 class Block:
@@ -118,10 +174,14 @@ class Block:
 
     def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
         self._states, self._views = zip(*parts, strict=True)
-        self._is_one = len(parts) == 1 and _is_of_words(self._views[0])
+        first = self._views[0]
+        self._one = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
+        if self._one is not None:
+            self._tail, self._saved = first[:0], self._one.clone()
+            return
         num_bytes = sum(view.numel() for view in self._views)
-        self._tail = self._views[0].new_zeros(-num_bytes % _WORD)
-        self._saved = self._bits().clone() if self._is_one else self._bits()
+        self._tail = first.new_zeros(-num_bytes % _WORD)
+        self._saved = self._bits()
 
     def put_back(self) -> None:
         """Write the tensors whose bits changed."""
@@ -135,9 +195,8 @@ class Block:
 
     def _bits(self) -> Tensor:
         # as integers: NaN is not itself, and 0.0 is -0.0
-        if self._is_one:
-            one: Tensor = self._views[0].view(torch.int64)
-            return one
+        if self._one is not None:
+            return self._one
         return torch.cat((*self._views, self._tail)).view(torch.int64)
 
 

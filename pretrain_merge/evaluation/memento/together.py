@@ -1,7 +1,7 @@
-"""Many mappings compared by a few calls, since an evaluation leaves nearly all of them as they were.
+"""Many states compared by a few calls, since an evaluation leaves nearly all of them as they were.
 
-This module knows the states of plain mappings and of attributes, and how to ask many at once whether anything changed.
-Which of them did, and what is to be done about it, is asked of each state.
+This module knows the states of plain mappings, of attributes and of plain tensors, and how to ask many at once whether
+anything changed. Which of them did, and what is to be done about it, is asked of each state.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from operator import is_
 from typing import Any
 
 from pretrain_merge.evaluation.memento.states import AttributesState, DictState, State
+from pretrain_merge.evaluation.memento.tensors import Tensors, TensorState
 
 # One of them changes at nearly every pass (the Trainer's own attributes), and then all of its group are asked.
 _TOGETHER = 32
@@ -49,7 +50,17 @@ class Mappings:
         )
 
 
-def mappings_of(states: Sequence[tuple[State, int]]) -> list[Mappings]:
-    """Groups of the states that are of plain mappings, in the order of their objects."""
-    plain = [(state, index) for state, index in states if isinstance(state, DictState) and state.kind is dict]
-    return [Mappings(plain[start : start + _TOGETHER]) for start in range(0, len(plain), _TOGETHER)]
+def groups_of(states: Sequence[tuple[State, int]]) -> tuple[list[Mappings | Tensors], list[tuple[State, int]]]:
+    """Groups of the states that can be asked together, in the order of their objects, and all others."""
+    mappings: list[tuple[DictState, int]] = []
+    tensors: list[tuple[TensorState, int]] = []
+    others: list[tuple[State, int]] = []
+    for state, index in states:
+        if isinstance(state, DictState) and state.kind is dict:
+            mappings.append((state, index))
+        elif isinstance(state, TensorState) and state.is_plain:
+            tensors.append((state, index))
+        else:
+            others.append((state, index))
+    groups = [Mappings(mappings[start : start + _TOGETHER]) for start in range(0, len(mappings), _TOGETHER)]
+    return [*groups, *([Tensors(tensors)] if tensors else [])], others

@@ -10,6 +10,13 @@ _SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
 
 FAULTS = (
     Fault(
+        "a copy of the callback takes the run with it",
+        "callbacks/fits.py",
+        """vars(self) | {"run": None, "last_run": None, "_borrowed": ExitStack()}""",
+        "vars(self)",
+        "tests/callbacks/test_copies.py",
+    ),
+    Fault(
         "auto goes on with a choice from before the break",
         "callbacks/auto_spans.py",
         "self._last is None or self._last.since != since",

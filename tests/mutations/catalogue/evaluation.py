@@ -5,6 +5,7 @@ from tests.mutations.catalogue.fault import Fault
 _NON_INTERFERENCE = "tests/callbacks/test_non_interference.py"
 _MEMENTO_OF_OBJECTS = "tests/evaluation/test_memento_of_objects.py"
 _MEMENTO_OF_TENSORS = "tests/evaluation/test_memento_of_tensors.py"
+_MEMENTO_KINDS = "tests/evaluation/test_memento_kinds.py"
 _MEMENTO_BOUNDS = "tests/evaluation/test_memento_bounds.py"
 _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
@@ -71,6 +72,55 @@ FAULTS = (
         "has_values=not is_merged",
         "has_values=True",
         _MEMENTO_OF_TENSORS,
+    ),
+    Fault(
+        "a counter that is safe for threads is left behind, since it owns a lock",
+        "evaluation/memento/kinds.py",
+        " and base.__name__ not in _WAITING",
+        "",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "what a user keeps in an attribute of a parameter is forgotten",
+        "evaluation/memento/graph.py",
+        """    memento.reach(index, [object.__getattribute__(item, "__dict__")])""",
+        "    pass",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "instances that a metaclass holds are forgotten",
+        "evaluation/memento/code.py",
+        "(type(item), *item.__bases__)",
+        "item.__bases__",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "an array that was made longer in place stays so",
+        "evaluation/memento/memory.py",
+        "            if item.shape != self.form[0]:",
+        "            if False:",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "the state of an optimizer whose parameters are sharded is forgotten",
+        "evaluation/memento/graph.py",
+        "    DTensor: _enter_tensor,\n",
+        "",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "where one of many tensors lies is not looked at",
+        "evaluation/memento/tensors.py",
+        "        return self._now() == self._was",
+        "        return True",
+        _MEMENTO_OF_TENSORS,
+    ),
+    Fault(
+        "a variable of the context keeps what a hook set",
+        "evaluation/settings.py",
+        "            variable.set(value)",
+        "            pass",
+        "tests/evaluation/test_settings.py",
     ),
     Fault(
         "what owns a thread is rolled back under it",
@@ -165,9 +215,9 @@ FAULTS = (
     ),
     Fault(
         "hooks that a hook puts on gradients stay",
-        "evaluation/memento/names.py",
-        "                hooks.clear()\n",
-        "                pass\n",
+        "evaluation/memento/tensors.py",
+        "            hooks.clear()",
+        "            pass",
         _MEMENTO_OF_OBJECTS,
     ),
     Fault(

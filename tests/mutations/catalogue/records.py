@@ -49,6 +49,20 @@ FAULTS = (
         _REPORT,
     ),
     Fault(
+        "two views of many are drawn alike",
+        "records/plots.py",
+        '"linestyle": _DASHES[turn % len(_DASHES)]',
+        '"linestyle": "-"',
+        "tests/records/test_plots.py",
+    ),
+    Fault(
+        "the records of a callback with a name of its own are those of another",
+        "records/read_run.py",
+        'f"{glob.escape(name)}/merges.jsonl", ',
+        "",
+        "tests/records/test_read_run.py",
+    ),
+    Fault(
         "a file's name is a scheme in the page's links",
         "records/disk_use.py",
         'link = "./" + quote(',

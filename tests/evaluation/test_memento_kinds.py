@@ -1,0 +1,161 @@
+"""Kinds of state that a hook may move and a memento was blind to once: each is back, or said to have stayed."""
+
+import ctypes
+import logging
+import threading
+import types
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from pretrain_merge.evaluation.memento import Memento
+from pretrain_merge.runtime.log import WarnOnce
+
+
+class Registry(type):
+    """Singletons: the one instance of each class is held by its metaclass."""
+
+    made: ClassVar[dict[type, object]] = {}
+
+    def __call__(cls):
+        return Registry.made.setdefault(cls, super().__call__())
+
+
+class Single(metaclass=Registry):
+    num = 0
+
+
+class SafeForThreads:
+    def __init__(self):
+        self.num, self.lock, self.changed = 0, threading.RLock(), threading.Condition()
+
+    def add(self):
+        with self.lock, self.changed:
+            self.num += 1
+
+
+class OfTheUser(torch.Tensor):
+    pass
+
+
+def local():
+    item = threading.local()
+    item.num = 0
+    return item
+
+
+def add(item):
+    item.num += 1
+
+
+def grow(item):
+    item.resize(len(item) + 1, refcheck=False)
+
+
+def reshape(item):
+    np.ndarray.resize(item, (2, 2), refcheck=False)
+    item[...] = 1
+    item.flags.writeable = False
+
+
+def give_attribute(item):
+    item.num = getattr(item, "num", 0) + 1
+
+
+# what there is, what a hook does to it, and what is looked at
+KINDS = {
+    "a counter with a lock": (SafeForThreads, SafeForThreads.add, lambda item: item.num),
+    "a namespace with a lock": (
+        lambda: types.SimpleNamespace(num=0, lock=threading.Lock(), ready=threading.Event()),
+        add,
+        lambda item: item.num,
+    ),
+    "this thread's values": (local, add, lambda item: item.num),
+    "an instance that its metaclass holds": (Single, lambda _: add(Single()), lambda _: Single().num),
+    "an attribute of a parameter": (
+        lambda: nn.Parameter(torch.zeros(1)),
+        give_attribute,
+        lambda item: dict(vars(item)),
+    ),
+    "a tensor of the user's class": (
+        lambda: torch.zeros(2).as_subclass(OfTheUser),
+        lambda item: item.add_(1),
+        lambda item: item.tolist(),
+    ),
+    "memory behind a view of bytes": (
+        lambda: memoryview(bytearray(2)),
+        lambda item: item.__setitem__(0, item[0] + 1),
+        bytes,
+    ),
+    "a number of C's": (ctypes.c_int, lambda item: setattr(item, "value", item.value + 1), lambda item: item.value),
+    "an array that grows in place": (lambda: np.zeros(3), grow, np.ndarray.tolist),
+    "an array of another shape that is read only": (
+        lambda: np.zeros(4),
+        reshape,
+        lambda item: (item.tolist(), item.flags.writeable),
+    ),
+    "a sequence of Sobol": (
+        lambda: torch.quasirandom.SobolEngine(2, scramble=True, seed=1),
+        lambda item: item.draw(),
+        lambda item: (item.num_generated, item.quasi.tolist()),
+    ),
+    "the memory of a tensor": (
+        lambda: torch.zeros(2).untyped_storage(),
+        lambda item: item.__setitem__(0, item[0] + 1),
+        list,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_back(kind):
+    make, move, look = KINDS[kind]
+    module = nn.Module()
+    object.__setattr__(module, "item", item := make())
+    before = look(item)
+    memento = Memento({"module": module}, notices=WarnOnce())
+    for _ in range(2):
+        move(item)
+        assert look(item) != before
+        memento.put_back()
+        assert look(item) == before
+
+
+def test_seeds_that_were_spawned_are_said_to_stay(caplog):
+    module = nn.Module()
+    module.seeds = np.random.SeedSequence(1)
+    memento = Memento({"module": module}, notices=WarnOnce())
+    module.seeds.spawn(1)
+    with caplog.at_level(logging.WARNING):
+        memento.put_back()
+    assert "module.seeds was changed by a hook" in caplog.text
+
+
+def test_a_namespace_that_owns_a_thread_is_said_to_be_left_alone(caplog):
+    module = nn.Module()
+    module.box = types.SimpleNamespace(thread=threading.Thread(), num=0)
+    with caplog.at_level(logging.WARNING):
+        Memento({"module": module}, notices=WarnOnce())
+    assert "module.box (owns a Thread)" in caplog.text
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_optimizers_state_is_back(mesh):
+    module = nn.Module()
+    module.state = {"exp_avg": distribute_tensor(torch.zeros(2, 2), mesh, [Shard(0)])}
+    memento = Memento({"module": module}, notices=WarnOnce())
+    module.state["exp_avg"].add_(1)
+    memento.put_back()
+    assert torch.equal(module.state["exp_avg"].to_local(), torch.zeros(2, 2))
