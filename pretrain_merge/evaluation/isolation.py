@@ -120,7 +120,7 @@ def gradients_hidden(module: nn.Module) -> Iterator[None]:
             )
 
 
-def _give_back(parameter: nn.Parameter, gradient: Tensor | None) -> bool:
+def _give_back(parameter: Tensor, gradient: Tensor | None) -> bool:
     try:
         parameter.grad = gradient
     except RuntimeError:

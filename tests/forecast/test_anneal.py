@@ -211,6 +211,9 @@ def test_anneals_longer_in_steps_than_any_calibrated_on_are_less_sure():
         * (long[-1].raw["val_loss"] - long[-1].views["sma8"]["val_loss"])
     )
     assert answer.high - answer.low > 2 * drift
+    # and as if one so long had been calibrated on
+    known = forecast_anneal(long, steps=20_000, calibration=dataclasses.replace(shipped(), latest=1e6))
+    assert answer.high - answer.mean > 1.05 * (known.high - known.mean)
 
 
 @pytest.mark.parametrize("average", ["last", "block"])

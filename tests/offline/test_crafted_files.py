@@ -48,6 +48,7 @@ SAFETENSORS = {
     "a size that is no number": header_of(entry(shape=["2"]), b"\0" * 8),
     "a huge size": header_of(entry(shape=[2**61, 2**61]), b"\0" * 8),
     "sizes and bytes that differ": header_of(entry(shape=[3]), b"\0" * 8),
+    "more bytes than its size has": header_of(entry(shape=[1]), b"\0" * 8),
     "bytes beyond the end": header_of(entry(shape=[4], data_offsets=[0, 16]), b"\0" * 8),
     "bytes of nobody": header_of(entry(), b"\0" * 16),
     "bytes before the beginning": header_of(entry(data_offsets=[-8, 0]), b"\0" * 8),

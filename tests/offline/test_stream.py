@@ -86,6 +86,33 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
     assert 0 < total <= stream.BUFFERS
 
 
+def test_a_batch_in_work_has_its_buffers_for_itself(tmp_path, monkeypatch):
+    in_work, at_once = [], []
+    read = stream.Streamer._sum
+    finish = stream.Streamer._finish
+
+    def begun(streamer, batch, outputs, lane):
+        at_once.append(lane in in_work)
+        in_work.append(lane)
+        return read(streamer, batch, outputs, lane)
+
+    def finished(streamer, lane, future, writer):
+        future.result()
+        in_work.remove(lane)
+        return finish(streamer, lane, future, writer)
+
+    monkeypatch.setattr(stream.Streamer, "_sum", begun)
+    monkeypatch.setattr(stream.Streamer, "_finish", finished)
+    monkeypatch.setattr(stream, "batch_length", lambda *_, **__: 16)
+    monkeypatch.setattr(Files, "read_into", lambda *_: None)
+    kind = Kind((512,), torch.float32)
+    source = Source("sparse", "test", {"w": kind}, lambda _: [Block("file", 0, (0,), (512,))], ("file",))
+    with stream.Streamer([source], [1.0], device=torch.device("cpu"), progress=lambda _: None) as streamer:
+        streamer.write(tmp_path, Shard("model.safetensors", {"w": kind}), {"w": Output(kind)})
+    assert len(at_once) == 512 // 16
+    assert not any(at_once)
+
+
 def test_a_budget_that_a_float64_source_would_break_is_seen():
     for num_lanes in (3, 5, 9):
         longest = stream.batch_length(32, num_lanes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.evaluation.memento.memory import SAMPLE
+from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.parameters import bits
 
 _BLOCK = 4 << 20  # bytes that are compared at once: what is gathered for it is small beside a run's memory
@@ -153,7 +154,7 @@ class Tensors:
     """
 
     def __init__(self, states: Sequence[tuple[TensorState, int]]) -> None:
-        self.states = states
+        self.states: Sequence[tuple[State, int]] = states
         self._items = [state.item for state, _ in states]
         self._was = self._now()
 
@@ -175,7 +176,7 @@ class Block:
     def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
         self._states, self._views = zip(*parts, strict=True)
         first = self._views[0]
-        self._one = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
+        self._one: Tensor | None = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
         if self._one is not None:
             self._tail, self._saved = first[:0], self._one.clone()
             return
@@ -197,7 +198,8 @@ class Block:
         # as integers: NaN is not itself, and 0.0 is -0.0
         if self._one is not None:
             return self._one
-        return torch.cat((*self._views, self._tail)).view(torch.int64)
+        bits: Tensor = torch.cat((*self._views, self._tail)).view(torch.int64)
+        return bits
 
 
 def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:

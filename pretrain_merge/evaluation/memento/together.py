@@ -27,7 +27,7 @@ class Mappings:
     __slots__ = ("_classes", "_dicts", "_keys", "_owned", "_owners", "_sizes", "_values", "states")
 
     def __init__(self, states: Sequence[tuple[DictState, int]]) -> None:
-        self.states = states
+        self.states: Sequence[tuple[State, int]] = states
         self._dicts = [state.item for state, _ in states]
         self._sizes = [len(state.values) for state, _ in states]
         # the states' own lists, not copies: a mapping may have a million keys

@@ -38,13 +38,13 @@ FAULTS = (
         "integrations/trainer_checkpoints.py",
         "        self._sidecar.register(checkpoint, self._held, self._fingerprint(checkpoint))\n",
         "",
-        _HUGGING_FACE,
+        "tests/integrations/test_hugging_face_files.py",
     ),
     Fault(
         "a Hugging Face Trainer trains without a look at its loss",
         "integrations/trainer_run.py",
         "        self._loss.add(loss)\n",
         "        pass\n",
-        "tests/integrations/test_hugging_face.py",
+        _HUGGING_FACE,
     ),
 )
