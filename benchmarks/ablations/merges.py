@@ -68,7 +68,7 @@ class Plan:
         for units in (*STAGES, *BETWEEN):
             step = units * self._unit
             _add(plan, step, self._fixed(step) + (self._paper(step) if units in STAGES else []))
-            points = self.shared_points(step)
+            points = self._shared_points(step)
             nested = [_merge("sma", 0, number, points[-number:]) for number in NESTED if number <= len(points)]
             _add(plan, points[-1], [*nested, _growing(points[-max(NESTED) :])])
         for step, merges in self.decay().items():
@@ -101,7 +101,7 @@ class Plan:
             *(self._blocks(step, every) for every in self._compared),
         ]
 
-    def shared_points(self, step: int) -> list[int]:
+    def _shared_points(self, step: int) -> list[int]:
         """Steps at which `every: "1%"` takes snapshots up to a step, counted from the end of the warm-up."""
         return [self._unit + SHARE.reached(index) for index in range(1, SHARE.index(step - self._unit) + 1)]
 

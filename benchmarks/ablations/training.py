@@ -74,7 +74,7 @@ def train(run: Run, corpus: Corpus, say: Callable[[str], None]) -> dict[str, Any
     started = time.process_time()
     with quiet(), tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "branch.ckpt"
-        models = constant_rate(run, corpus, checkpoint, Plan(run.unit).stored_steps())
+        models = _fit(run, corpus, checkpoint)
         branch = _decay(run, corpus, checkpoint) if run.decays else {}
     seconds = {"train": time.process_time() - started}
     say(f"{run.name}: trained, {seconds['train']:.0f} s of CPU, {len(models)} models kept")
@@ -82,8 +82,8 @@ def train(run: Run, corpus: Corpus, say: Callable[[str], None]) -> dict[str, Any
     scale, plan = Scale(module, corpus, run), Plan(run.unit)
     result = {
         "parameters": sum(value.numel() for value in module.parameters()),
-        "constant": {step: measure(scale, models, merges) for step, merges in plan.constant().items()},
-        "decay": {step: measure(scale, branch, merges) for step, merges in plan.decay().items() if branch},
+        "constant": {step: _measure(scale, models, merges) for step, merges in plan.constant().items()},
+        "decay": {step: _measure(scale, branch, merges) for step, merges in plan.decay().items() if branch},
         "routing": {
             step: routing_at(scale, models, merges) for step, merges in plan.constant().items() if run.family == "moe"
         },
@@ -92,8 +92,7 @@ def train(run: Run, corpus: Corpus, say: Callable[[str], None]) -> dict[str, Any
     return result | {"seconds": seconds}
 
 
-def measure(scale: Scale, models: Mapping[int, Tensor], merges: Sequence[Merge]) -> list[list[Any]]:
-    """Merges as rows of a record."""
+def _measure(scale: Scale, models: Mapping[int, Tensor], merges: Sequence[Merge]) -> list[list[Any]]:
     losses: dict[tuple[object, ...], list[float]] = {}  # two views are one merge where the warm-up cuts both off
     rows = []
     for merge in merges:
@@ -104,9 +103,8 @@ def measure(scale: Scale, models: Mapping[int, Tensor], merges: Sequence[Merge])
     return rows
 
 
-def constant_rate(run: Run, corpus: Corpus, checkpoint: Path, steps: Iterable[int]) -> dict[int, Tensor]:
-    """Train at constant rate; the models of these steps, and on disk the state where the decay branches off."""
-    trajectory = Trajectory(steps)
+def _fit(run: Run, corpus: Corpus, checkpoint: Path) -> dict[int, Tensor]:
+    trajectory = Trajectory(Plan(run.unit).stored_steps())
     module = SuiteModel(run, constant_after_warmup(run.warmup_steps))
     callbacks = [trajectory, CheckpointAt(DECAY * run.unit, checkpoint)]
     fit(run, corpus, module, callbacks=callbacks, default_root_dir=checkpoint.parent, limit_val_batches=0, **_QUIET)

@@ -182,7 +182,7 @@ def test_a_run_measures_the_mean_of_the_models_that_it_went_through(monkeypatch)
     monkeypatch.setattr(training, "Plan", Few)
     monkeypatch.setattr(
         training,
-        "measure",
+        "_measure",
         lambda scale, models, found: (
             seen.update(scale=scale, models=models) or [[merge.kind, *scale.losses(models, merge)] for merge in found]
         ),
