@@ -63,13 +63,15 @@ def import_what_is_slow() -> None:
 
 
 def unbroken_passes(what: str, tests: list[str]) -> bool:
-    [(_, code, output)] = run_all([None], 1, " ".join(tests))
+    [(_, code, output)] = run_all([None], 1, tests)
     if not report(what, code == 0, "pass", "FAIL"):
         print(output[-3000:])
     return code == 0
 
 
-def run_all(faults: Sequence[Fault | None], jobs: int, tests: str = "") -> Iterator[tuple[Fault | None, int, str]]:
+def run_all(
+    faults: Sequence[Fault | None], jobs: int, tests: Sequence[str] = ()
+) -> Iterator[tuple[Fault | None, int, str]]:
     """The exit code and output of pytest for each fault, as they end, `jobs` of them at a time; None breaks nothing."""
     waiting, running = list(faults), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +81,7 @@ def run_all(faults: Sequence[Fault | None], jobs: int, tests: str = "") -> Itera
                 copy_repository(copy)
                 if fault is not None:
                     fault.break_(copy)
-                running[fork_tests(copy, (tests or fault.tests).split())] = fault, copy
+                running[fork_tests(copy, tests or fault.tests.split())] = fault, copy
             pid, status = os.wait()
             fault, copy = running.pop(pid)
             output = (copy / "output").read_text(encoding="utf-8", errors="replace")
@@ -96,7 +98,7 @@ def copy_repository(copy: Path) -> None:
             shutil.copy(source, copy)
 
 
-def fork_tests(copy: Path, tests: list[str]) -> int:
+def fork_tests(copy: Path, tests: Sequence[str]) -> int:
     """A process of pytest on a copy; it imports the package of that copy, and so do the processes that it starts."""
     sys.stdout.flush()
     if pid := os.fork():

@@ -139,8 +139,8 @@ def test_load_merged_finds_the_best_and_the_last_of_a_run(run, tmp_path):
 
 
 def test_last_goes_by_the_step_and_not_by_the_name(tmp_path):
-    for step, name in ((999, "step-00000999-sma"), (100_000_000, "step-100000000-sma"), (5, "step-00000005-sma")):
-        save_merged(Module(), tmp_path / "merged" / name, {"step": step})
+    for step in (99_999_999, 100_000_000, 5):
+        save_merged(Module(), tmp_path / "merged" / f"step-{step:08}-sma", {"step": step})
     assert chosen(tmp_path, "last").name == "step-100000000-sma"
 
 

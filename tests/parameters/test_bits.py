@@ -62,6 +62,9 @@ def written_over(tensor: Tensor) -> None:
 
 @pytest.fixture(params=KINDS, name="tensor")
 def _tensor(request):
+    if request.param in ("conjugate", "negative"):  # a copy is neither
+        conjugate = raw_bytes(torch.complex64).conj()
+        return conjugate if request.param == "conjugate" else conjugate.imag
     return copy_of(KINDS[request.param]) if request.param not in ("overlapping", "parameter") else KINDS[request.param]
 
 

@@ -188,8 +188,8 @@ FAULTS = (
     Fault(
         "the last bytes of a block of tensors are not compared",
         "evaluation/memento/tensors.py",
-        "return torch.cat((*self._views, self._tail)).view(torch.int64)",
-        "return torch.cat((*self._views, self._tail)).view(torch.int64)[:-1]",
+        "torch.cat((*self._views, self._tail)).view(torch.int64)",
+        "torch.cat((*self._views, self._tail)).view(torch.int64)[:-1]",
         _MEMENTO_OF_TENSORS,
     ),
     Fault(
