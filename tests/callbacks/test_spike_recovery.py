@@ -121,6 +121,20 @@ def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_
     assert not list(tmp_path.rglob("point-*"))  # files of restart points go with the run
 
 
+@pytest.mark.parametrize(("optimizer", "is_afresh"), [("fresh", True), ("newest", False)])
+def test_the_optimizer_begins_afresh_unless_its_state_is_to_be_kept(optimizer, is_afresh, tmp_path):
+    class Counting(Model):
+        def remember(self, optimizer):
+            super().remember(optimizer)
+            self.counts = [*getattr(self, "counts", []), *{int(state["step"]) for state in optimizer.state.values()}]
+
+    recovery = SpikeRecovery(**SMALL, optimizer=optimizer)
+    _, model = fit(tmp_path, recovery, model=Counting())
+    (done,) = recovery.recoveries
+    assert model.counts[: done.step] == [*range(1, done.step + 1)]
+    assert model.counts[done.step] == (1 if is_afresh else done.back_to[0] + 1)
+
+
 def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
     class ByHand(Model):
         def on_train_batch_start(self, batch, index):
@@ -211,7 +225,8 @@ def test_a_run_resumed_from_a_checkpoint_without_our_state_counts_its_own_steps(
 
 
 def test_merges_do_not_reach_across_a_recovery(tmp_path):
-    merging = ModelMerging(window=4, every=5, validate=False, batch_norm="live", forecast=None)
+    breaks = {"lr": False, "spikes": False}  # neither the lower rate nor the spike itself parts them here
+    merging = ModelMerging(window=4, every=5, validate=False, batch_norm="live", forecast=None, breaks=breaks)
     recovery = SpikeRecovery(**SMALL)
     fit(tmp_path, merging, recovery)
     (done,) = recovery.recoveries
