@@ -141,7 +141,7 @@ class RecoveryRun:
 
     def mark_phase(self, name: str) -> None:
         """What the loss was so far says nothing of what it will be."""
-        self._detector.restart()
+        self._detector.mark_change()
         self._high_since, self._phase_since = None, self._step
         self._say(f"step {self._step}: phase {name!r}; the loss is judged anew.")
 

@@ -83,15 +83,23 @@ class SpikeDetector:
         self._threshold, self._sustained, self._within, self._calm = threshold, sustained, within, calm
         # the first of the newest `within` steps needs `lag` and `history` before it
         self._num_kept = history + lag + within - 1
-        self._unread: list[_Given] = []
         self.restart()
 
     def restart(self) -> None:
-        """Forget all steps, as where the data changed: no earlier loss says what to expect."""
+        """Forget all steps: no earlier loss says what to expect. Every rank calls it at the same step."""
+        self._unread: list[_Given] = []
+        self._newest: int | None = None  # step of the last row of all these
+        self._forget()
+
+    def mark_change(self) -> None:
+        """As `restart`, on all ranks where at least one calls it, but from the next read on."""
+        # what was not read stays until then, since ranks exchange as much of it as the others
+        self._is_changed = True
+
+    def _forget(self) -> None:
+        self._is_changed = False  # whether what was seen so far is to be forgotten at the next read
         self._known: deque[_Row] = deque([_UNKNOWN] * self._num_kept, self._num_kept)  # judged already
         self._ahead: list[_Row] = []  # on the host, not judged yet
-        self._unread.clear()
-        self._newest: int | None = None  # step of the last row of all these
         self._onset: Onset | None = None
         limits: dict[str, Any] = {"fewest": self._fewest, "threshold": self._threshold, "least_scale": _LEAST_SCALE}
         self._losses, self._norms = RunningZ(relative=True, **limits), RunningZ(relative=False, **limits)
@@ -146,8 +154,12 @@ class SpikeDetector:
             RankError: Another rank failed before it came here.
         """
         if self._unread:
-            self._ahead += _means(self._unread, ranks.sum_of_floats)
+            rows, is_changed = _means(self._unread, self._is_changed, ranks.sum_of_floats)
             self._unread.clear()
+            if is_changed:
+                self._forget()
+            else:
+                self._ahead += rows
 
     def state_dict(self, *, meet: bool = True) -> dict[str, Any]:
         """All that a resumed run needs to see what this one will see: numbers, and lists of them.
@@ -157,7 +169,9 @@ class SpikeDetector:
         """
         if meet:
             self.fetch()
-        unread = _means(self._unread, lambda sums: sums) if self._unread else []
+        if self._is_changed:  # what a run that goes on from here is to forget as well
+            return {"known": [], "ahead": [], "newest": self._newest, "onset": None}
+        unread, _ = _means(self._unread, self._is_changed, lambda sums: sums) if self._unread else ([], False)
         known = list(self._known)
         num_unknown = next((index for index, row in enumerate(known) if not all(map(math.isnan, row))), len(known))
         return {
@@ -242,8 +256,10 @@ def _with_nan(rows: Iterable[Sequence[float | None]]) -> list[_Row]:
     return [(math.nan if loss is None else loss, math.nan if norm is None else norm) for loss, norm in rows]
 
 
-def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> list[_Row]:
-    """In float64; NaN: unknown, infinity: not finite. The same on all ranks."""
+def _means(
+    given: list[_Given], is_changed: bool, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[list[_Row], bool]:
+    """In float64; NaN: unknown, infinity: not finite; and whether any rank was told of a change. The same on all."""
     tensors = [value for step in given for value in step if value is not None]
     # one copy to the host, which waits for the device
     host = iter(_on_host(tensors) if tensors else [])
@@ -254,9 +270,10 @@ def _means(given: list[_Given], sum_over_ranks: Callable[[Tensor], Tensor]) -> l
         for value, there in zip(values, present, strict=True)
     ]
     # rows of tensors of a few numbers cost more than the numbers: lists, but for what ranks add up
-    sums, counts = sum_over_ranks(torch.tensor([finite, present], dtype=torch.float64)).tolist()
+    here = torch.tensor([[*finite, 0.0], [*present, is_changed]], dtype=torch.float64)
+    (*sums, _), (*counts, num_changed) = sum_over_ranks(here).tolist()
     means = [_mean(*item) for item in zip(sums, counts, strict=True)]
-    return list(zip(means[_LOSS::2], map(_log, means[_NORM::2]), strict=True))
+    return list(zip(means[_LOSS::2], map(_log, means[_NORM::2]), strict=True)), num_changed > 0
 
 
 def _mean(total: float, count: float) -> float:

@@ -173,4 +173,4 @@ class ObservedWindow:
         """Say that something changed that the weights will show (a data switch): snapshots before it are not merged."""
         self._breaks.at_phase(self._progress, name)
         if self._spikes is not None:
-            self._spikes.restart()
+            self._spikes.mark_change()

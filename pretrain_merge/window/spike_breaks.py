@@ -77,9 +77,9 @@ class SpikeBreaks:
         """The last step that no spike can take back any more."""
         return now.step - _TOLD_WITHIN - self._num_distrusted()
 
-    def restart(self) -> None:
+    def mark_change(self) -> None:
         """What the loss was says nothing of what it will be."""
-        self._detector.restart()
+        self._detector.mark_change()
 
     def meet(self) -> None:
         """Bring what all ranks have not read yet together, so that `state_dict` gives the same on each. Collective."""

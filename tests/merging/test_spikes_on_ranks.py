@@ -49,6 +49,22 @@ def test_a_spike_on_one_rank_is_one_on_all(tmp_path):
         assert list(first[5]) == ["step-00000060-sma"]
 
 
+def _told_on_one_rank():
+    """Of other data, whose loss is higher, before it comes."""
+    model, merger = nn.Linear(2, 1), RollingMerger(window=8, every=100)
+    for step in range(1, 121):
+        if step == 95 and ranks.rank() == 1:
+            merger.mark_phase("other data")
+        merger.observe(model, step, loss=torch.tensor(2.0 + 0.01 * (step * 7 % 11) + (step >= 95)))
+    return merger.num_spikes, str(merger._spikes.state_dict())
+
+
+def test_a_phase_that_one_rank_is_told_of_is_no_spike_on_any():
+    first, second = on_ranks(_told_on_one_rank)
+    assert first == second
+    assert first[0] == 0
+
+
 def _kept_between_two_reads():
     merger = RollingMerger(window=8, every=100)
     model = nn.Linear(2, 1)

@@ -78,6 +78,18 @@ def test_a_restart_forgets_what_the_loss_was() -> None:
     assert detector.read(399) is None
 
 
+def test_a_change_is_forgotten_from_the_next_read_on_also_by_a_run_that_goes_on_before_it() -> None:
+    detector, after = SpikeDetector(), SpikeDetector()
+    for step in range(400):
+        if step == 300:
+            detector.mark_change()
+            after.load_state_dict(json.loads(json.dumps(detector.state_dict(meet=False))))
+        for each in (detector, after) if step >= 300 else (detector,):
+            each.observe(step, torch.tensor(2.0 if step < 300 else 3.0))
+            assert step % 10 != 9 or each.read(step) is None
+    assert detector.state_dict()["newest"] == after.state_dict()["newest"] == 399
+
+
 @pytest.mark.parametrize("every", [1, 7, 20])
 def test_what_is_seen_does_not_depend_on_when_it_is_read_or_resumed(every: int) -> None:
     loss, norm = _collapsing(600, onset=500)

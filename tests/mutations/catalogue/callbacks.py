@@ -314,7 +314,7 @@ FAULTS = (
     Fault(
         "a switch of data that was told is a divergence",
         "callbacks/recovery_run.py",
-        'of what it will be."""\n        self._detector.restart()\n',
+        'of what it will be."""\n        self._detector.mark_change()\n',
         'of what it will be."""\n',
         _SPIKE_RECOVERY,
     ),

@@ -43,8 +43,8 @@ FAULTS = (
     Fault(
         "each rank judges its own losses",
         "spikes/detector.py",
-        "_means(self._unread, ranks.sum_of_floats)",
-        "_means(self._unread, lambda sums: sums)",
+        "_means(self._unread, self._is_changed, ranks.sum_of_floats)",
+        "_means(self._unread, self._is_changed, lambda sums: sums)",
         "tests/merging/test_spikes_on_ranks.py",
     ),
     Fault(
@@ -60,5 +60,12 @@ FAULTS = (
         "return max(nearest_below, nearest_above)",
         "return min(nearest_below, nearest_above)",
         "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "what one rank is told of a change stays with it",
+        "spikes/detector.py",
+        "list(zip(means[_LOSS::2], map(_log, means[_NORM::2]), strict=True)), num_changed > 0",
+        "list(zip(means[_LOSS::2], map(_log, means[_NORM::2]), strict=True)), is_changed",
+        "tests/merging/test_spikes_on_ranks.py",
     ),
 )
