@@ -41,7 +41,7 @@ def test_three_lines_at_the_start_and_three_at_the_end(tmp_path, caplog):
     )
     assert merges == "merge: merges sma, sma2 from step 4 on: up to 19 merges to come."
     assert files == (
-        f"merge: files go to {tmp_path}: snapshots for 2 checkpoints, 888 B at most; merged models, 148 B at most."
+        f"merge: files go to {tmp_path}: snapshots for 2 checkpoints, 888 B at most; merged models, 444 B at most."
     )
     last = merging.last_record
     assert made.startswith(f"merge: 19 merges up to step 40: val_loss raw {last.raw['val_loss']:.5g}, sma ")
