@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from callbacks.resumed_runs import MARKS, files, fit
+from harness.folders import read_only_folder
 from harness.models import Regression
 
 from pretrain_merge.errors import CheckpointError
@@ -40,19 +40,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
 
 
 def test_a_read_only_folder_is_an_error_with_a_remedy():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "window"
-        folder.mkdir(mode=0o555)
-        user = os.geteuid()
-        if user == 0:  # permissions do not bind root
-            Path(name).chmod(0o755)
-            os.seteuid(65534)
-        try:
-            with pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied.*Set window_folder"):
-                WindowFolder(folder)
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o755)
+    refusal = pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied.*Set window_folder")
+    with read_only_folder() as folder, refusal:
+        WindowFolder(folder)
 
 
 def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -4,13 +4,13 @@ import contextlib
 import errno
 import os
 import resource
-import tempfile
 import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from harness.folders import read_only_folder
 from safetensors.torch import load_file
 from stores.slots import finish, holds, path_of, read, weights, write
 
@@ -119,18 +119,8 @@ def test_a_place_where_no_folder_can_be_made_is_refused_at_once(tmp_path):
 
 
 def test_a_read_only_folder_is_refused_at_once():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o555)
-        user = os.geteuid()
-        if user == 0:  # permissions do not bind root
-            os.seteuid(65534)
-        try:
-            with pytest.raises(CheckpointError, match=r"Permission denied.*Set store_folder"):
-                DiskStore(folder)
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o755)
+    with read_only_folder() as folder, pytest.raises(CheckpointError, match=r"Permission denied.*Set store_folder"):
+        DiskStore(folder)
 
 
 def test_a_link_that_cannot_take_its_name_leaves_the_slot_as_it_was(folder, new_store, monkeypatch):
