@@ -262,6 +262,8 @@ def _numbers(
 def _recipes(numbers: Iterable[tuple[str, int]], step: int, every: int) -> Iterator[tuple[str, Recipe]]:
     num_snapshots = 0
     for view, number in numbers:
+        if number > _LARGEST_WINDOW:
+            raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
         num_snapshots += number
         if num_snapshots > _MOST_SNAPSHOTS:
             raise ValueError(f"the views at step {step} merge more than {_MOST_SNAPSHOTS:,} snapshots together")

@@ -107,6 +107,7 @@ RECORDS = {
 }
 CSVS = {
     "10^9 snapshots": text("merge/step,merge/window,merge/raw/val_loss,merge/sma/val_loss\n4,1000000000,1,1\n"),
+    "a view of more snapshots than a window": text("merge/step,merge/raw/val_loss,merge/sma20000/val_loss\n4,1,1\n"),
     "a view of a billion snapshots": text("merge/step,merge/raw/val_loss,merge/sma999999999/val_loss\n4,1,1\n"),
     "many merges of 10^4 snapshots": text(
         "merge/step,merge/window,merge/raw/val_loss,merge/sma/val_loss\n"

@@ -121,7 +121,7 @@ FAULTS = (
     Fault(
         "an export may claim any window",
         "records/read_run.py",
-        "if num_snapshots > _MOST_SNAPSHOTS:",
+        "if number > _LARGEST_WINDOW:",
         "if False:",
         "tests/attacks/test_crafted_files.py",
     ),
