@@ -20,6 +20,7 @@ from pretrain_merge.callbacks.clock import Clock
 from pretrain_merge.callbacks.fit import Fit
 from pretrain_merge.callbacks.monitors import Monitors
 from pretrain_merge.errors import printable
+from pretrain_merge.merged_models.best import MOST_HELD
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import FORECAST, MergeRecord, metric_names
@@ -145,8 +146,7 @@ class Announcements:
         save = self._fit.config.save
         # forecasts' own views are never saved
         views = len(self._fit.settings.views) + save.raw
-        # beside the best one those that stand in for it, should a spike take it back
-        best = 0 if save.best is None else 3 if self._fit.config.breaks.spikes else 1
+        best = 0 if save.best is None else MOST_HELD if self._fit.config.breaks.spikes else 1
         number = views * save.keep * (save.every is not None) + best + views * save.at_end
         return (
             f"merged models, {bytes_text(number * sizes.model)} at most" if number else "no merged models (save: {…})"

@@ -23,6 +23,8 @@ from pretrain_merge.runtime import ranks
 # of a merged model's folder, which may be deleted; whatever else lies there is the user's
 NAME = re.compile(r"step-([0-9]{8,20})-[^/]+")
 
+MOST_HELD = 3  # where a spike may take the best one back: it, the last that is trusted, and the next to be
+
 
 def step_of(path: Path) -> int:
     """The step of a merged model, by the name of its folder; 0 where that is not a name of ours."""
