@@ -10,7 +10,8 @@ from torch.optim.optimizer import Optimizer
 from pretrain_merge.callbacks import refusals
 from pretrain_merge.callbacks.both_libraries import CALLBACKS
 from pretrain_merge.callbacks.lightning_cli import explain_errors
-from pretrain_merge.callbacks.recovery_run import Recovery, RecoveryRun
+from pretrain_merge.callbacks.recovery_log import Recovery
+from pretrain_merge.callbacks.recovery_run import RecoveryRun
 from pretrain_merge.callbacks.recovery_state import RecoverySettings
 from pretrain_merge.callbacks.resuming import has_begun
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
@@ -27,9 +28,15 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     rate is applied for the time of each step, so that it lasts whatever sets the rate between steps. Until a run
     diverges, training is bit for bit that of a run without the callback.
 
+    The first attempt is mild, since bad data pass by themselves: it goes back just far enough, at the full rate. Those
+    after it take the rate for the cause, and what was learnt shortly before the damage for damaged. Where the weights
+    of before see as high a loss at once, at hardly any rate, the run goes back to them until the data are better.
+
     Args:
-        distrust: Steps before the onset that are taken as damaged: a run goes back at least so far.
-        lr: Factor of every learning rate from then on, once more with each attempt.
+        distrust: Steps before the onset that are taken as damaged, but by the first attempt: a run goes back so far.
+        mild: Steps before the onset to which the first attempt goes back, at the full rate; None: the first is as the
+            others.
+        lr: Factor of every learning rate from an attempt on that is not mild, once more with each.
         clip: Norm at which gradients are clipped from then on, beside the clipping of your own; None: no other.
         optimizer: "fresh": optimizers begin without state; "newest": with the state that the restart point has.
         rewarm: Steps in which the rate rises to its new value, linearly.
@@ -51,6 +58,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     def __init__(
         self,
         distrust: int = 100,
+        mild: int | None = 10,
         lr: float = 0.5,
         clip: float | None = 1.0,
         optimizer: str = "fresh",
@@ -58,7 +66,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
         weights: str = "raw",
         attempts: int = 3,
         confirm: int = 20,
-        every: int = 50,
+        every: int = 25,
         keep: int | None = None,
         store: str = "host",
         store_folder: str | None = None,
@@ -67,7 +75,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     ) -> None:
         diverged = {"confirm": confirm, "attempts": attempts}
         changes = {"lr": lr, "clip": clip, "optimizer": optimizer, "rewarm": rewarm, "weights": weights}
-        points = {"distrust": distrust, "every": every, "keep": keep}
+        points = {"distrust": distrust, "mild": mild, "every": every, "keep": keep}
         kept = {"store": store, "store_folder": store_folder, "in_checkpoints": in_checkpoints}
         self.settings = RecoverySettings.of(diverged | changes | points | kept | options)
         self._run: RecoveryRun | None = None

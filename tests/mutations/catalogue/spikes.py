@@ -55,6 +55,20 @@ FAULTS = (
         "tests/spikes/test_detector.py",
     ),
     Fault(
+        "a loss that stood still is judged by nothing",
+        "spikes/running_z.py",
+        "if self._is_still(median, _RESOLUTION * unit):",
+        "if False:",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "noise that has just begun is judged by its smallest half",
+        "spikes/running_z.py",
+        "return (value - median) / max(upper / _UPPER_QUARTILE_OF_NORMAL, least) > self._threshold",
+        "return True",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
         "a median distance is one too near",
         "spikes/running_z.py",
         "return max(nearest_below, nearest_above)",
