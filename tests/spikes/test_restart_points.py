@@ -32,7 +32,7 @@ def test_one_that_did_not_help_is_kept_for_want_of_another_only() -> None:
     points = _points()
     points.go_back_to(points.trusted(195, 10)[-1])
     _add(points, range(220, 261, 20))
-    assert points.steps == (140, 220, 240, 260)  # not 180, which is nearer to the damage than `distrust`
-    assert [point.step for point in points.trusted(250, 50)] == [140]
+    assert points.steps == (160, 220, 240, 260)  # not 180, which is nearer to the damage than `distrust`
+    assert [point.step for point in points.trusted(250, 50)] == [160]
     _add(points, range(280, 281))
     assert points.steps[0] == 220  # one from after it, and old enough by now
