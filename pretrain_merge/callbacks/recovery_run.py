@@ -5,12 +5,14 @@ Lightning's asks for what is `SpikeRecovery`'s business. Steps and loaders go on
 buffers and optimizer state are those of before, so the data since are skipped and no loop is rewound.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
@@ -48,7 +50,9 @@ class RecoveryRun:
     def __init__(self, settings: RecoverySettings, trainer: Any, module: Any, state: Mapping[str, Any]) -> None:
         self._settings, self._trainer, self._module = settings, trainer, module
         self._log = RecoveryLog(settings, trainer)
-        self._live = LiveState(module, trainer.optimizers, with_optimizers=settings.optimizer == "newest")
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        with_optimizers = settings.optimizer == "newest"
+        self._live = LiveState(module, trainer.optimizers, with_optimizers=with_optimizers, scaler=scaler)
         self._points = RestartPoints(
             settings.distrust, settings.num_kept, settings.folder_of_rank(logs_folder(trainer))
         )
@@ -221,6 +225,7 @@ class RecoveryRun:
         for callback in self._trainer.callbacks:
             if isinstance(callback, ModelMerging):  # its snapshots from before are of other weights
                 callback.mark_phase(f"recovery at step {self._step}")
+            _begin_average_anew(callback, self._module)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._step, self._high_since = state["step"], state["high_since"]
@@ -237,6 +242,25 @@ class RecoveryRun:
         for step, tensors, watch, is_used in unpacked(state["points"]):
             self._live.refuse_other(tensors)
             self._points.add(step, _giving(tensors), watch, is_used=is_used)
+
+
+@torch.no_grad()
+def _begin_average_anew(callback: Any, module: nn.Module) -> None:
+    """Lightning's EMA and SWA hold the damage, and NaN for ever: they begin with the weights that are here now."""
+    average = getattr(callback, "_average_model", None)
+    if not isinstance(average, nn.Module):
+        return
+    inner = getattr(average, "module", average)
+    for mine, live in zip(_tensors(inner), _tensors(module), strict=True):
+        mine.copy_(live)
+    for owner in (callback, average):
+        count = getattr(owner, "n_averaged", None)
+        if isinstance(count, Tensor):
+            count.zero_()
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def _giving(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:

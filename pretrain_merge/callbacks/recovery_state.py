@@ -18,7 +18,7 @@ from pretrain_merge.spikes.restart_points import RestartPoint
 
 _CHOICES = {"optimizer": ("fresh", "newest"), "weights": ("raw", "merge"), "store": ("host", "disk")}
 _LEAST = {"distrust": 1, "mild": 1, "rewarm": 0, "attempts": 1, "confirm": 0, "every": 1, "keep": 1}
-_KEPT_FOR_MERGE = 4  # restart points; with the default interval they span 75 steps
+_KEPT_FOR_MERGE = 4  # restart points; with the default interval they span 150 steps
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RecoverySettings:
     """
 
     distrust: int = 100
-    mild: int | None = 10
+    mild: int | None = None
     lr: float = 0.5
     clip: float | None = 1.0
     optimizer: str = "fresh"
@@ -38,7 +38,7 @@ class RecoverySettings:
     weights: str = "raw"
     attempts: int = 3
     confirm: int = 20
-    every: int = 25
+    every: int = 50
     keep: int | None = None
     store: str = "host"
     store_folder: str | None = None

@@ -28,15 +28,14 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     rate is applied for the time of each step, so that it lasts whatever sets the rate between steps. Until a run
     diverges, training is bit for bit that of a run without the callback.
 
-    The first attempt is mild, since bad data pass by themselves: it goes back just far enough, at the full rate. Those
-    after it take the rate for the cause, and what was learnt shortly before the damage for damaged. Where the weights
-    of before see as high a loss at once, at hardly any rate, the run goes back to them until the data are better.
+    Where the weights of before see as high a loss at once, at hardly any rate, the data are to blame, and the run goes
+    back to them again until the data are better.
 
     Args:
-        distrust: Steps before the onset that are taken as damaged, but by the first attempt: a run goes back so far.
-        mild: Steps before the onset to which the first attempt goes back, at the full rate; None: the first is as the
-            others.
-        lr: Factor of every learning rate from an attempt on that is not mild, once more with each.
+        distrust: Steps before the onset that are taken as damaged: a run goes back at least so far.
+        mild: Steps before the onset that the first attempt goes back instead, at the full rate, for where data are
+            likelier to blame than the rate; None: the first attempt is as those after it.
+        lr: Factor of every learning rate from then on, once more with each attempt that is not mild.
         clip: Norm at which gradients are clipped from then on, beside the clipping of your own; None: no other.
         optimizer: "fresh": optimizers begin without state; "newest": with the state that the restart point has.
         rewarm: Steps in which the rate rises to its new value, linearly.
@@ -58,7 +57,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     def __init__(
         self,
         distrust: int = 100,
-        mild: int | None = 10,
+        mild: int | None = None,
         lr: float = 0.5,
         clip: float | None = 1.0,
         optimizer: str = "fresh",
@@ -66,7 +65,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
         weights: str = "raw",
         attempts: int = 3,
         confirm: int = 20,
-        every: int = 25,
+        every: int = 50,
         keep: int | None = None,
         store: str = "host",
         store_folder: str | None = None,

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 BAD = range(90, 118)  # steps whose batches are shifted, long enough to be confirmed
-SMALL = {"distrust": 20, "mild": None, "every": 15, "rewarm": 10, "confirm": 8}
+SMALL = {"distrust": 20, "every": 15, "rewarm": 10, "confirm": 8}
 RATE = 0.02
 
 
@@ -217,6 +217,25 @@ def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_pa
     assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.25]
     assert all(item.resumed - item.step <= SMALL["distrust"] for item in recovery.recoveries)
     assert len((tmp_path / "recoveries.jsonl").read_text().splitlines()) == 2
+
+
+def test_after_nan_gradients_are_scaled_as_before(tmp_path):
+    scaler = torch.amp.GradScaler("cpu")
+    half = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    fit(tmp_path, SpikeRecovery(**SMALL), model=Model(bad=range(90, 105), shift=math.nan), plugins=[half])
+    assert scaler.get_scale() == 2.0**16  # and not halved by each of the steps that were skipped
+
+
+@pytest.mark.parametrize(
+    "average",
+    [pl.callbacks.EMAWeightAveraging, lambda: pl.callbacks.StochasticWeightAveraging(RATE, swa_epoch_start=1)],
+)
+def test_an_average_of_weights_does_not_keep_what_diverged(average, tmp_path):
+    average = average()
+    model = Model(shift=math.nan)
+    fit(tmp_path, average, SpikeRecovery(**SMALL), model=model, max_epochs=7, limit_train_batches=20)
+    assert all(value.isfinite().all() for value in average._average_model.state_dict().values())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_each_attempt_reaches_the_loggers_and_the_log(tmp_path, caplog):

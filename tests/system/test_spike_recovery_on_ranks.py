@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from pretrain_merge import SpikeRecovery
 
-OPTIONS = {"distrust": 20, "mild": None, "every": 15, "rewarm": 10, "confirm": 8}
+OPTIONS = {"distrust": 20, "every": 15, "rewarm": 10, "confirm": 8}
 STEPS = 115
 
 

@@ -20,6 +20,20 @@ FAULTS = (
         _SPIKE_RECOVERY,
     ),
     Fault(
+        "gradients stay scaled as NaN has left them",
+        "spikes/live_state.py",
+        "self._scaler.load_state_dict(self._scaler.state_dict() | scaling)",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "an average of weights keeps what diverged",
+        "callbacks/recovery_run.py",
+        "count.zero_()",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
         "the scaled rate stays after the step",
         "spikes/changed_steps.py",
         '            group["lr"] = rate\n',
