@@ -220,10 +220,10 @@ def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_pa
 
 
 def test_after_nan_gradients_are_scaled_as_before(tmp_path):
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     half = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
     fit(tmp_path, SpikeRecovery(**SMALL), model=Model(bad=range(90, 105), shift=math.nan), plugins=[half])
-    assert scaler.get_scale() == 2.0**16  # and not halved by each of the steps that were skipped
+    assert scaler.get_scale() == 2.0**10  # and not halved by each of the steps that were skipped
 
 
 @pytest.mark.parametrize(
