@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 
 import numpy as np
 
@@ -24,6 +25,7 @@ if not converts_float16():
 _ITEM = 1 << 19
 # A thread takes 0.1 ms to start and to join, in which a core reads about this many elements.
 _MIN_READS_PER_THREAD = 1 << 20
+_compiling = Lock()
 
 
 def merge_memory(
@@ -84,6 +86,12 @@ def _run(kernel: Kernel, arguments: tuple[int, ...], num_threads: int) -> None:
         call.result()
 
 
-@cache
 def _kernel(double: bool, spread: bool, paired: bool) -> Kernel:
+    # threads that need one at the same moment would each compile it, for as long as the merge of a small model takes
+    with _compiling:
+        return _compiled(double, spread, paired)
+
+
+@cache
+def _compiled(double: bool, spread: bool, paired: bool) -> Kernel:
     return compile_kernel(double=double, spread=spread, paired=paired)

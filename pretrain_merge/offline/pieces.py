@@ -156,7 +156,8 @@ def _memory(num_bytes: int, device: str) -> npt.NDArray[np.uint8]:
         import torch
 
         # copies to a device run beside it from pinned memory only
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        pinned: npt.NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
     whole = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT  # NumPy promises 16 bytes
     return whole[first : first + num_bytes]
