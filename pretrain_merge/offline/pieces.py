@@ -175,7 +175,8 @@ def _read_common(files: Files, block: Block, piece: Piece, target: npt.NDArray[A
     if first >= last or 0 in rest:
         return
     columns = [slice(offset, offset + size) for offset, size in zip(rest_offsets, rest, strict=True)]
-    part = target[(slice(first - piece.rows[0], last - piece.rows[0]), *columns)]
+    box = (slice(first - piece.rows[0], last - piece.rows[0]), *columns)
+    part = target[box]
     # indices within the block
     own = tuple(index - o for index, o in zip((*piece.lead, first), offsets, strict=False))
     if block.strides is not None:
@@ -201,6 +202,6 @@ def _strided(files: Files, block: Block, own: tuple[int, ...], num_rows: int, dt
     storage = np.empty(reach, dtype)
     files.read_into(block.file, block.start, bytes_of(storage).data)
     whole = np.ndarray(block.shape, dtype, storage, strides=[stride * dtype.itemsize for stride in strides])
-    for index in own[:-1]:
-        whole = whole[index]
-    return whole[own[-1] : own[-1] + num_rows]
+    box = (*own[:-1], slice(own[-1], own[-1] + num_rows))
+    part: npt.NDArray[Any] = whole[box]
+    return part
