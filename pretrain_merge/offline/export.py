@@ -3,10 +3,10 @@
 This module knows what a Lightning checkpoint is made of. Folders are written as a merge of one checkpoint is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ Target = Literal["ckpt", "hf", "safetensors"]
 _OPTIMIZER_FILE = "optimizer"
 _CALLBACK = "ModelMerging"  # begins the key of our own state among those of callbacks
 _LISTED = 5
+_HELD = 2**26  # bytes of mapped files that may be resident, beside the largest tensor
 
 
 def export_checkpoint(
@@ -112,7 +113,8 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
         content = _loaded(base.place, files)
         state = content["state_dict"]
         prefix = str(source.about.get("prefix") or "")
-        tensors = MappedTensors(source, files)
+        tensors, of_base = MappedTensors(source, files), MappedTensors(base, files)
+        mapped = [tensors, of_base]
         found = {name: tensors[name] for name in source.tensors}
         # strict loading asks for every name, tied or not; torch.save stores shared memory once
         found |= {alias: found[name] for alias, name in source.ties.items()}
@@ -140,11 +142,13 @@ def _write_lightning(source: Source, base: Source, target: Path, optimizer: str)
             # a scheduler of optimizers that are not there would refuse to load
             content.pop("lr_schedulers", None)
         elif optimizer == "average":
-            _average_optimizer(source, content, files)
-        _save(content, target)
+            mapped.append(_average_optimizer(source, content, files))
+        else:
+            _set_optimizer(content, of_base, base.optimizer)
+        _save(content, target, mapped)
 
 
-def _average_optimizer(source: Source, content: dict[str, Any], files: Files) -> None:
+def _average_optimizer(source: Source, content: dict[str, Any], files: Files) -> MappedTensors:
     folder = Path(source.place)
     paths = sorted(map(str, folder.glob(f"{_OPTIMIZER_FILE}*.safetensors"))) if folder.is_dir() else []
     if not paths:
@@ -159,10 +163,17 @@ def _average_optimizer(source: Source, content: dict[str, Any], files: Files) ->
     }:
         raise MergeInputError(f"{folder} has optimizer states of another model than the base. Name a base of the run.")
     tensors = MappedTensors(averaged, files)
-    for name in averaged.tensors:
+    _set_optimizer(content, tensors, averaged.tensors)
+    return tensors
+
+
+def _set_optimizer(content: dict[str, Any], tensors: MappedTensors, names: Collection[str]) -> None:
+    """Tensors by the names that `torch_format.optimizer_tensors` gives them, in their places."""
+    states = [optimizer["state"] for optimizer in content["optimizer_states"]] if names else []
+    own_keys = [{str(key): key for key in state} for state in states]  # numbers, mostly
+    for name in names:
         _, number, key, item = name.split("/", 3)
-        state = content["optimizer_states"][int(number)]["state"]
-        state[next(own for own in state if str(own) == key)][item] = tensors[name]
+        states[int(number)][own_keys[int(number)][key]][item] = tensors[name]
 
 
 def _loaded(path: str, files: Files) -> dict[str, Any]:
@@ -172,11 +183,37 @@ def _loaded(path: str, files: Files) -> dict[str, Any]:
     return dict(content)
 
 
-def _save(content: Mapping[str, Any], target: Path) -> None:
+class _Releasing:
+    """A file that lets go of mapped pages as it is written: an optimizer's states are three models large.
+
+    Args:
+        file: What is written to.
+        mapped: What is read from.
+    """
+
+    def __init__(self, file: BinaryIO, mapped: Sequence[MappedTensors]) -> None:
+        self._file, self._mapped, self._held = file, mapped, 0
+
+    def write(self, data: memoryview) -> int:
+        """As a file's."""
+        written = self._file.write(data)
+        self._held += written
+        if self._held > _HELD:
+            self._held = 0
+            for tensors in self._mapped:
+                tensors.release()
+        return written
+
+    def flush(self) -> None:
+        """As a file's."""
+        self._file.flush()
+
+
+def _save(content: Mapping[str, Any], target: Path, mapped: Sequence[MappedTensors]) -> None:
     try:
         atomic.make_folder(target.parent)
         with atomic.draft(target) as draft:
-            torch.save(dict(content), draft.file)
+            torch.save(dict(content), _Releasing(draft.file, mapped))  # type: ignore[arg-type]  # it needs no more
             draft.file.flush()
             with Files() as files:  # what was written can be read, before it has its name
                 open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
