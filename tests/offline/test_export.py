@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from pretrain_merge import ModelMerging, load_merged, merge_checkpoints, save_merged
 from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
 from pretrain_merge.merged_models.choosing import chosen
-from pretrain_merge.offline import export, mapped
+from pretrain_merge.offline import lightning_file, mapped
 from pretrain_merge.offline.export import export_checkpoint
 
 
@@ -189,7 +189,7 @@ def test_an_export_lets_go_of_mapped_files_as_it_writes(run, tmp_path, monkeypat
     """Else both models and the optimizer's states, twice as large, would be resident at its end."""
     held, released = [], []
     real, load = mapped.MappedTensors.release, torch.load
-    monkeypatch.setattr(export, "_HELD", 0)
+    monkeypatch.setattr(lightning_file, "_HELD", 0)
     monkeypatch.setattr(mapped.MappedTensors, "release", lambda own: released.append(own._source.place) or real(own))
     monkeypatch.setattr(
         torch, "load", lambda *arguments, **options: held.append(load(*arguments, **options)) or held[-1]

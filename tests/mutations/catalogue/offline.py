@@ -122,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         "an exported checkpoint has the window of the run before",
-        "offline/export.py",
+        "offline/lightning_file.py",
         "            del callbacks[key]\n",
         "            pass\n",
         "tests/offline/test_export.py",
@@ -199,7 +199,7 @@ FAULTS = (
     ),
     Fault(
         "an export keeps all that it has read",
-        "offline/export.py",
+        "offline/lightning_file.py",
         "                tensors.release()\n",
         "                pass\n",
         "tests/offline/test_export.py",
