@@ -51,7 +51,7 @@ def _cells(results: Sequence[Result]) -> str:
                     f"{setup['optimizer']}, {setup['peak_lr']:g}, batch {setup['batch_size']}, {setup['num_steps']}",
                     str(len(runs)),
                     f"{shares.mean:.1%} ± {shares.error:.1%}",
-                    f"{_median(even):.0%}",
+                    _beyond_all(_median(even)),
                     f"{ends.mean:+.1f}%",
                 )
             )
@@ -136,6 +136,10 @@ TABLES: Mapping[str, Callable[[Sequence[Result]], str]] = {
 
 def _best_gain(run: Result) -> float:
     return min(gain(run, LATE, "sma", part, asked) for part in (8, 4, 2, 1) for asked in (3, 6, 10, 15))
+
+
+def _beyond_all(share: float) -> str:
+    return "more than was measured" if math.isinf(share) else f"{share:.0%}"
 
 
 def _median(values: Sequence[float]) -> float:
