@@ -16,7 +16,15 @@ from torch.nn.parameter import is_lazy
 
 from pretrain_merge.errors import UnsupportedModelError, nearest
 from pretrain_merge.parameters.masters import Masters, with_masters
-from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard, unwrapped
+from pretrain_merge.parameters.shards import (
+    by_plain_name,
+    is_plain,
+    local_part,
+    plain_name,
+    refuse_fsdp1,
+    reshard,
+    unwrapped,
+)
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALL = ("*",)
@@ -133,13 +141,13 @@ def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
-    return [
-        (plain_name(f"{prefix}.{key}" if prefix else key), parameter)
+    return by_plain_name(
+        (f"{prefix}.{key}" if prefix else key, parameter)
         for prefix, part in parts
         # `named_parameters` would walk all modules again
         for key, parameter in part._parameters.items()
         if parameter is not None
-    ]
+    )
 
 
 def _matching(
@@ -259,7 +267,7 @@ def _chosen_buffers(
         )
     if not patterns and batch_norm != "merge":
         return {}
-    buffers = {plain_name(name): buffer for name, buffer in nn.Module.named_buffers(unwrapped(module))}
+    buffers = dict(by_plain_name(nn.Module.named_buffers(unwrapped(module))))
     for pattern in patterns:
         matched = fnmatch.filter(buffers, pattern)
         if not matched or not all(buffers[name].is_floating_point() for name in matched):
