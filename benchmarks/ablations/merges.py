@@ -14,6 +14,8 @@ SHARE = Share.parse("1%")
 NESTED = (2, 3, 5, 7, 10, 12, 16, 23, 31, 42, 60, 90)  # newest n of snapshots 1% apart: spans of 1 to 59%
 LIMIT = 0.12  # of the steps since the warm-up: what a view that limits itself spans at most
 WINDOW = 10
+ON_A_LINE = 21  # what an `extrapolated` view takes: two means over a tenth of the run each
+FURTHER = {f"extrapolated {step:g}": step for step in (0.0, 0.1, 0.2, 0.3)}
 
 # the paper's Figure 4, and the shapes of WSM and QAM beside it
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -34,7 +36,7 @@ class Merge(NamedTuple):
     """One merge of stored models.
 
     Attributes:
-        kind: A key of `KINDS`, "block" for a plain mean of block means, "ema 5%" for `HALF_LIFE`, or "raw".
+        kind: A key of `KINDS` or `FURTHER`, "block" for a plain mean of block means, "ema 5%" for `HALF_LIFE`, "raw".
         every: Interval in steps, 0 for "1%".
         asked: Snapshots of the view.
         used: Snapshots there were; fewer where the warm-up is nearer than the window is long.
@@ -70,7 +72,7 @@ class Plan:
             _add(plan, step, self._fixed(step) + (self._paper(step) if units in STAGES else []))
             points = self._shared_points(step)
             nested = [_merge("sma", 0, number, points[-number:]) for number in NESTED if number <= len(points)]
-            _add(plan, points[-1], [*nested, _growing(points[-max(NESTED) :])])
+            _add(plan, points[-1], [*nested, _growing(points[-max(NESTED) :]), *_further(points[-ON_A_LINE:])])
         for step, merges in self.decay().items():
             _add(plan, step, merges)
         return plan
@@ -134,3 +136,9 @@ def _growing(steps: list[int]) -> Merge:
     """An EMA whose horizon grows with the run."""
     weights = coefficients.ema(len(steps), half_life=HALF_LIFE * steps[-1], times=steps)
     return Merge("ema 5%", 0, max(NESTED), len(steps), tuple(steps), weights)
+
+
+def _further(steps: list[int]) -> list[Merge]:
+    """Beyond the mean of the newer half of the snapshots, by steps that a view may choose among."""
+    weights = {kind: coefficients.extrapolated(len(steps), step=step) for kind, step in FURTHER.items()}
+    return [Merge(kind, 0, ON_A_LINE, len(steps), tuple(steps), found) for kind, found in weights.items()]

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import pages
-from benchmarks.ablations import rules
+from benchmarks.ablations import further, rules
 from benchmarks.ablations.claims import LATE, claims
 from benchmarks.ablations.gains import Spread, gain, of_cells
 from benchmarks.ablations.merges import KINDS
@@ -69,6 +69,16 @@ def _kinds(results: Sequence[Result]) -> str:
     return table(["kind", *heads], [(kind, *(cell(kind, *place) for place in places)) for kind in (*KINDS, "block")])
 
 
+def _further(results: Sequence[Result]) -> str:
+    found = further.gains(results)
+    num = len({(gain.cell, gain.units) for gain in found})
+    rows = [
+        (way, f"{spread.mean:+.3f}%", f"{worst:+.2f}%", f"{below} of {spread.num}")
+        for way, spread, worst, below in further.table(found)
+    ]
+    return table([f"way, {num} cells and stages", "mean", "worst", "below step 0"], rows)
+
+
 def _routing(results: Sequence[Result]) -> str:
     rows = []
     for cell in CELLS:
@@ -116,6 +126,7 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 TABLES: Mapping[str, Callable[[Sequence[Result]], str]] = {
     "claims": _claims,
     "regret": _regret,
+    "further": _further,
     "cells": _cells,
     "kinds": _kinds,
     "routing": _routing,

@@ -15,7 +15,7 @@ from benchmarks.ablations.gains import find, nested, raw, unit
 from benchmarks.ablations.merges import LIMIT, WINDOW, Plan
 from benchmarks.ablations.records import Result, Row
 from benchmarks.ablations.setups import BETWEEN, INTERVALS, STAGES
-from pretrain_merge.config import LONGEST_SPAN, SPAN
+from pretrain_merge.config import LONGEST_SPAN, SPAN, USUAL_SPAN
 from pretrain_merge.merging.best_span import best_span, followed
 from pretrain_merge.merging.best_span import nested as nested_numbers
 
@@ -77,7 +77,7 @@ def parabola(*numbers: int) -> Choice:
 
     def choose(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
         read = {row.span: loss for row, loss in zip(rows, losses, strict=True) if not numbers or row.asked in numbers}
-        best = best_span(read)
+        best = best_span(read, usual=USUAL_SPAN * step)
         assert best is not None
         # judged on the measured mean that is nearest: the text was read for no other
         return min(rows, key=lambda row: abs(math.log(row.span / best.span)))
@@ -108,6 +108,7 @@ def seen(rows: Sequence[Row], losses: Sequence[float], step: int) -> Row:
 CHOICES: Mapping[str, Choice] = {
     "parabola through nested means of 2 to 90": parabola(),
     "auto, window 10": parabola(*nested_numbers(WINDOW, "last")),
+    "auto, window 23": parabola(3, 7, 12, 23),
     "auto, window 42": parabola(7, 12, 23, 42),  # its whole, a half, a quarter, an eighth
     "the best of the nested means, seen on both halves": seen,  # no rule: what the comparison itself costs
     "every: 1%, N = 10, a limit that follows": following,  # the default

@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m benchmarks.recovery [--only NAME ...] [--report]
+    python -m benchmarks.recovery [--only NAME ...] [--report] [--mild STEPS] [--every STEPS] [--folder FOLDER]
 
 Trains what has no record yet, one after another, and prints how the recovered runs ended. A run that was interrupted
 goes on with the next one that is missing.
@@ -31,8 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
     parser.add_argument("--only", nargs="*", help="names of runs, as rate-dense-0")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--mild", type=int, help="of SpikeRecovery, with a folder of its own (default: the callback's)")
+    parser.add_argument("--every", type=int, help="likewise")
     parser.add_argument("--folder", type=Path, default=_RECORDS, help="of records (default: those of the repository)")
     options = parser.parse_args(arguments)
+    keys = {key: getattr(options, key) for key in ("mild", "every") if getattr(options, key) is not None}
+    if keys and options.folder == _RECORDS:
+        parser.error("records of other keys need a folder of their own: --folder")
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     for divergence in ALL:
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.report or path.exists() or (options.only and divergence.name not in options.only):
             continue
         started = time.process_time()
-        found = measured(divergence)
+        found = measured(divergence, **keys)
         path.write_text(json.dumps(found | {"seconds": round(time.process_time() - started, 1)}) + "\n")
         print(f"{divergence.name}: {_summary(found)}", flush=True)
     found = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]

@@ -65,11 +65,19 @@ ALL = tuple(
 )  # fmt: skip
 
 
-def measured(divergence: Divergence) -> dict[str, Any]:
-    """Train it with `SpikeRecovery`, and its control to the same step; all that is worth a record."""
+def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
+    """Train it with `SpikeRecovery`, and its control to the same step; all that is worth a record.
+
+    The control trains at the rate that the recovered run has at its end, from its first step. Where it diverges itself,
+    as it may after a mild attempt, it trains at a lower one.
+
+    Args:
+        divergence: What is trained.
+        keys: Of `SpikeRecovery`, where they are not its defaults.
+    """
     corpus = texts.TEXTS["stdlib"]()
-    recovery = SpikeRecovery()
-    found: dict[str, Any] = asdict(divergence)
+    recovery = SpikeRecovery(**keys)
+    found: dict[str, Any] = asdict(divergence) | {"keys": keys}
     run, error = _Model(divergence), ""
     try:
         _fit(run, corpus, divergence.num_steps, recovery)
@@ -83,9 +91,15 @@ def measured(divergence: Divergence) -> dict[str, Any]:
         return found | {"loss": None, "control": None}
     end = recovery.recoveries[0].onset + BEYOND
     factor = recovery.recoveries[-1].lr_factor
-    control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip=_CLIP)
-    _fit(control, corpus, end)
-    return found | {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end}
+    while True:
+        control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip=_CLIP)
+        watching = SpikeRecovery()  # changes nothing until it tells of a divergence
+        _fit(control, corpus, end, watching, is_control=True)
+        if not watching.recoveries:
+            break
+        factor *= _LOWER
+    found |= {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end, "control_factor": factor}
+    return found
 
 
 def steps(divergence: Divergence, corpus: Corpus) -> Iterator[tuple[float, float]]:
@@ -162,13 +176,13 @@ class _Measuring(lightning.Callback):
         trainer.should_stop = trainer.should_stop or before == 0
 
 
-def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery | None = None) -> None:
+def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery, *, is_control: bool = False) -> None:
     blocks = _blocks(module._divergence, corpus, num_steps + BEYOND)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_steps=num_steps + (BEYOND if recovery else 0), logger=False,
+            accelerator="cpu", devices=1, max_steps=num_steps + (0 if is_control else BEYOND), logger=False,
             default_root_dir=folder, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
             gradient_clip_val=module._clip,
-            callbacks=[*([recovery] if recovery else []), _Measuring(corpus, recovery)],
+            callbacks=[recovery, _Measuring(corpus, None if is_control else recovery)],
         )  # fmt: skip
         trainer.fit(module, DataLoader(blocks, batch_size=_BATCH))

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pretrain_merge.cadence import Progress, Quantity, Share
-from pretrain_merge.config import EXTRAPOLATED, LONGEST_SPAN, SPAN, Settings, View
+from pretrain_merge.config import EXTRAPOLATED, LONGEST_SPAN, SPAN, USUAL_SPAN, Settings, View
 from pretrain_merge.merging.best_span import NOTCH, best_span, followed, nested, stepped
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.merging.views import ALWAYS_ALLOWED
@@ -146,10 +146,11 @@ class AutoSpans:
         }
         metric = _metric(view, record)
         losses = {span: record.views[name][metric] for name, span in means.items() if metric in record.views[name]}
-        best = best_span(losses)
+        best = best_span(losses, usual=USUAL_SPAN * (record.step - record.since))
         if best is None:
             return None
-        return Choice(best.span, losses[max(losses)] / best.loss - 1.0 if best.loss else 0.0)
+        # a span that leans towards the usual one may be expected a little above the best that was read
+        return Choice(best.span, max(0.0, losses[max(losses)] / best.loss - 1.0) if best.loss else 0.0)
 
     def _moved(self, view: View, record: MergeRecord) -> Choice | None:
         """The limit moved by whether the mean within it was better than the mean over half, or than raw."""

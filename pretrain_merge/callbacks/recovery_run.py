@@ -5,54 +5,30 @@ Lightning's asks for what is `SpikeRecovery`'s business. Steps and loaders go on
 buffers and optimizer state are those of before, so the data since are skipped and no loop is rewound.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
+from pretrain_merge.callbacks.recovery_log import Recovery, RecoveryLog
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
 from pretrain_merge.callbacks.resuming import step_of
 from pretrain_merge.callbacks.run_folder import logs_folder
 from pretrain_merge.callbacks.training_loss import TrainingLoss
-from pretrain_merge.errors import ConfigError, DivergenceError, printable
-from pretrain_merge.files import atomic
-from pretrain_merge.files.folders import move_aside
-from pretrain_merge.records.disk_use import bytes_text
+from pretrain_merge.errors import ConfigError, DivergenceError
 from pretrain_merge.runtime import ranks
 from pretrain_merge.spikes import READ_EVERY, Onset, SpikeDetector
 from pretrain_merge.spikes.changed_steps import ChangedSteps
 from pretrain_merge.spikes.live_state import LiveState
-from pretrain_merge.spikes.restart_points import RestartPoints, mean_of, most_points
+from pretrain_merge.spikes.restart_points import RestartPoint, RestartPoints, mean_of
 
-_RECORDS = "recoveries.jsonl"
-_NAME = "recovery"
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """One attempt: where the run went back, and what it changed.
-
-    Attributes:
-        attempt: Its number, from 1.
-        step: After which the run went back.
-        onset: First step of the divergence.
-        back_to: Steps after which the weights were that it went on with: one, or those of a mean.
-        lr_factor: By which every rate is multiplied from here on.
-        reason: What was seen.
-    """
-
-    attempt: int
-    step: int
-    onset: int
-    back_to: tuple[int, ...]
-    lr_factor: float
-    reason: str
+_AT_ONCE = 5  # steps; so many the detector looks at together
 
 
 class RecoveryRun:
@@ -73,9 +49,13 @@ class RecoveryRun:
 
     def __init__(self, settings: RecoverySettings, trainer: Any, module: Any, state: Mapping[str, Any]) -> None:
         self._settings, self._trainer, self._module = settings, trainer, module
-        self._folder = logs_folder(trainer)
-        self._live = LiveState(module, trainer.optimizers, with_optimizers=settings.optimizer == "newest")
-        self._points = RestartPoints(settings.distrust, settings.num_kept, settings.folder_of_rank(self._folder))
+        self._log = RecoveryLog(settings, trainer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        with_optimizers = settings.optimizer == "newest"
+        self._live = LiveState(module, trainer.optimizers, with_optimizers=with_optimizers, scaler=scaler)
+        self._points = RestartPoints(
+            settings.distrust, settings.num_kept, settings.folder_of_rank(logs_folder(trainer))
+        )
         self._detector = SpikeDetector()
         # a run that is resumed from a checkpoint without a state of ours goes on counting
         self._step = step_of(trainer)
@@ -86,13 +66,14 @@ class RecoveryRun:
         self._loss = TrainingLoss()
         if state:
             self._go_on(state)
-        if not self._points.steps or (self._step % settings.every == 0 and self._points.steps[-1] != self._step):
+        is_due = self._step % settings.every == 0 and not self._is_settling
+        if not self._points.steps or (is_due and self._points.steps[-1] != self._step):
             self._keep()  # the first one, or one that a checkpoint saved at this very step had not seen yet
         if state:
-            self._write_records()  # without what came after the checkpoint
-        elif trainer.is_global_zero:
-            move_aside(self._folder / _RECORDS)  # of another run in this folder
-        self._announce()
+            self._log.write(self.recoveries)  # without what came after the checkpoint
+        else:
+            self._log.move_aside()
+        self._log.begin(self._points.points[-1].num_bytes)
         self._changed: ChangedSteps | None = None
         self._borrowed = ExitStack()  # last: whoever raises above leaves nothing behind
         self.announce_step = self._borrowed.enter_context(optimizer_steps(trainer, module, self))
@@ -136,14 +117,14 @@ class RecoveryRun:
         self._stepped = False
         if self._step % READ_EVERY == 0 or self._step % self._settings.every == 0:
             self._look(self._detector.read(self._step))
-        if self._step % self._settings.every == 0:
+        if self._step % self._settings.every == 0 and not self._is_settling:
             self._keep()
 
     def mark_phase(self, name: str) -> None:
         """What the loss was so far says nothing of what it will be."""
         self._detector.mark_change()
         self._high_since, self._phase_since = None, self._step
-        self._say(f"step {self._step}: phase {name!r}; the loss is judged anew.")
+        self._log.say(f"step {self._step}: phase {name!r}; the loss is judged anew.")
 
     def state(self, *, alone: bool = False) -> dict[str, Any]:
         """All that a resumed run needs to do what this one will do.
@@ -174,7 +155,14 @@ class RecoveryRun:
         if not self.recoveries:
             return 1.0
         last, rewarm = self.recoveries[-1], self._settings.rewarm
-        return last.lr_factor * min(1.0, (self._step - last.step + 1) / max(1, rewarm))
+        return last.lr_factor * min(1.0, (self._step - last.resumed + 1) / max(1, rewarm))
+
+    @property
+    def _is_settling(self) -> bool:
+        """Whether the run went back so lately that neither its loss nor its weights say what comes of it."""
+        return bool(self.recoveries) and self._step - self.recoveries[-1].resumed <= max(
+            READ_EVERY, self._settings.rewarm
+        )
 
     def _refuse_no_loss(self, loss: Tensor | None) -> None:
         self._had_loss = self._had_loss or loss is not None
@@ -190,9 +178,10 @@ class RecoveryRun:
 
     def _look(self, onset: Onset | None) -> None:
         """Go back once the loss stays out of bounds: a spike that passes costs nothing (`confirm`)."""
-        settling = self.recoveries and self._step - self.recoveries[-1].step <= self._settings.rewarm
-        if onset is None or settling:
+        if onset is None or self._is_settling:
             self._high_since = None
+            if onset is not None:
+                self._wait(onset)
             return
         if self._high_since is None:
             self._high_since = max(onset.step, self._step - READ_EVERY + 1)
@@ -201,10 +190,30 @@ class RecoveryRun:
 
     def _recover(self, onset: Onset) -> None:
         settings, attempt = self._settings, len(self.recoveries) + 1
-        points = self._points.trusted(onset.step)
+        points = self._points.trusted(onset.step, settings.depth_of(attempt))
         if attempt > settings.attempts or not points:
-            raise DivergenceError(self._why_not(onset))
+            raise DivergenceError(self._log.why_not(onset, self._step, self.recoveries))
         points = points if settings.weights == "merge" else points[-1:]
+        self._go_back(points)
+        steps, factor = tuple(point.step for point in points), settings.factor_of(attempt)
+        recovery = Recovery(attempt, self._step, onset.step, steps, factor, onset.reason, resumed=self._step)
+        self.recoveries += (recovery,)
+        self._log.publish(recovery)
+        self._log.write(self.recoveries)
+
+    def _wait(self, onset: Onset) -> None:
+        """Go back again where the weights of before see such a loss, too: the data are to blame, and bad still."""
+        last = self.recoveries[-1]
+        points = [point for point in self._points.points if point.step in last.back_to]
+        # later the rate is high enough to have done it; and data that stay as they are would be waited for for ever
+        if not points or onset.step > last.resumed + _AT_ONCE or self._step - last.step >= self._settings.distrust:
+            return  # no points: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        self._go_back(points)
+        self.recoveries = (*self.recoveries[:-1], replace(last, resumed=self._step))
+        self._log.say(f"step {self._step}: the weights of before see a loss as high. The data since are skipped, too.")
+        self._log.write(self.recoveries)
+
+    def _go_back(self, points: Sequence[RestartPoint]) -> None:
         with ranks.all_or_none("go back to a restart point"):
             self._live.write(mean_of(points) if len(points) > 1 else points[-1].read())
             self._points.go_back_to(points[-1])
@@ -213,74 +222,18 @@ class RecoveryRun:
         else:  # its weights are of other data than those that come
             self._detector.restart()
         self._high_since = None
-        steps = tuple(point.step for point in points)
-        recovery = Recovery(attempt, self._step, onset.step, steps, settings.lr**attempt, onset.reason)
-        self.recoveries += (recovery,)
         for callback in self._trainer.callbacks:
             if isinstance(callback, ModelMerging):  # its snapshots from before are of other weights
-                callback.mark_phase(f"{_NAME} {attempt}")
-        self._publish(recovery)
-
-    def _why_not(self, onset: Onset) -> str:
-        seen = f"step {onset.step}: {onset.reason}, and it stayed so until step {self._step}"
-        done = f"{len(self.recoveries)} of {self._settings.attempts} attempts were made"
-        if len(self.recoveries) < self._settings.attempts:
-            return (
-                f"{seen}; {done}, and there is no restart point from before. Allowed: a divergence after the step that "
-                f"the run began or was resumed at. Resume from an older checkpoint."
-            )
-        return (
-            f"{seen}; {done} (the last at step {self.recoveries[-1].step}, at {self.recoveries[-1].lr_factor:g} "
-            f"times the learning rate). Look at the data and the model; to go on, lower the rate, or raise attempts, "
-            f"and resume from a checkpoint before step {onset.step}."
-        )
-
-    def _publish(self, recovery: Recovery) -> None:
-        settings = self._settings
-        changes = [f"{recovery.lr_factor:g} times the learning rate"]
-        changes += [f"gradients clipped at norm {settings.clip:g}"] if settings.clip is not None else []
-        changes += [f"{settings.optimizer} optimizer state", f"{settings.rewarm} steps of re-warm-up"]
-        where = " to ".join(map(str, dict.fromkeys((recovery.back_to[0], recovery.back_to[-1]))))
-        self._say(
-            f"step {recovery.step}: {recovery.reason} at step {recovery.onset}. Attempt {recovery.attempt} of "
-            f"{settings.attempts}: back to the weights of step {where}, with {', '.join(changes)}; the data since are "
-            f"skipped."
-        )
-        metrics = {
-            f"{_NAME}/attempt": float(recovery.attempt),
-            f"{_NAME}/onset": float(recovery.onset),
-            f"{_NAME}/back_to": float(recovery.back_to[-1]),
-            f"{_NAME}/lr_factor": recovery.lr_factor,
-        }
-        for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)  # P15
-        self._write_records()
-
-    def _write_records(self) -> None:
-        """All attempts so far, anew: a resumed run has made those up to its checkpoint and no others."""
-        path = self._folder / _RECORDS
-        if self._trainer.is_global_zero and (self.recoveries or path.exists()):
-            atomic.make_folder(self._folder)
-            atomic.write(path, "".join(json.dumps(asdict(item)) + "\n" for item in self.recoveries))
-
-    def _announce(self) -> None:
-        settings = self._settings
-        size = self._points.points[-1].num_bytes
-        most = most_points(settings.distrust, settings.every, settings.num_kept)
-        where = "in host memory" if settings.store == "host" else f"in {settings.folder_of_rank(self._folder)}"
-        saved = ", and in each checkpoint" if settings.in_checkpoints else ""
-        self._say(
-            f"keeps up to {most} restart points, one every {settings.every} steps: {bytes_text(size)} each, "
-            f"{bytes_text(most * size)} per rank {where}{saved}."
-        )
-
-    def _say(self, text: str) -> None:
-        rank_zero_info(printable(f"{_NAME}: {text}"))
+                callback.mark_phase(f"recovery at step {self._step}")
+            _begin_average_anew(callback, self._module)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._step, self._high_since = state["step"], state["high_since"]
         self._phase_since = state.get("phase_since", 0)  # a checkpoint of an earlier version has none
-        attempts = ({**item, "back_to": tuple(item["back_to"])} for item in state["recoveries"])
+        # one of an earlier version did not wait
+        attempts = (
+            {"resumed": item["step"], **item, "back_to": tuple(item["back_to"])} for item in state["recoveries"]
+        )
         self.recoveries = tuple(Recovery(**item) for item in attempts)
         if state["detector"]:
             self._detector.load_state_dict(state["detector"])
@@ -289,6 +242,25 @@ class RecoveryRun:
         for step, tensors, watch, is_used in unpacked(state["points"]):
             self._live.refuse_other(tensors)
             self._points.add(step, _giving(tensors), watch, is_used=is_used)
+
+
+@torch.no_grad()
+def _begin_average_anew(callback: Any, module: nn.Module) -> None:
+    """Lightning's EMA and SWA hold the damage, and NaN for ever: they begin with the weights that are here now."""
+    average = getattr(callback, "_average_model", None)
+    if not isinstance(average, nn.Module):
+        return
+    inner = getattr(average, "module", average)
+    for mine, live in zip(_tensors(inner), _tensors(module), strict=True):
+        mine.copy_(live)
+    for owner in (callback, average):
+        count = getattr(owner, "n_averaged", None)
+        if isinstance(count, Tensor):
+            count.zero_()
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def _giving(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:

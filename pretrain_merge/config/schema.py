@@ -18,6 +18,7 @@ FORECAST_SHAPES = ("linear", "cosine", "1-sqrt")
 # the loss; over 3% at small ones, where 12% was up to 1% above raw and 6% below it from a quarter of the run on. So a
 # view begins between the two, where it is never far wrong, and what it measures moves it.
 SPAN = 0.06
+USUAL_SPAN = 0.1  # towards which `auto` leans: best over the steps so far, dense or sparse, at every ordinary rate
 LONGEST_SPAN = 0.12  # beyond it no rate gained anything
 EXTRAPOLATED_SPAN = 0.2  # two means one behind the other, each over the tenth that is best for one alone
 

@@ -202,9 +202,10 @@ def reading_of(history: History, steps: int, shape: str, kind: str, *, after: in
     shortest, longest = curves.spans[0], curves.spans[-1]
     # a longer anneal to come is read from the longest mean; one that ends now is the mean over itself
     if not shortest <= steps <= SPANS_UP_TO * longest and not (kind == "forecast" and steps > longest):
+        spans = f"{shortest:g} steps" if shortest == longest else f"{shortest:g} to {longest:g} steps"
         raise ForecastError(
             f"an anneal of {steps} steps is not spanned by the means measured at step {curves.step}, which reach over "
-            f"{shortest:g} to {longest:g} steps. Ask for a length within, measure a mean over it (a view such as "
+            f"{spans}. Ask for a length within, measure a mean over it (a view such as "
             f"'sma4'), or change `window` or `every`."
         )
     return read(curves, steps, shape, kind, after=after)

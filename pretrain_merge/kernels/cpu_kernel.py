@@ -23,7 +23,6 @@ from llvmlite import ir
 
 from pretrain_merge.kernels.cpu_vectors import (
     FUSED,
-    SIZES,
     Row,
     Vectors,
     accumulate,
@@ -51,7 +50,7 @@ from pretrain_merge.kernels.llvm import (
     stack,
     variable,
 )
-from pretrain_merge.kernels.tables import ITEM_WIDTH, SUMS_WIDTH
+from pretrain_merge.kernels.tables import ITEM_WIDTH, SIZES, SUMS_WIDTH
 
 _LANES = 32
 _GROUP = 12

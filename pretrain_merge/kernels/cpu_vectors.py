@@ -6,7 +6,6 @@ Knows the instructions of a vector of any number of lanes. Knows no loops and no
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from llvmlite import ir
 
 from pretrain_merge.kernels.llvm import (
@@ -24,12 +23,11 @@ from pretrain_merge.kernels.llvm import (
     load_integer,
     variable,
 )
-from pretrain_merge.kernels.tables import CODES
+from pretrain_merge.kernels.tables import CODES, SIZES
 
 _SUM_LANES = 8  # of the spread's float64 sums: two AVX2 registers each
-_BFLOAT16, _FLOAT16, _FLOAT64 = CODES[torch.bfloat16], CODES[torch.float16], CODES[torch.float64]
-_STORED = {CODES[torch.float32]: FLOAT, _BFLOAT16: I16, _FLOAT16: HALF, _FLOAT64: DOUBLE}  # how a dtype is loaded
-SIZES = {CODES[dtype]: dtype.itemsize for dtype in CODES}
+_BFLOAT16, _FLOAT16, _FLOAT64 = CODES["bfloat16"], CODES["float16"], CODES["float64"]
+_STORED = {CODES["float32"]: FLOAT, _BFLOAT16: I16, _FLOAT16: HALF, _FLOAT64: DOUBLE}  # how a dtype is loaded
 FUSED = ("contract",)  # a product and a sum may become one instruction, with one rounding, where the CPU has it
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.kernels import cuda_kernel, reference
+from pretrain_merge.kernels.addresses import sizes_of, table_of
 from pretrain_merge.kernels.spread import Spread, Sums
-from pretrain_merge.kernels.tables import SUMS_WIDTH, address_table, item_table
+from pretrain_merge.kernels.tables import SUMS_WIDTH, item_table
 
 # Triton's interpreter runs kernels on CPU tensors; it is chosen by this variable when the kernel below is defined.
 DEVICES = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -45,7 +46,7 @@ def merge_(
         targets = [out[i] for i in rows]
         sources = [[snapshot[i] for i in rows] for snapshot in snapshots]
         # on the host, where it is counted; the device gets it with the launch
-        items = torch.from_numpy(item_table(targets, cuda_kernel.ITEM))
+        items = torch.from_numpy(item_table(sizes_of(targets), cuda_kernel.ITEM))
         if len(items) == 0:  # tensors without elements: a launch of no blocks is an error
             continue
         device = targets[0].device
@@ -54,7 +55,7 @@ def merge_(
         # Triton launches on the current device, whatever its arguments are on
         with _current(device):
             cuda_kernel.merge_items[(len(items),)](
-                torch.from_numpy(address_table(targets, sources)).to(device),
+                torch.from_numpy(table_of(targets, sources)).to(device),
                 items.to(device),
                 multipliers.to(device),
                 sums,

@@ -1,39 +1,36 @@
-"""Lists of tensors as tables of integers, the form in which compiled kernels take a whole model in one call.
+"""A whole model as tables of integers, the form in which compiled kernels take it in one call.
 
-Knows addresses, dtype codes and where to cut long tensors. Knows no kernel.
+Knows addresses, dtype codes and where to cut what is long. Knows no kernel and no tensors: a merge of files has none,
+and torch takes longer to load than such a merge.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 Table = npt.NDArray[np.int64]
 
 # The codes by which kernels tell dtypes apart at run time.
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
+# Bytes of an element, by code.
+SIZES = {0: 4, 1: 2, 2: 2, 3: 8}
 
 ITEM_WIDTH = 3
 # What a kernel leaves per item for the spread: the fields of `spread.Sums`.
 SUMS_WIDTH = 3
 
 
-def address_table(out: Sequence[Tensor], snapshots: Sequence[Sequence[Tensor]]) -> Table:
+def address_table(rows: Iterable[Iterable[tuple[int, int]]]) -> Table:
     """One row per tensor: `address of the output, its code, (address of the input, its code) * N`."""
-    rows = zip(out, *snapshots, strict=True)
-    return np.array(
-        [[number for tensor in row for number in (tensor.data_ptr(), CODES[tensor.dtype])] for row in rows],
-        dtype=np.int64,
-    )
+    return np.array([[number for pair in row for number in pair] for row in rows], dtype=np.int64)
 
 
-def item_table(out: Sequence[Tensor], longest: int) -> Table:
+def item_table(sizes: Sequence[int], longest: int) -> Table:
     """Pieces of at most `longest` elements, one row each: `row of the address table, first element, end`."""
-    sizes = np.array([tensor.numel() for tensor in out], dtype=np.int64)
-    num_pieces = -(-sizes // longest)
-    row = np.repeat(np.arange(len(sizes)), num_pieces)
+    lengths = np.array(sizes, dtype=np.int64)
+    num_pieces = -(-lengths // longest)
+    row = np.repeat(np.arange(len(lengths)), num_pieces)
     first_piece = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     begin = (np.arange(len(row)) - first_piece) * longest
-    return np.stack([row, begin, np.minimum(begin + longest, sizes[row])], axis=1)
+    return np.stack([row, begin, np.minimum(begin + longest, lengths[row])], axis=1)

@@ -13,6 +13,9 @@ _PACE = 2.0**0.25
 _ROUNDED = 1.5  # by how much whole intervals change a span at most: one is the nearest to all below the root of two
 NOTCH = 0.1  # of an extrapolation, in distances between its means
 _FURTHEST = 0.3  # half a distance did harm wherever it was tried
+# Relative loss per squared log of the span: what is known of other runs counts a fifth of the bend that losses have
+# there (.005). Without it the noise of one evaluation chooses, since the loss is flat around its best.
+_KNOWN_BEND = 0.001
 _SHARES = (0.125, 0.25, 0.5, 1.0)  # of the window: halved three times, as the loss is smooth in the log of the span
 
 
@@ -76,7 +79,7 @@ def nested(window: int, average: str) -> list[int]:
     return sorted({max(2, round((window - more) * share) + more) for share in _SHARES})
 
 
-def best_span(losses: Mapping[float, float]) -> BestSpan | None:
+def best_span(losses: Mapping[float, float], *, usual: float | None = None) -> BestSpan | None:
     """The minimum of the parabola, in the logarithm of the span, through the best mean and its two neighbours.
 
     Through three and not a fit of all: the loss rises like a square of the span where it is too wide and slowly where
@@ -85,6 +88,7 @@ def best_span(losses: Mapping[float, float]) -> BestSpan | None:
 
     Args:
         losses: Loss of the plain mean by span; spans above 0. What is not finite is left out.
+        usual: The span that is best in other runs, towards which the answer leans; None: it does not.
 
     Returns:
         None where there is no loss at all.
@@ -92,18 +96,21 @@ def best_span(losses: Mapping[float, float]) -> BestSpan | None:
     >>> round(best_span({1.0: 2.5, 2.0: 2.0, 4.0: 2.5, 8.0: 4.0}).span, 9)
     2.0
     """
-    known = sorted((math.log(span), loss) for span, loss in losses.items() if span > 0 and math.isfinite(loss))
-    if not known:
+    measured = sorted((math.log(span), loss) for span, loss in losses.items() if span > 0 and math.isfinite(loss))
+    if not measured:
         return None
+    known_bend = 0.0 if usual is None else _KNOWN_BEND * abs(min(loss for _, loss in measured))
+    middle = math.log(usual or 1.0)
+    known = [(at, loss + known_bend * (at - middle) ** 2) for at, loss in measured]
     lowest = min(range(len(known)), key=lambda index: known[index][1])
     at, loss = known[lowest]
     if not 0 < lowest < len(known) - 1:
-        return BestSpan(math.exp(at), loss)
+        return BestSpan(math.exp(at), measured[lowest][1])
     (before, higher), (after, highest) = known[lowest - 1], known[lowest + 1]
     # slopes of the two chords; both are steeper than level by the choice of `lowest`, so the parabola opens upwards
     down, up = (loss - higher) / (at - before), (highest - loss) / (after - at)
     bend = (up - down) / (after - before)
     if not bend > 0.0:  # a plateau: all three are equal
-        return BestSpan(math.exp(at), loss)
+        return BestSpan(math.exp(at), measured[lowest][1])
     vertex = (before + at) / 2.0 - down / (2.0 * bend)
-    return BestSpan(math.exp(vertex), loss - bend * (at - vertex) ** 2)
+    return BestSpan(math.exp(vertex), loss - bend * (at - vertex) ** 2 - known_bend * (vertex - middle) ** 2)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-import torch
-
 from pretrain_merge.errors import CheckpointError, MergeInputError, UnsupportedModelError
-from pretrain_merge.offline.tensors import MERGED_DTYPES, Kind, Source
+from pretrain_merge.offline.tensors import MERGED_DTYPES, Dtype, Kind, Source
 
 OnMissing = Literal["error", "newest"]
 _LISTED = 5
@@ -37,7 +35,7 @@ class Output:
 def agree(
     sources: Sequence[Source],
     *,
-    dtype: torch.dtype | None,
+    dtype: Dtype | None,
     newest: Sequence[str],
     average: Sequence[str],
     on_missing: OnMissing,
@@ -125,7 +123,7 @@ def _refuse_other_models(sources: Sequence[Source], known: Sequence[Mapping[str,
             )
 
 
-def _refuse_mixed(name: str, sources: Sequence[Source], holders: Sequence[Kind], dtype: torch.dtype | None) -> None:
+def _refuse_mixed(name: str, sources: Sequence[Source], holders: Sequence[Kind], dtype: Dtype | None) -> None:
     for source, kind in zip(sources, holders, strict=True):
         if dtype is None and kind.dtype != holders[-1].dtype:
             raise MergeInputError(
@@ -141,7 +139,7 @@ def _refuse_mixed(name: str, sources: Sequence[Source], holders: Sequence[Kind],
 def _refuse_quantised(name: str, kind: Kind) -> None:
     """A mean of scales beside the newest numbers would be no model; a mask is a constant."""
     # of one dimension: tables and counters, which are not weights
-    if kind.dtype.itemsize == _MASK_BYTES and kind.dtype is not torch.bool and len(kind.shape) > 1:
+    if kind.dtype.itemsize == _MASK_BYTES and kind.dtype.name != "bool" and len(kind.shape) > 1:
         raise UnsupportedModelError(
             f"{name} is {kind}: quantised weights, which cannot be averaged. Merge the checkpoints from before "
             f"quantisation, or name it in newest if it is a constant."

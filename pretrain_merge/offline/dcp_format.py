@@ -16,21 +16,20 @@ from pretrain_merge.offline.files import Files, join, size_of
 from pretrain_merge.offline.safetensors_format import whole_shape
 from pretrain_merge.offline.tensors import Block, Kind, Source
 from pretrain_merge.offline.torch_archive import open_archive
+from pretrain_merge.offline.torch_memory import kind_of, own_dtype
 
-METADATA = ".metadata"
 _LIGHTNING_META = "meta.pt"
 # the parts of a training state that are not the model, by the first word of a name; torchtitan's and common ones
 _NOT_THE_MODEL = ("optimizer", "optim", "lr_scheduler", "scheduler", "train_state", "dataloader", "rng", "step")
 _MODEL_PARTS = ("state_dict", "model", "app.model")  # Lightning's; the usual one
 
 
-def open_folder(place: str) -> Source:
-    """A folder with `.metadata`.
+def open_folder(place: str, path: str) -> Source:
+    """A folder, by its `.metadata`.
 
     Raises:
         CheckpointError: It is damaged, more than plain data, or holds no model.
     """
-    path = join(place, METADATA)
     metadata = read_metadata(path)
     try:
         stored = _tensors(metadata)
@@ -85,7 +84,7 @@ def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...],
             raise TypeError(f"{name!r} is of dtype {dtype!r}")
         # replicas are listed once for each rank that had one
         boxes = [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
-        found[str(name)] = (Kind(_numbers(entry.size), dtype), list(dict.fromkeys(boxes)))
+        found[str(name)] = (Kind(_numbers(entry.size), own_dtype(dtype)), list(dict.fromkeys(boxes)))
     return found
 
 
@@ -158,7 +157,7 @@ def _blocks(chunks: Sequence[_Chunk], kind: Kind) -> list[Block]:
         for offsets, shape, (file, start, length) in chunks:
             archive = open_archive(file, files, start, length)
             tensor = archive.content
-            if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != (shape, kind.dtype):
+            if not isinstance(tensor, torch.Tensor) or kind_of(tensor) != Kind(shape, kind.dtype):
                 raise CheckpointError(
                     f"{file} has at byte {start} something other than the {Kind(shape, kind.dtype)} that its metadata "
                     f"say. Copy the folder again."

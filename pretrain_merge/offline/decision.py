@@ -19,7 +19,7 @@ from pretrain_merge.offline.shards import LARGEST_FILE, Shard
 from pretrain_merge.offline.tensors import MERGED_DTYPES, Source
 
 Optimizer = Literal["drop", "newest", "average"]
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGED_DTYPES}
+_DTYPES = {dtype.name: dtype for dtype in MERGED_DTYPES}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain_merge.offline.files import Files, is_remote
 from pretrain_merge.offline.pieces import Piece, Reader
 from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.torch_memory import part_of, torch_dtype
 
 
 class MappedTensors:
@@ -44,10 +45,10 @@ class MappedTensors:
         blocks = self._blocks[own]
         if len(blocks) == 1 and _can_be_mapped(blocks[0], kind):
             return self._mapped(blocks[0].file, blocks[0].start, kind)
-        found = torch.empty(kind.shape, dtype=kind.dtype)
+        found = torch.empty(kind.shape, dtype=torch_dtype(kind.dtype))
         if kind.num_bytes:
             shape = kind.shape or (1,)
-            self._reader.read_into([Piece(own, (), (0, shape[0]), shape)], [found.view(shape)])
+            self._reader.read_into([Piece(own, (), (0, shape[0]), shape)], [part_of(found.view(shape))])
         if any(is_remote(block.file) for block in blocks):
             self._fetched[name] = found
         return found
@@ -57,7 +58,7 @@ class MappedTensors:
             with open(file, "rb") as opened:
                 # private: torch wants memory it could write
                 self._pages[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(self._pages[file], dtype=kind.dtype, count=kind.num_elements, offset=start)
+        flat = torch.frombuffer(self._pages[file], dtype=torch_dtype(kind.dtype), count=kind.num_elements, offset=start)
         return flat.view(kind.shape)
 
 

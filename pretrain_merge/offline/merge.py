@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from pretrain_merge.offline import merged_folder, rates, shards
 from pretrain_merge.offline.agreement import OnMissing
 from pretrain_merge.offline.decision import Decision, Optimizer
-from pretrain_merge.offline.options import device_of, find, find_base, new_folder
+from pretrain_merge.offline.options import checked_device, find, find_base, new_folder
 from pretrain_merge.offline.partial import PLAN, locked, prepare, publish, removed_if_empty
 from pretrain_merge.offline.recipe import ViewLike
 from pretrain_merge.offline.shards import LARGEST_FILE, Shard, Written
@@ -106,7 +104,7 @@ def merge_checkpoints(
         ConfigError: An option is not one, or does not fit the sources.
     """
     # what is cheap to refuse goes first: opening remote sources takes minutes
-    target, place = new_folder(out), device_of(device)
+    target, place = new_folder(out), checked_device(device)
     decision = Decision.of(
         find(sources), view, steps=steps, base=find_base(base), dtype=dtype, newest=newest, average=average,
         on_missing=on_missing, optimizer=optimizer, largest_file=largest_file,
@@ -123,7 +121,7 @@ def plan_merge(
         PretrainMergeError: As `merge_checkpoints` would.
     """
     target = new_folder(out)
-    device_of(device)
+    checked_device(device)
     options["base"] = find_base(options.get("base"))
     decision = Decision.of(find(sources), view, **options)
     num_read = sum(decision.bytes_read(shard) for shard in decision.shards)
@@ -145,16 +143,14 @@ def plan_merge(
 
 def merge_sources(sources: Sequence[Source], out: Path, view: ViewLike, **options: Any) -> dict[str, Any]:
     """`merge_checkpoints` of checkpoints that were opened, into a folder that is not there."""
-    return _written(Decision.of(sources, view, **options), out, torch.device("cpu"), None)
+    return _written(Decision.of(sources, view, **options), out, "cpu", None)
 
 
 def write_scratch(sources: Sequence[Source], folder: Path, view: ViewLike, **options: Any) -> dict[str, Any]:
     """`merge_sources` into a new folder that nobody needs after a crash: nothing is flushed, checked or renamed."""
     decision = Decision.of(sources, view, **options)
     folder.mkdir(parents=True)
-    with Streamer(
-        decision.everyone, decision.recipe.coefficients, device=torch.device("cpu"), progress=lambda _: None
-    ) as streamer:
+    with Streamer(decision.everyone, decision.recipe.coefficients, device="cpu", progress=lambda _: None) as streamer:
         written = {
             shard.file: streamer.write(folder, shard, decision.outputs, is_kept=False) for shard in decision.shards
         }
@@ -163,7 +159,7 @@ def write_scratch(sources: Sequence[Source], folder: Path, view: ViewLike, **opt
     return about
 
 
-def _written(decision: Decision, out: Path, device: torch.device, progress: Progress | None) -> dict[str, Any]:
+def _written(decision: Decision, out: Path, device: str, progress: Progress | None) -> dict[str, Any]:
     """Write every file, then publish the folder."""
     # beside it, so that its name is given by a rename within one file system
     partial = out.with_name(f".{out.name}.partial")
@@ -183,7 +179,7 @@ def _written(decision: Decision, out: Path, device: torch.device, progress: Prog
     return about
 
 
-def _write(decision: Decision, partial: Path, device: torch.device, progress: Progress | None) -> dict[str, Written]:
+def _write(decision: Decision, partial: Path, device: str, progress: Progress | None) -> dict[str, Written]:
     """The files of this rank: every rank takes as many bytes, as far as files allow."""
     # every rank computes the same division, so nothing is sent
     mine = _share(decision.shards, ranks.num_ranks())[ranks.rank()]

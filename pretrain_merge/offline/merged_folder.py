@@ -68,7 +68,7 @@ def provenance(decision: Decision, written: Mapping[str, Written]) -> dict[str, 
     )
     copied = {name: item.origin for name, item in decision.outputs.items() if item.origin is not None}
     places = [source.place for source in decision.recipe.sources] + [decision.base.place if decision.base else ""]
-    dtypes = {str(item.kind.dtype).removeprefix("torch.") for item in decision.outputs.values()}
+    dtypes = {item.kind.dtype.name for item in decision.outputs.values()}
     # of a merge of merges the newest one says how far the run was
     inherited = {key: newest.about[key] for key in ("samples", "tokens", "prefix", "model") if key in newest.about}
     return {

@@ -4,8 +4,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.offline import recognise
 from pretrain_merge.offline.files import is_remote
@@ -59,12 +57,16 @@ def refuse_unknown(option: str, value: object, allowed: Sequence[object]) -> Non
         raise ConfigError(f"{option}: {value!r} is not known. Allowed: {', '.join(map(repr, allowed))}.")
 
 
-def device_of(device: str) -> torch.device:
+def checked_device(device: str) -> str:
     """Where sums are made.
 
     Raises:
         ConfigError: It is not a device, or not there.
     """
+    if device == "cpu":
+        return device  # which needs no torch
+    import torch
+
     try:
         # torch's own parser: it knows every backend that is installed
         chosen = torch.device(device)
@@ -72,4 +74,4 @@ def device_of(device: str) -> torch.device:
         raise ConfigError(f"device: {device!r} is not a device. Allowed: 'cpu', 'cuda', 'cuda:1'.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} is not there on this machine. Leave it at 'cpu'.")
-    return chosen
+    return device

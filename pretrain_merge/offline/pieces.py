@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from pretrain_merge.offline.files import Files
-from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.tensors import Block, Dtype, Kind, Source
 
 _ALIGNMENT = 64  # bytes, so that vector loads cross no cache line
 _MOST_LOCATED = 16  # tensors: more than threads are at work on
@@ -77,34 +78,43 @@ def batches(kinds: Mapping[str, Kind], longest: int) -> Iterator[list[Piece]]:
         yield batch
 
 
+class Part(NamedTuple):
+    """A piece in memory.
+
+    Attributes:
+        bits: Of its elements, in its shape: as integers of their size, since NumPy does not know every dtype.
+        dtype: What they mean.
+    """
+
+    bits: npt.NDArray[Any]
+    dtype: Dtype
+
+
 class Buffer:
     """Memory for one batch of one source, used again for the next."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = np.empty(0, np.uint8)
 
-    def tensors(
-        self, pieces: Sequence[Piece], dtypes: Sequence[torch.dtype], *, is_packed: bool = False
-    ) -> list[Tensor]:
-        """A tensor per piece in this memory; packed: one behind the other without a gap."""
+    def parts(self, pieces: Sequence[Piece], dtypes: Sequence[Dtype], *, is_packed: bool = False) -> list[Part]:
+        """A part per piece in this memory; packed: one behind the other without a gap."""
         starts, end = [], 0
         for piece, dtype in zip(pieces, dtypes, strict=True):
             starts.append(end)
             end += piece.num_elements * dtype.itemsize
             end = end if is_packed else -(-end // _ALIGNMENT) * _ALIGNMENT
         # grown at need: the first batches of a small model take little
-        if end > self._memory.numel():
-            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        parts = zip(pieces, dtypes, starts, strict=True)
+        if end > len(self._memory):
+            self._memory = _memory(end, self._device)
         return [
-            self._memory[start : start + piece.num_elements * dtype.itemsize].view(dtype).view(piece.shape)
-            for piece, dtype, start in parts
+            Part(np.ndarray(piece.shape, bits_of(dtype), self._memory, start), dtype)
+            for piece, dtype, start in zip(pieces, dtypes, starts, strict=True)
         ]
 
     def packed(self, num_bytes: int) -> memoryview:
         """The first bytes as memory to be written to a file."""
-        return self._memory[:num_bytes].numpy().data
+        return self._memory[:num_bytes].data
 
 
 class Reader:
@@ -120,24 +130,41 @@ class Reader:
         # some formats look into a file for it, and a large tensor has many pieces
         self._locate = lru_cache(_MOST_LOCATED)(source.locate)
 
-    def read_into(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> None:
-        """Fill a tensor per piece.
+    def read_into(self, pieces: Sequence[Piece], targets: Sequence[Part]) -> None:
+        """Fill a part per piece.
 
         Raises:
             CheckpointError: A file cannot be read.
         """
         for piece, target in zip(pieces, targets, strict=True):
             for block in self._locate(self._source.ties.get(piece.name, piece.name)):
-                _read_common(self._files, block, piece, target)
+                _read_common(self._files, block, piece, target.bits)
 
 
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def bits_of(dtype: Dtype) -> npt.DTypeLike:
+    """NumPy's integers of an element's size; of sizes that it has none of, so many bytes."""
+    return f"{'u' if dtype.itemsize in (1, 2, 4, 8) else 'V'}{dtype.itemsize}"
 
 
-def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> None:
-    """Read what a block and a piece have in common into the piece's tensor."""
+def bytes_of(bits: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The same memory of a contiguous array, byte by byte."""
+    return bits.reshape(-1).view(np.uint8)
+
+
+def _memory(num_bytes: int, device: str) -> npt.NDArray[np.uint8]:
+    if device != "cpu":
+        import torch
+
+        # copies to a device run beside it from pinned memory only
+        pinned: npt.NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+    whole = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    first = -whole.ctypes.data % _ALIGNMENT  # NumPy promises 16 bytes
+    return whole[first : first + num_bytes]
+
+
+def _read_common(files: Files, block: Block, piece: Piece, target: npt.NDArray[Any]) -> None:
+    """Read what a block and a piece have in common into the piece's memory."""
     offsets, shape = block.offsets or (0,), block.shape or (1,)
     depth = len(piece.lead)
     if any(not o <= index < o + size for index, o, size in zip(piece.lead, offsets, shape, strict=False)):
@@ -147,34 +174,34 @@ def _read_common(files: Files, block: Block, piece: Piece, target: Tensor) -> No
     rest, rest_offsets = shape[depth + 1 :], offsets[depth + 1 :]
     if first >= last or 0 in rest:
         return
-    part = target[first - piece.rows[0] : last - piece.rows[0]]
-    for dim, (offset, size) in enumerate(zip(rest_offsets, rest, strict=True), 1):
-        part = part.narrow(dim, offset, size)
+    columns = [slice(offset, offset + size) for offset, size in zip(rest_offsets, rest, strict=True)]
+    box = (slice(first - piece.rows[0], last - piece.rows[0]), *columns)
+    part = target[box]
     # indices within the block
     own = tuple(index - o for index, o in zip((*piece.lead, first), offsets, strict=False))
     if block.strides is not None:
-        part.copy_(_strided(files, block, own, last - first, target.dtype))
+        part[...] = _strided(files, block, own, last - first, target.dtype)
         return
     row = math.prod(rest)
     skipped = sum(index * math.prod(shape[dim + 1 :]) for dim, index in enumerate(own))
     # a box that was split along a later dimension has gaps in the piece, and none in its file
-    whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+    whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
     files.read_into(
         block.file,
         block.start + skipped * target.dtype.itemsize,
-        memory_of(whole)[: (last - first) * row * target.dtype.itemsize],
+        bytes_of(whole)[: (last - first) * row * target.dtype.itemsize].data,
     )
     if whole is not part:
-        part.copy_(whole)
+        part[...] = whole
 
 
-def _strided(files: Files, block: Block, own: tuple[int, ...], num_rows: int, dtype: torch.dtype) -> Tensor:
+def _strided(files: Files, block: Block, own: tuple[int, ...], num_rows: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Part of a tensor that lies in another order (channels last, transposed): all its bytes are read for it."""
     strides = block.strides or ()
     reach = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, strides, strict=True))
-    storage = torch.empty(reach, dtype=dtype)
-    files.read_into(block.file, block.start, memory_of(storage))
-    whole = storage.as_strided(block.shape, strides)
-    for index in own[:-1]:
-        whole = whole[index]
-    return whole[own[-1] : own[-1] + num_rows]
+    storage = np.empty(reach, dtype)
+    files.read_into(block.file, block.start, bytes_of(storage).data)
+    whole = np.ndarray(block.shape, dtype, storage, strides=[stride * dtype.itemsize for stride in strides])
+    box = (*own[:-1], slice(own[-1], own[-1] + num_rows))
+    part: npt.NDArray[Any] = whole[box]
+    return part

@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.untrusted import MOST_BYTES, parse_json
 from pretrain_merge.offline.files import Files, join, size_of
-from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.tensors import Block, Dtype, Kind, Source
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 _DCP_SHARDS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which box of a tensor a file has
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "C64": torch.complex64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    short: Dtype(name, itemsize)
+    for short, name, itemsize in (
+        ("F64", "float64", 8), ("F32", "float32", 4), ("F16", "float16", 2), ("BF16", "bfloat16", 2),
+        ("I64", "int64", 8), ("I32", "int32", 4), ("I16", "int16", 2), ("I8", "int8", 1), ("U8", "uint8", 1),
+        ("U16", "uint16", 2), ("U32", "uint32", 4), ("U64", "uint64", 8), ("BOOL", "bool", 1), ("C64", "complex64", 8),
+        ("F8_E4M3", "float8_e4m3fn", 1), ("F8_E5M2", "float8_e5m2", 1), ("F8_E8M0", "float8_e8m0fnu", 1),
+    )
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,7 +36,7 @@ def open_files(place: str, paths: Sequence[str], *, kind: str = "safetensors", *
     Raises:
         CheckpointError: A file is not what its header says, or two hold the same tensor.
     """
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, Dtype] = {}
     blocks: dict[str, list[Block]] = {}
     with Files() as files:
         for path in paths:
@@ -111,7 +112,7 @@ def header_of(entries: Mapping[str, tuple[Kind, int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _entries(path: str, files: Files) -> list[tuple[str, torch.dtype, Block]]:
+def _entries(path: str, files: Files) -> list[tuple[str, Dtype, Block]]:
     size = size_of(path)
     if size is None:
         raise CheckpointError(f"{path} is missing. Copy it from where the checkpoint is whole.")
@@ -132,7 +133,7 @@ def _entries(path: str, files: Files) -> list[tuple[str, torch.dtype, Block]]:
     return [(name, dtype, block) for name, dtype, block, _ in found]
 
 
-def _entry(path: str, name: str, entry: Any, shard: Any, begin: int) -> tuple[str, torch.dtype, Block, int]:
+def _entry(path: str, name: str, entry: Any, shard: Any, begin: int) -> tuple[str, Dtype, Block, int]:
     dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     if dtype is None:
@@ -148,7 +149,7 @@ def _entry(path: str, name: str, entry: Any, shard: Any, begin: int) -> tuple[st
     return name, dtype, Block(path, begin + start, offsets, shape), begin + stop
 
 
-def _refuse_gaps(found: list[tuple[str, torch.dtype, Block, int]], begin: int, size: int) -> None:
+def _refuse_gaps(found: list[tuple[str, Dtype, Block, int]], begin: int, size: int) -> None:
     spans = sorted((block.start, stop) for _, _, block, stop in found)
     for (_, stop), (start, _) in pairwise([(begin, begin), *spans, (size, size)]):
         # the reference implementation refuses gaps too: they can hide another file

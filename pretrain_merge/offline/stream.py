@@ -13,13 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.files import Files, is_remote
-from pretrain_merge.offline.pieces import Buffer, Piece, Reader, batches
+from pretrain_merge.offline.pieces import Buffer, Part, Piece, Reader, batches
 from pretrain_merge.offline.shards import Shard, ShardWriter, Written, written
 from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source
@@ -58,7 +55,7 @@ class Streamer:
         sources: Sequence[Source],
         coefficients: Sequence[float],
         *,
-        device: torch.device,
+        device: str,
         progress: Callable[[int], object],
     ) -> None:
         self._sources, self._coefficients = sources, coefficients
@@ -117,29 +114,29 @@ class Streamer:
     def _sum(self, batch: Sequence[Piece], outputs: Mapping[str, Output], lane: "_Lane") -> "_Summed":
         found, num_read = self._read(batch, outputs, lane)
         dtypes = [outputs[piece.name].kind.dtype for piece in batch]
-        targets = lane.output.tensors(batch, dtypes, is_packed=True)
+        targets = lane.output.parts(batch, dtypes, is_packed=True)
         rows = []
         for piece, target in zip(batch, targets, strict=True):
             origin = outputs[piece.name].origin
             if origin is not None:
-                target.copy_(found[origin][piece])
+                target.bits[...] = found[origin][piece].bits
             else:
                 rows.append(Row(piece.name, target, [of_source[piece] for of_source in found[: self._num_merged]]))
-        spread = sum_rows(rows, self._sources[: self._num_merged], self._coefficients, self._device)
-        return _Summed(num_read, spread, lane.output.packed(sum(target.nbytes for target in targets)))
+        spread = sum_rows(rows, self._sources[: self._num_merged], self._coefficients, device=self._device)
+        return _Summed(num_read, spread, lane.output.packed(sum(target.bits.nbytes for target in targets)))
 
     def _read(
         self, batch: Sequence[Piece], outputs: Mapping[str, Output], lane: "_Lane"
-    ) -> tuple[list[dict[Piece, Tensor]], int]:
+    ) -> tuple[list[dict[Piece, Part]], int]:
         """The pieces that each source has to give, and their bytes."""
-        found: list[dict[Piece, Tensor]] = []
+        found: list[dict[Piece, Part]] = []
         for index, (reader, buffer) in enumerate(zip(self._readers, lane.inputs, strict=True)):
             wanted = [piece for piece in batch if self._is_read(outputs[piece.name], index)]
             dtypes = [self._sources[index].kind(piece.name).dtype for piece in wanted]
-            targets = buffer.tensors(wanted, dtypes)
+            targets = buffer.parts(wanted, dtypes)
             reader.read_into(wanted, targets)
             found.append(dict(zip(wanted, targets, strict=True)))
-        return found, sum(target.nbytes for of_source in found for target in of_source.values())
+        return found, sum(target.bits.nbytes for of_source in found for target in of_source.values())
 
     def _is_read(self, output: Output, index: int) -> bool:
         return index == output.origin or (output.origin is None and index < self._num_merged)
@@ -160,7 +157,7 @@ class _Summed(NamedTuple):
 class _Lane:
     """Memory for one batch of all sources and of the output."""
 
-    def __init__(self, num_sources: int, device: torch.device) -> None:
+    def __init__(self, num_sources: int, device: str) -> None:
         self.inputs = [Buffer(device) for _ in range(num_sources)]
         self.output = Buffer(device)
 

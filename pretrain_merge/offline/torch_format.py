@@ -12,6 +12,7 @@ from pretrain_merge.errors import CheckpointError
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.tensors import Block, Kind, Source
 from pretrain_merge.offline.torch_archive import Archive, open_archive
+from pretrain_merge.offline.torch_memory import kind_of
 
 _LARGEST_RATE = 1e9
 # where a file that is not one flat state dict keeps the model; the first that is there is taken
@@ -117,5 +118,5 @@ def _named(tensors: Mapping[str, Tensor], archive: Archive) -> tuple[dict[str, K
         if first.setdefault(identity, name) != name:
             ties[name] = first[identity]
             continue
-        kinds[name], places[name] = Kind(tuple(tensor.shape), tensor.dtype), block
+        kinds[name], places[name] = kind_of(tensor), block
     return kinds, ties, places

@@ -20,10 +20,10 @@ from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.mapped import MappedTensors
 from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.torch_memory import part_of
 from pretrain_merge.runtime.random_state import random_state_kept
 
 _LISTED = 5
-_CPU = torch.device("cpu")
 _ONE_PROCESS: Mapping[str, Any] = {
     "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "callbacks": [], "enable_checkpointing": False,
     "enable_progress_bar": False, "enable_model_summary": False,
@@ -104,13 +104,14 @@ class ModuleBench(Bench):
                 if there not in rows:  # tied tensors are summed once
                     parts = [self._tensors[id(source)][there] for source in sources]
                     target = self._merged.setdefault(there, torch.empty_like(parts[-1]))
-                    rows[there] = Row(there, target, parts)
-                values[state[name][0]] = rows[there].target
+                    rows[there] = Row(there, part_of(target), [part_of(part) for part in parts])
+                values[state[name][0]] = self._merged[there]
             else:  # buffers are of the newest, as in a run
                 values[state[name][0]] = self._unmerged(there)
-        self._spread = (
-            sum_rows([*rows.values()], sources, self._candidate.coefficients, _CPU).relative_rms if rows else math.nan
-        )
+        self._spread = math.nan
+        if rows:
+            coefficients, threads = self._candidate.coefficients, torch.get_num_threads()
+            self._spread = sum_rows([*rows.values()], sources, coefficients, most_threads=threads).relative_rms
         self._module.load_state_dict(values)  # its own method, since its state dict may be of copies
 
     def _unmerged(self, name: str) -> Tensor:

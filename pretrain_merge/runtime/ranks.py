@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from pretrain_merge.errors import RankError
+
+if TYPE_CHECKING:
+    import torch
 
 _T = TypeVar("_T")
 _ErrorT = TypeVar("_ErrorT", bound=BaseException)
@@ -24,12 +24,26 @@ _doing: list[str] = []  # what the open blocks do, outermost first: a rank that 
 
 def num_ranks() -> int:
     """Processes in the default group; 1 where none is set up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not _has_group():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
 
 
 def rank() -> int:
     """Number of this process in the default group; 0 where none is set up."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if not _has_group():
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def _has_group() -> bool:
+    # whoever set one up has loaded torch.distributed, which costs a merge of files more than the merge does
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def any_rank(flag: bool) -> bool:
@@ -126,7 +140,7 @@ def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
     return _summed(numbers)
 
 
-def sum_of_floats(numbers: torch.Tensor) -> torch.Tensor:
+def sum_of_floats(numbers: "torch.Tensor") -> "torch.Tensor":
     """Sum over all ranks of a float64 tensor on the host that has one shape on all of them, the same bits on each.
 
     Raises:
@@ -135,6 +149,8 @@ def sum_of_floats(numbers: torch.Tensor) -> torch.Tensor:
     count()  # first, since a rank that failed joins an exchange of flags
     if num_ranks() == 1:
         return numbers
+    import torch.distributed as dist
+
     total = numbers.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(total)  # torch promises bits that are equal on all ranks
     return total.cpu()
@@ -143,6 +159,8 @@ def sum_of_floats(numbers: torch.Tensor) -> torch.Tensor:
 def _gathered(value: _T) -> list[_T]:
     values: list[_T] = [value] * num_ranks()
     if len(values) > 1:
+        import torch.distributed as dist
+
         dist.all_gather_object(values, value)
     return values
 
@@ -150,6 +168,9 @@ def _gathered(value: _T) -> list[_T]:
 def _summed(numbers: Sequence[int], *, patience: timedelta | None = None) -> list[int]:
     if num_ranks() == 1:
         return list(numbers)
+    import torch
+    import torch.distributed as dist
+
     # NCCL reduces what is on a device only
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     # int64: tokens of a run pass 2^31, and float32 stops counting at 2^24

@@ -1,4 +1,4 @@
-"""What of a run on this rank can be taken back: weights, buffers and the state of its optimizers, by name.
+"""What of a run on this rank can be taken back, by name: weights, buffers, scale of the loss, state of optimizers.
 
 This module knows modules, optimizers and shards. It knows no steps and no reason to go back.
 """
@@ -13,7 +13,7 @@ from pretrain_merge.errors import CheckpointError, UnsupportedModelError
 from pretrain_merge.parameters import by_plain_name, plain_name, reshard
 from pretrain_merge.parameters.shards import local_part
 
-WEIGHT, BUFFER, STATE = "weight/", "buffer/", "state/"
+WEIGHT, BUFFER, SCALER, STATE = "weight/", "buffer/", "scaler/", "state/"
 
 
 class LiveState:
@@ -23,10 +23,14 @@ class LiveState:
         module: The module that trains.
         optimizers: Of the run, in their order.
         with_optimizers: Whether their state is copied and written, too.
+        scaler: Of gradients in float16; None: there is none.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Any], *, with_optimizers: bool) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Any], *, with_optimizers: bool, scaler: Any = None
+    ) -> None:
         self._module, self._optimizers, self._with_optimizers = module, optimizers, with_optimizers
+        self._scaler = scaler
 
     @torch.no_grad()
     def copy(self) -> dict[str, Tensor]:
@@ -38,6 +42,7 @@ class LiveState:
         reshard(self._module)  # P18: gathered parameters are no shards
         tensors = {**self._weights(), **self._buffers()}
         copies = {name: local_part(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}  # P23
+        copies |= {SCALER + key: _on_host(key, value) for key, value in self._scaling().items()}
         if self._with_optimizers:
             copies |= {name: _on_host(name, state[key]) for name, state, key in self._states()}
         return copies
@@ -51,6 +56,9 @@ class LiveState:
                 local_part(weight).copy_(saved[name])
         for name, owner, key in self._places_of_buffers():
             _write_buffer(owner, key, saved.get(name))
+        # each NaN has halved it: left so, gradients would be zero in float16 for thousands of steps
+        if scaling := {key: saved[SCALER + key].item() for key in self._scaling() if SCALER + key in saved}:
+            self._scaler.load_state_dict(self._scaler.state_dict() | scaling)
         if not self._with_optimizers:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
@@ -96,6 +104,10 @@ class LiveState:
             for key, buffer in part._buffers.items():
                 if buffer is not None:
                     yield BUFFER + plain_name(f"{prefix}.{key}".lstrip(".")), part, key
+
+    def _scaling(self) -> dict[str, Any]:
+        state = self._scaler.state_dict() if self._scaler is not None else {}  # empty where it is disabled
+        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Every value that an optimizer keeps of a parameter: a name, and where it is."""

@@ -84,15 +84,17 @@ class RestartPoints:
             CheckpointError: The disk refuses.
         """
         old = [point for point in self._points if point.step <= step - self._distrust]
-        for point in old[: max(0, len(old) - self._keep)]:
-            self._drop(point)
+        kept = ([point for point in old if not point.is_used] or old)[-self._keep :]
+        for point in old:
+            if point not in kept:
+                self._drop(point)
         tensors = copy()
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._points.append(RestartPoint(step, self._kept(step, tensors), num_bytes, watch, is_used))
 
-    def trusted(self, onset: int) -> tuple[RestartPoint, ...]:
-        """Points from before the damage, oldest first, at most `keep`; where none is old enough, the oldest."""
-        good = [point for point in self._points if point.step <= onset - self._distrust]
+    def trusted(self, onset: int, depth: int) -> tuple[RestartPoint, ...]:
+        """Points from `depth` steps before an onset or earlier, oldest first, at most `keep`; else the oldest point."""
+        good = [point for point in self._points if point.step <= onset - depth]
         good = good or [point for point in self._points[:1] if point.step < onset]
         # one that did not help before is left where there is an older one
         while len(good) > 1 and good[-1].is_used:

@@ -5,13 +5,18 @@ distances from it is found by halving, where sorting anew at every step would be
 """
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 
 _MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
+_RESOLUTION = 1e-6  # of the median, and in log norm: float32 sums in another order differ by some of that
+_UPPER_QUARTILE_OF_NORMAL = 1.1503  # of distances from its median, in standard deviations
 
 
 class RunningZ:
-    """Median, and robust z `(x - median) / (1.4826 MAD)`, over the values that are let in and not yet out.
+    """Median, and robust z `(x - median) / scale`, over the values that are let in and not yet out.
+
+    The scale is 1.4826 MAD, or what the upper quartile of distances from the median says of a normal distribution where
+    that is more. Values of which half are the very same have no scale: none is judged by them.
 
     Args:
         fewest: Finite values that must be known before a value is judged.
@@ -46,26 +51,39 @@ class RunningZ:
         # around an infinite median every distance is infinite, and their ratio says nothing
         if self._num_finite < self._fewest or math.isinf(median) or value != value:
             return None
+        unit = abs(median) if self._relative else 1.0
+        if self._is_still(median, _RESOLUTION * unit):
+            return None  # whatever comes is far from it: a constant that turns noisy as well as a collapse
         # a level that a quarter of the steps had is not new: networks that train by turns, batches of one source each;
         # it also spares most steps the distances, which are what judging one costs
         if value <= self._ordered[3 * (len(self._ordered) - 1) // 4]:
             return False
-        least = self._least_scale * abs(median) if self._relative else self._least_scale
-        return (value - median) / max(_MAD_OF_NORMAL * self._mad(median), least, 1e-30) > self._threshold
+        least = self._least_scale * unit
+        mad = self._distance(median, (len(self._ordered) - 1) // 2)
+        if (value - median) / max(_MAD_OF_NORMAL * mad, least) <= self._threshold:
+            return False
+        # where noise has just begun the middle of half of all distances is next to nothing
+        upper = self._distance(median, 3 * (len(self._ordered) - 1) // 4)
+        return (value - median) / max(upper / _UPPER_QUARTILE_OF_NORMAL, least) > self._threshold
 
-    def _mad(self, median: float) -> float:
-        """The lower median of distances from the median: the `place`-th smallest of two runs that both ascend."""
+    def _is_still(self, median: float, resolution: float) -> bool:
+        """Whether half of all values are the same but for rounding: the median distance from the median is nothing."""
+        same = bisect_right(self._ordered, median + resolution) - bisect_left(self._ordered, median - resolution)
+        return same > (len(self._ordered) - 1) // 2
+
+    def _distance(self, median: float, place: int) -> float:
+        """The distance from the median that `place` others do not exceed: of two runs that both ascend."""
         ordered = self._ordered
-        place = (len(ordered) - 1) // 2  # of the median, and of what is asked for
+        middle = (len(ordered) - 1) // 2
         # of the place + 1 smallest distances `below` are of the values up to the median, walking down from it
-        low, high = max(0, 2 * (place + 1) - len(ordered)), place + 1
+        low, high = max(0, place + 1 - (len(ordered) - 1 - middle)), min(place, middle) + 1
         while low < high:
             below = (low + high) // 2
-            if median - ordered[place - below] < ordered[2 * place + 1 - below] - median:
+            if median - ordered[middle - below] < ordered[middle + place + 1 - below] - median:
                 low = below + 1
             else:
                 high = below
         above = place + 1 - low  # how many are of the values beyond
-        nearest_below = median - ordered[place + 1 - low] if low else 0.0
-        nearest_above = ordered[place + above] - median if above else 0.0
+        nearest_below = median - ordered[middle + 1 - low] if low else 0.0
+        nearest_above = ordered[middle + above] - median if above else 0.0
         return max(nearest_below, nearest_above)

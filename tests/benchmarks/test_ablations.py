@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ablations import page, records, rules, training
+from benchmarks.ablations import further, page, records, rules, training
 from benchmarks.ablations.claims import claims
 from benchmarks.ablations.gains import gain
-from benchmarks.ablations.merges import LIMIT, NESTED, WINDOW, Merge, Plan
+from benchmarks.ablations.merges import FURTHER, LIMIT, NESTED, WINDOW, Merge, Plan
 from benchmarks.ablations.records import Result, Row
 from benchmarks.ablations.setups import RUNS, SEEDS, STAGES, Run
 from pretrain_merge.demo.corpus import Corpus
@@ -120,6 +120,27 @@ def test_a_rule_is_judged_on_the_half_that_it_did_not_look_at():
     rows = {row["rule"]: row for row in rules.table(rules.regrets([result], rules.CHOICES))}
     looks, sees = (rows[name]["mean"] for name in rules.CHOICES if "nested means" in name)
     assert looks > sees > 0.0  # it follows the noise of one half, and pays on the other
+
+
+@pytest.mark.parametrize(("judging", "expected"), [(1.98, -1.0), (2.02, 0.5)])
+def test_a_step_is_chosen_on_one_half_and_judged_on_the_other(judging, expected):
+    result = planted()
+
+    def moved(row):
+        is_it = row.kind == "extrapolated 0.2"
+        at_0 = row._replace(choosing=2.0, judging=2.0) if row.kind.startswith("extrapolated") else row
+        return at_0._replace(choosing=1.98, judging=judging) if is_it else at_0
+
+    moved_rows = {step: [moved(row) for row in rows] for step, rows in result.constant.items()}
+    found = further.gains([dataclasses.replace(result, constant=moved_rows)])
+    percents = {gain.percent for gain in found if gain.way == further.CHOSEN}
+    # where the halves disagree, one choice is paid for on the other half, and the other choice stays at 0
+    assert list(percents) == [pytest.approx(expected)]
+
+
+def test_a_run_that_was_measured_before_there_were_steps_says_nothing_of_them():
+    before = {step: [row for row in rows if row.kind not in FURTHER] for step, rows in planted().constant.items()}
+    assert further.gains([dataclasses.replace(planted(), constant=before)]) == []
 
 
 def test_a_verdict_follows_from_the_runs():

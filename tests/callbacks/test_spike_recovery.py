@@ -104,15 +104,42 @@ def test_a_spike_that_passes_by_itself_costs_nothing(tmp_path):
     assert_same(watched, plain)
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "newest", "store": "disk", "weights": "merge", "keep": 2}])
+def test_the_first_attempt_is_mild_and_those_after_it_go_deep_at_a_lower_rate(tmp_path):
+    late = range(160, 190)
+    recovery = SpikeRecovery(**SMALL | {"mild": 5})
+    _, model = fit(tmp_path, recovery, model=Model(bad=[*BAD, *late]), steps=220)
+    first, second = recovery.recoveries
+    assert first.onset - 5 - SMALL["every"] < first.back_to[0] <= first.onset - 5
+    assert second.back_to[0] <= second.onset - SMALL["distrust"]
+    assert (first.lr_factor, second.lr_factor) == (1.0, 0.5)
+    assert model.rates[late[0] - 1] == RATE
+    assert model.rates[-1] == RATE / 2
+
+
+def test_weights_of_before_do_not_learn_from_data_that_are_bad_still(tmp_path):
+    bad = range(90, 126)  # beyond the step at which it goes back
+    settings = SMALL | {"mild": 5, "distrust": 60}
+    recovery = SpikeRecovery(**settings)
+    _, model = fit(tmp_path, recovery, model=Model(bad=bad), steps=160)
+    (done,) = recovery.recoveries
+    assert done.step < bad[-1] < done.resumed <= bad[-1] + 11
+    assert torch.equal(model.weights[done.resumed], model.weights[done.back_to[0]])
+    ramp = [rate / RATE for rate in model.rates[done.resumed :]]
+    assert ramp[: SMALL["rewarm"]] == pytest.approx([(n + 1) / SMALL["rewarm"] for n in range(SMALL["rewarm"])])
+    assert json.loads((tmp_path / "recoveries.jsonl").read_text())["resumed"] == done.resumed
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mild": 5}, {"optimizer": "newest", "store": "disk", "weights": "merge", "keep": 2}]
+)
 def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_path, options):
-    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL, **options))
+    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL | options))
     saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
-    before = SpikeRecovery(**SMALL, **options)
+    before = SpikeRecovery(**SMALL | options)
     fit(tmp_path / "b", before, steps=130, saves=[saving])
     (done,) = before.recoveries
     for step in (done.step - 10, done.step + 5):  # before the spike is confirmed, and in the re-warm-up
-        after = SpikeRecovery(**SMALL, **options)
+        after = SpikeRecovery(**SMALL | options)
         path = next((tmp_path / "saved").glob(f"*step={step}.ckpt"))
         resumed, model = fit(tmp_path / "b", after, ckpt=path, saves=[saving])
         assert_same(resumed, whole)
@@ -144,8 +171,10 @@ def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
     trainer, model = fit(tmp_path, recovery, model=ByHand())
     (done,) = recovery.recoveries
     for step, rate in enumerate(model.rates):
-        ramp = min(1.0, (step - done.step + 1) / SMALL["rewarm"])
-        factor = 0.5 * ramp if step >= done.step else 1.0
+        ramp = min(1.0, (step - done.resumed + 1) / SMALL["rewarm"])
+        factor = 0.5 * ramp if step >= done.resumed else None if step >= done.step else 1.0
+        if factor is None:  # it waited for better data
+            continue
         assert rate == pytest.approx(RATE * 0.999**step * factor)
     assert trainer.optimizers[0].param_groups[0]["lr"] == RATE * 0.999**139  # between steps it is the user's
 
@@ -186,7 +215,27 @@ def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_pa
     with pytest.raises(DivergenceError, match=r"2 of 2 attempts were made.* raise attempts, and resume"):
         fit(tmp_path, recovery, model=model, steps=400)
     assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.25]
+    assert all(item.resumed - item.step <= SMALL["distrust"] for item in recovery.recoveries)
     assert len((tmp_path / "recoveries.jsonl").read_text().splitlines()) == 2
+
+
+def test_after_nan_gradients_are_scaled_as_before(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    half = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    fit(tmp_path, SpikeRecovery(**SMALL), model=Model(bad=range(90, 105), shift=math.nan), plugins=[half])
+    assert scaler.get_scale() == 2.0**10  # and not halved by each of the steps that were skipped
+
+
+@pytest.mark.parametrize(
+    "average",
+    [pl.callbacks.EMAWeightAveraging, lambda: pl.callbacks.StochasticWeightAveraging(RATE, swa_epoch_start=1)],
+)
+def test_an_average_of_weights_does_not_keep_what_diverged(average, tmp_path):
+    average = average()
+    model = Model(shift=math.nan)
+    fit(tmp_path, average, SpikeRecovery(**SMALL), model=model, max_epochs=7, limit_train_batches=20)
+    assert all(value.isfinite().all() for value in average._average_model.state_dict().values())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_each_attempt_reaches_the_loggers_and_the_log(tmp_path, caplog):
@@ -266,6 +315,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_way_out(tmp_path):
         ({"optimizer": "old"}, "optimizer: 'old' is not one of fresh, newest"),
         ({"weights": "merge", "keep": 1}, "keep: 1"),
         ({"attempts": 0}, "attempts: 0"),
+        ({"mild": 0}, "mild: 0"),
         ({"distrusts": 3}, "did you mean 'distrust'"),
     ],
 )

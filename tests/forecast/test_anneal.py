@@ -102,6 +102,11 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_and_a_remedy(options
         forecast_anneal(RUN, **options)
 
 
+def test_means_over_one_length_are_not_said_to_reach_from_it_to_itself():
+    with pytest.raises(ForecastError, match=r"which reach over 350 steps\. Ask for a length within"):
+        forecast_anneal(run(2000, spans=(8,)), steps=50, kind="nowcast")
+
+
 @pytest.mark.parametrize("kind", ["forecast", "nowcast"])
 def test_a_run_with_means_over_one_length_only_gets_a_wider_answer_that_says_what_is_missing(kind):
     """A default configuration, or a log of somebody else's."""

@@ -19,7 +19,7 @@ from pretrain_merge.kernels.weighted_sum import weighted_sum_
 
 pytest.importorskip("llvmlite")
 
-from pretrain_merge.kernels import cpu
+from pretrain_merge.kernels import flat
 from pretrain_merge.kernels.cpu_kernel import compile_kernel
 from pretrain_merge.kernels.llvm import converts_float16
 
@@ -57,7 +57,7 @@ def test_both_cpu_backends_are_right_on_whatever_users_have(merge):
 
 def test_a_whole_list_is_one_kernel_call_per_accumulator_dtype(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu, "_run", lambda kernel, arguments, num_threads: calls.append(arguments))
+    monkeypatch.setattr(flat, "_run", lambda kernel, arguments, num_threads: calls.append(arguments))
     dtypes = [torch.float32, torch.bfloat16, torch.float16] * 20 + [torch.float64] * 5
     tensors = [torch.ones(3 + i, dtype=dtype) for i, dtype in enumerate(dtypes)]
     weighted_sum_(tensors, [tensors, tensors], [0.5, 0.5], backend="cpu")
@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_as_many_threads_work_as_torch_uses(monkeypatch, num_threads):
     used, before = set(), threading.active_count()
-    compiled = cpu._kernel(False, False, False)
+    compiled = flat._kernel(False, False, False)
 
     def kernel(*arguments):
         used.add(threading.get_ident())
@@ -92,7 +92,7 @@ def test_as_many_threads_work_as_torch_uses(monkeypatch, num_threads):
         compiled(*arguments)
 
     started = threading.Barrier(num_threads)
-    monkeypatch.setattr(cpu, "_kernel", lambda double, spread, paired: kernel)
+    monkeypatch.setattr(flat, "_kernel", lambda double, spread, paired: kernel)
     torch.set_num_threads(num_threads)
     try:
         out, source = torch.zeros(1 << 22), normal(1 << 22)
@@ -106,7 +106,7 @@ def test_as_many_threads_work_as_torch_uses(monkeypatch, num_threads):
 
 def test_small_merges_start_no_threads(monkeypatch):
     counts = []
-    monkeypatch.setattr(cpu, "_run", lambda kernel, arguments, num_threads: counts.append(num_threads))
+    monkeypatch.setattr(flat, "_run", lambda kernel, arguments, num_threads: counts.append(num_threads))
     torch.set_num_threads(4)
     try:
         weighted_sum_([torch.zeros(1000)], [[torch.ones(1000)]] * 10, [0.1] * 10, backend="cpu")
@@ -250,7 +250,7 @@ def test_the_kernel_is_right_on_narrower_cpus(monkeypatch, target):
         key = (double, spread, paired)
         return compiled.setdefault(key, compile_kernel(double=double, spread=spread, paired=paired, cpu=target))
 
-    monkeypatch.setattr(cpu, "_kernel", kernel)
+    monkeypatch.setattr(flat, "_kernel", kernel)
     for dtype in DTYPES:
         snapshots = [normal(3003, seed=j).to(dtype) for j in range(14)]
         coefficients = np.linspace(-0.3, 0.9, 14).tolist()

@@ -42,6 +42,24 @@ def test_the_answer_lies_within_what_was_measured_and_is_no_worse_than_the_best_
     assert found.loss <= min(values)
 
 
+@given(st.floats(18.0, 60.0), st.floats(18.0, 60.0), st.floats(0.5, 9.0))
+def test_the_usual_span_counts_a_fifth_of_the_bend_that_losses_have(best, usual, least):
+    losses = parabola(best, 0.005 * least, [10.0, 20.0, 50.0, 90.0], least)
+    found = best_span(losses, usual=usual)
+    leant = math.exp((5 * math.log(best) + math.log(usual)) / 6)
+    assert found.span == pytest.approx(leant, rel=1e-2)
+    assert found.loss == pytest.approx(least * (1 + 0.005 * math.log(found.span / best) ** 2), rel=1e-4)
+
+
+def test_beside_a_steep_loss_the_usual_span_says_nothing():
+    losses = parabola(20.0, 50.0, [10.0, 20.0, 40.0, 80.0])
+    assert best_span(losses, usual=60.0).span == pytest.approx(20.0, rel=1e-3)
+
+
+def test_means_that_tell_nothing_leave_the_usual_span():
+    assert best_span(dict.fromkeys([10.0, 20.0, 40.0, 80.0], 2.0), usual=30.0).span == pytest.approx(30.0)
+
+
 @pytest.mark.parametrize(
     ("window", "average", "numbers"),
     [(10, "last", [2, 3, 5, 10]), (10, "block", [2, 5, 10]), (2, "last", [2]), (41, "last", [6, 11, 21, 41])],

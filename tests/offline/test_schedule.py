@@ -1,16 +1,15 @@
 """What a sweep evaluates where: windows, intervals and breaks, against plain lists."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain_merge.config import parse_window_settings
 from pretrain_merge.errors import ConfigError
 from pretrain_merge.offline.schedule import merge_points, nested_views, swept_views
-from pretrain_merge.offline.tensors import Kind, Source
+from pretrain_merge.offline.tensors import Dtype, Kind, Source
 
-KIND = {"w": Kind((2,), torch.float32)}
+KIND = {"w": Kind((2,), Dtype("float32", 4))}
 
 
 def checkpoints(rates, first=10):

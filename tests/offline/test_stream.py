@@ -23,6 +23,7 @@ from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.pieces import Buffer, Reader, batches, cut
 from pretrain_merge.offline.shards import Shard
 from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.torch_memory import kind_of, own_dtype, part_of
 
 # of a 70B Llama: embedding, attention, feed-forward, norm
 LARGE = {"embed": (128256, 8192), "q": (8192, 8192), "k": (1024, 8192), "up": (28672, 8192), "norm": (8192,)}
@@ -39,7 +40,7 @@ def test_pieces_hold_every_element_once_whatever_the_sharding(shape, longest, cu
         file = f"part-{len(stored)}"
         stored[file] = box.reshape(-1).view(torch.uint8).numpy().tobytes()
         blocks.append(Block(file, 0, tuple(first for first, _ in corner), tuple(box.shape)))
-    kind = Kind(tuple(shape), torch.int32)
+    kind = kind_of(value)
     source = Source("memory", "test", {"x": kind}, {"x": blocks}.__getitem__, tuple(stored))
 
     class Memory(Files):
@@ -50,7 +51,7 @@ def test_pieces_hold_every_element_once_whatever_the_sharding(shape, longest, cu
     for piece in cut("x", kind.shape, longest):
         assert piece.num_elements <= longest
         target = torch.full(piece.shape, -1, dtype=torch.int32)
-        reader.read_into([piece], [target])
+        reader.read_into([piece], [part_of(target)])
         found.append(target.flatten())
     assert torch.equal(torch.cat(found), value.flatten())
 
@@ -60,7 +61,7 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
     tmp_path, monkeypatch, num_sources
 ):
     """The largest tensor has 2 GB; as many batches of it as use every buffer, with files that give nothing."""
-    kinds = {name: Kind(shape, torch.bfloat16) for name, shape in LARGE.items()}
+    kinds = {name: Kind(shape, own_dtype(torch.bfloat16)) for name, shape in LARGE.items()}
     block = {name: [Block("file", 0, (0,) * len(kind.shape), kind.shape)] for name, kind in kinds.items()}
     source = Source("sparse", "test", kinds, block.__getitem__, ("file",))
     made = []
@@ -72,17 +73,15 @@ def test_buffers_keep_to_their_budget_for_shapes_of_a_70b_model_and_any_number_o
 
     monkeypatch.setattr(stream, "Buffer", Counted)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
-    monkeypatch.setattr(stream, "sum_rows", lambda *_: Spread(0.0, 0.0))
+    monkeypatch.setattr(stream, "sum_rows", lambda *_, **__: Spread(0.0, 0.0))
     monkeypatch.setattr(stream, "batches", lambda *arguments: itertools.islice(batches(*arguments), 8))
     monkeypatch.setattr(shards.ShardWriter, "result", lambda writer: shards.Written(0, 0, *writer.spread))
     outputs = {name: Output(kind) for name, kind in kinds.items()}
     coefficients = [1 / num_sources] * num_sources
-    with stream.Streamer(
-        [source] * num_sources, coefficients, device=torch.device("cpu"), progress=lambda _: None
-    ) as streamer:
+    with stream.Streamer([source] * num_sources, coefficients, device="cpu", progress=lambda _: None) as streamer:
         streamer.write(tmp_path, Shard("model.safetensors", kinds), outputs)
     assert len(made) == len(streamer._lanes) * (num_sources + 1)
-    total = sum(buffer._memory.numel() for buffer in made)
+    total = sum(len(buffer._memory) for buffer in made)
     assert 0 < total <= stream.BUFFERS
 
 
@@ -105,9 +104,9 @@ def test_a_batch_in_work_has_its_buffers_for_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(stream.Streamer, "_finish", finished)
     monkeypatch.setattr(stream, "batch_length", lambda *_, **__: 16)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
-    kind = Kind((512,), torch.float32)
+    kind = Kind((512,), own_dtype(torch.float32))
     source = Source("sparse", "test", {"w": kind}, lambda _: [Block("file", 0, (0,), (512,))], ("file",))
-    with stream.Streamer([source], [1.0], device=torch.device("cpu"), progress=lambda _: None) as streamer:
+    with stream.Streamer([source], [1.0], device="cpu", progress=lambda _: None) as streamer:
         streamer.write(tmp_path, Shard("model.safetensors", {"w": kind}), {"w": Output(kind)})
     assert len(at_once) == 512 // 16
     assert not any(at_once)

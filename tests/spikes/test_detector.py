@@ -81,24 +81,53 @@ def test_a_loss_without_noise_is_not_a_spike() -> None:
     assert find_onsets([2.0 + 1e-6 * (step % 7) for step in range(400)]) == []
 
 
+@pytest.mark.parametrize("level", [0.0, 2.0, math.log(2.0)])
+@pytest.mark.parametrize("jitter", [0.0, 1e-7])
+@pytest.mark.parametrize("then", ["noisy", "jumps", "jumps by turns"])
+def test_a_loss_that_stood_still_is_not_judged_until_its_noise_is_known(level: float, jitter: float, then: str) -> None:
+    """Batches without a target, a rate of 0, a saturated network: every change is infinitely far from it."""
+    draws = np.random.default_rng(0)
+    change = {
+        "noisy": level + 0.2 * np.abs(draws.normal(1.0, 1.0, 700)),
+        "jumps": level + 1.0 + 0.1 * draws.normal(0.0, 1.0, 700),
+        "jumps by turns": level + 1.0 * (np.arange(700) % 3 == 0),
+    }[then]
+    still = level * (1.0 + jitter * draws.integers(-1, 2, 300))
+    loss = [*still, *change]
+    assert find_onsets(loss) == []
+    assert find_onsets(loss, [1.0] * 1000) == []
+
+
+def test_a_collapse_is_seen_where_the_norm_of_the_gradient_stands_still() -> None:
+    loss, _ = _collapsing(600, onset=500)
+    assert find_onsets(loss[:510], [1.0] * 510)
+
+
+def test_after_noise_has_begun_a_collapse_is_seen_again() -> None:
+    loss, _ = _collapsing(900, onset=700)
+    loss[:200] = [2.0] * 200
+    (onset,) = find_onsets(loss[:711], first_step=0)
+    assert 700 <= onset.step < 711
+
+
 def test_a_restart_forgets_what_the_loss_was() -> None:
-    detector = SpikeDetector()
+    detector, (loss, _) = SpikeDetector(), _stable(400)
     for step in range(400):
         if step == 300:
             detector.read(step - 1)
             detector.restart()
-        detector.observe(step, torch.tensor(2.0 if step < 300 else 3.0))
+        detector.observe(step, loss[step] + float(step >= 300))
     assert detector.read(399) is None
 
 
 def test_a_change_is_forgotten_from_the_next_read_on_also_by_a_run_that_goes_on_before_it() -> None:
-    detector, after = SpikeDetector(), SpikeDetector()
+    detector, after, (loss, _) = SpikeDetector(), SpikeDetector(), _stable(400)
     for step in range(400):
         if step == 300:
             detector.mark_change()
             after.load_state_dict(json.loads(json.dumps(detector.state_dict(meet=False))))
         for each in (detector, after) if step >= 300 else (detector,):
-            each.observe(step, torch.tensor(2.0 if step < 300 else 3.0))
+            each.observe(step, loss[step] + float(step >= 300))
             assert step % 10 != 9 or each.read(step) is None
     assert detector.state_dict()["newest"] == after.state_dict()["newest"] == 399
 
@@ -137,13 +166,16 @@ def _told_plainly(losses: list[float], norms: list[float]) -> list[Onset]:
         if np.isfinite(before).sum() < 5:
             return math.nan
         median = before[(len(before) - 1) // 2]
+        if not np.isfinite(median):
+            return math.nan
+        distances = np.sort(np.abs(before - median))
+        mad, upper = distances[(len(before) - 1) // 2], distances[3 * (len(before) - 1) // 4]
+        unit = abs(median) if least is None else 1.0
+        if mad <= 1e-6 * unit:
+            return math.nan
         if values[step] <= before[3 * (len(before) - 1) // 4]:
-            return 0.0 if np.isfinite(median) else math.nan
-        with np.errstate(invalid="ignore"):
-            distances = np.abs(before - median)
-            distances = np.sort(distances[~np.isnan(distances)])
-            mad = 1.4826 * distances[(len(distances) - 1) // 2]
-            return (values[step] - median) / max(mad, 1e-3 * abs(median) if least is None else least)
+            return 0.0
+        return (values[step] - median) / max(1.4826 * mad, upper / 1.1503, 1e-3 * unit)
 
     loss, norm = np.array(losses), np.log(np.array(norms))
     found: list[Onset] = []

@@ -27,6 +27,20 @@ FAULTS = (
         _SPIKE_RECOVERY,
     ),
     Fault(
+        "gradients stay scaled as NaN has left them",
+        "spikes/live_state.py",
+        "self._scaler.load_state_dict(self._scaler.state_dict() | scaling)",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "an average of weights keeps what diverged",
+        "callbacks/recovery_run.py",
+        "count.zero_()",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
         "the scaled rate stays after the step",
         "spikes/changed_steps.py",
         '            group["lr"] = rate\n',
@@ -59,6 +73,20 @@ FAULTS = (
         "spikes/running_z.py",
         "if value <= self._ordered[3 * (len(self._ordered) - 1) // 4]:",
         "if value <= median:",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "a loss that stood still is judged by nothing",
+        "spikes/running_z.py",
+        "if self._is_still(median, _RESOLUTION * unit):",
+        "if False:",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
+        "noise that has just begun is judged by its smallest half",
+        "spikes/running_z.py",
+        "return (value - median) / max(upper / _UPPER_QUARTILE_OF_NORMAL, least) > self._threshold",
+        "return True",
         "tests/spikes/test_detector.py",
     ),
     Fault(
