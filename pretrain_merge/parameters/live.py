@@ -27,6 +27,7 @@ from pretrain_merge.parameters.shards import (
 )
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_RESERVED = "__metadata__"  # of every safetensors file
 _ALL = ("*",)
 _NUM_NAMED = 8  # parameters that a message lists
 
@@ -104,6 +105,7 @@ class Trained:
                 identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
                 if identity not in seen:
                     seen.add(identity)
+                    _refuse_name(name)
                     tensors[name] = local
         tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
         if not tensors:
@@ -166,6 +168,15 @@ def _matching(
         return set(names)
     included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
     return included - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+
+
+def _refuse_name(name: str) -> None:
+    """Names tell tensors apart in the files of a window."""
+    if name == _RESERVED:
+        raise UnsupportedModelError(
+            f"a parameter has the name {name!r}, which safetensors keeps for itself: no file can hold it. Allowed: "
+            f"any other name. Rename the parameter."
+        )
 
 
 def _why_nothing(module: nn.Module, trained: Sequence[str]) -> str:

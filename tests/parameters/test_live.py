@@ -221,6 +221,12 @@ def test_a_frozen_parameter_may_be_of_any_kind():
     assert list(mergeable_tensors(nn.Sequential(nn.Linear(2, 2), with_weight(frozen)))) == ["0.weight", "0.bias"]
 
 
+def test_a_name_that_no_file_can_hold_is_refused():
+    module = nn.Linear(2, 2)
+    module.register_parameter("__metadata__", nn.Parameter(torch.ones(1)))
+    assert "'__metadata__', which safetensors keeps for itself" in refusal(module)
+
+
 @pytest.mark.parametrize(
     "share",
     [lambda weight: weight[:4], lambda weight: weight.view(2, 16), lambda weight: weight[2:]],
