@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _overhead(variant: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    every, num_snapshots = (10, 2) if options.quick else (options.every, options.snapshots)
+    every, num_snapshots = (20, 2) if options.quick else (options.every, options.snapshots)
     with tempfile.TemporaryDirectory() as folder:
         callback = Alternating(
             every=every // 2,
