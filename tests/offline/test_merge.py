@@ -374,9 +374,9 @@ def test_checkpoints_of_compiled_and_plain_models_are_of_one_model(tmp_path):
 
 def test_the_names_that_are_made_plain_are_those_of_training():
     from pretrain_merge.offline.tensors import ADDED
-    from pretrain_merge.parameters import shards
+    from pretrain_merge.parameters.shards import ADDED_PREFIXES
 
-    assert set(ADDED) >= set(shards._ADDED)
+    assert set(ADDED) >= set(ADDED_PREFIXES)
 
 
 @pytest.mark.parametrize(
