@@ -373,10 +373,12 @@ def test_checkpoints_of_compiled_and_plain_models_are_of_one_model(tmp_path):
 
 
 def test_the_names_that_are_made_plain_are_those_of_training():
-    from pretrain_merge.offline.tensors import ADDED
-    from pretrain_merge.parameters.shards import ADDED_PREFIXES
+    from pretrain_merge.offline.tensors import ADDED, plain_name
+    from pretrain_merge.parameters import shards
 
-    assert set(ADDED) >= set(ADDED_PREFIXES)
+    assert set(shards._WRAPPERS) <= ADDED
+    for name in ("a._orig_mod.w", "_forward_module.b._orig_mod.w", "my_orig_mod.w", "_orig_mod", "w"):
+        assert plain_name(name) == shards.plain_name(name)
 
 
 @pytest.mark.parametrize(
