@@ -89,6 +89,21 @@ def test_a_diverged_run_goes_back_before_the_damage_and_trains_on(tmp_path):
     assert json.loads(line)["back_to"] == list(done.back_to)
 
 
+@pytest.mark.parametrize("steps", [20, 40])
+def test_files_of_a_killed_process_are_gone_even_where_nothing_is_left_to_train(steps, tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20)
+    fit(tmp_path, SpikeRecovery(**SMALL), steps=20, saves=[saving])
+    point = tmp_path / "restart_points" / "rank-0" / "point-00000015.safetensors"
+    point.parent.mkdir(parents=True)
+    leftovers = [point, *(tmp_path / f".{name}.0123abcd.tmp" for name in ("recoveries.jsonl", "merges.config.yaml"))]
+    for path in leftovers:
+        path.write_text("half")
+    merging = ModelMerging(window=2, every=5, validate=False, batch_norm="live", forecast=None)
+    recovery = SpikeRecovery(**SMALL, store="disk")
+    fit(tmp_path, recovery, *[merging] * (steps > 20), steps=steps, ckpt=saving.best_model_path, saves=[saving])
+    assert [path for path in leftovers if path.exists()] == leftovers[2:] * (steps == 20)
+
+
 def test_without_a_divergence_training_is_bit_for_bit_that_of_a_run_without(tmp_path):
     plain, _ = fit(tmp_path / "a", model=Model(bad=()), steps=80)
     watched, model = fit(tmp_path / "b", SpikeRecovery(**SMALL), model=Model(bad=()), steps=80)
