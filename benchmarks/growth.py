@@ -120,11 +120,13 @@ def _forecast(history: RunHistory, size: int) -> None:
 
 
 def _resumes(quick: bool) -> Iterator[Figure]:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.growth"])
     for size in (100, 1000) if quick else (10_000, 100_000):
         is_last = size == 100_000
         with tempfile.TemporaryDirectory() as folder:
             path = _written(Path(folder), size)
-            with get_context("spawn").Pool(1) as pool:  # a process of its own: what it takes is seen from outside
+            with context.Pool(1) as pool:  # a process of its own: what it takes is seen from outside
                 seconds, megabytes = pool.apply(_resumed, (path, size))
         yield Figure("resume: read and cut records", size, "records", seconds, "CPU s", "56" if is_last else "", "5")
         yield Figure("resume: memory", size, "records", megabytes, "MB", "540" if is_last else "", "100")

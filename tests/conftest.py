@@ -1,8 +1,6 @@
 """One thread per test process: the suite runs in parallel, and bitwise comparisons want one reduction order."""
 
-import functools
 import gc
-import importlib.metadata
 import os
 import signal
 
@@ -12,11 +10,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Every Trainer asks what is installed: a directory listing and a file for each package, a tenth of a short run.
-importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
-
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
+import harness.lighter  # noqa: F401
+import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("suite", max_examples=50)  # of each law; one that needs more says so
 hypothesis.settings.load_profile("suite")
@@ -40,6 +36,7 @@ def ctrl_c():
 # Modules that make runs once for many of their tests. All of such a module goes to one test process, and first; of
 # others, each test goes to whichever process is free. (The marks of `--dist loadgroup` have no effect in pytest 9.2.)
 _WHOLE_MODULES = {
+    "callbacks/test_spikes.py",
     "demo/test_run.py",
     "kernels/test_compiled.py",
     "system/test_failures_on_ranks.py",
@@ -47,6 +44,7 @@ _WHOLE_MODULES = {
     "system/test_layouts.py",
     "system/test_memory.py",
     "system/test_metrics_over_ranks.py",
+    "system/test_random_design.py",
     "system/test_saved_by_ranks.py",
     "system/test_sharded.py",
     "system/test_sharded_window.py",

@@ -16,9 +16,18 @@ from torch.nn.parameter import is_lazy
 
 from pretrain_merge.errors import UnsupportedModelError, nearest
 from pretrain_merge.parameters.masters import Masters, with_masters
-from pretrain_merge.parameters.shards import is_plain, local_part, plain_name, refuse_fsdp1, reshard, unwrapped
+from pretrain_merge.parameters.shards import (
+    ADDED_PREFIXES,
+    is_plain,
+    local_part,
+    plain_name,
+    refuse_fsdp1,
+    reshard,
+    unwrapped,
+)
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_RESERVED = "__metadata__"  # of every safetensors file
 _ALL = ("*",)
 _NUM_NAMED = 8  # parameters that a message lists
 
@@ -96,6 +105,7 @@ class Trained:
                 identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
                 if identity not in seen:
                     seen.add(identity)
+                    _refuse_name(name, tensors)
                     tensors[name] = local
         tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
         if not tensors:
@@ -158,6 +168,20 @@ def _matching(
         return set(names)
     included = {name for pattern in include for name in fnmatch.filter(names, pattern)}
     return included - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+
+
+def _refuse_name(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Names tell tensors apart in a window and in its files."""
+    if name in tensors:  # the later one alone would be merged
+        raise UnsupportedModelError(
+            f"two parameters have the name {name!r} once {' and '.join(map(repr, ADDED_PREFIXES))} are left out, which "
+            f"torch.compile and Fabric put in. Allowed: names that differ without them. Rename the submodule."
+        )
+    if name == _RESERVED:
+        raise UnsupportedModelError(
+            f"a parameter has the name {name!r}, which safetensors keeps for itself: no file can hold it. Allowed: "
+            f"any other name. Rename the parameter."
+        )
 
 
 def _why_nothing(module: nn.Module, trained: Sequence[str]) -> str:

@@ -107,7 +107,8 @@ def _counters(place: _Place) -> tuple[Tensor, ...]:
 
 def _put_back(place: _Place) -> bool:
     """One parameter; False where that cannot be done."""
-    if place.owner.get(place.key, place.tensor) is not place.tensor:
+    # not `get`: a scripted module's parameters are a mapping of C++'s, which has none
+    if place.key in place.owner and place.owner[place.key] is not place.tensor:
         place.owner[place.key] = place.tensor
     if place.memory is None:
         return True

@@ -18,7 +18,7 @@ except ImportError:  # pragma: no cover
     FSDPModule = FullyShardedDataParallel = None  # type: ignore[assignment,misc]
 
 _PLAIN_TYPES = (nn.Parameter, Tensor, nn.Buffer)
-_ADDED = ("_orig_mod.", "_forward_module.")  # by torch.compile (P14) and by Fabric
+ADDED_PREFIXES = ("_orig_mod.", "_forward_module.")  # by torch.compile (P14) and by Fabric
 
 
 def plain_name(name: str) -> str:
@@ -27,7 +27,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("model._orig_mod.layers.0.weight")
     'model.layers.0.weight'
     """
-    for added in _ADDED:
+    for added in ADDED_PREFIXES:
         name = name.replace(added, "")
     return name
 
@@ -105,7 +105,7 @@ def _inside(wrapper: nn.Module) -> nn.Module | None:
     if isinstance(wrapper, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return wrapper._modules["module"]
     children = wrapper._modules  # not getattr, which Fabric's wrapper passes on to the module inside
-    return next((children[name[:-1]] for name in _ADDED if name[:-1] in children), None)
+    return next((children[name[:-1]] for name in ADDED_PREFIXES if name[:-1] in children), None)
 
 
 def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:

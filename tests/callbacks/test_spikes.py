@@ -107,20 +107,37 @@ def test_a_record_says_which_saved_merges_were_taken_back(tmp_path):
     assert last["withdrawn"]["step-00000060-sma"].startswith("spike from step 64 on")
 
 
+SCORES = {"evaluators": {"own": lambda module: {"x": -float(module.trainer.global_step)}}}
+
+
+@pytest.fixture(scope="module")
+def withdrawing(tmp_path_factory):
+    """A run that is not resumed, and takes back what it saved."""
+    folder = tmp_path_factory.mktemp("withdrawing")
+    fit(folder, merging(**SAVING, **SCORES), steps=80)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that is not resumed."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder, merging())
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You.re resuming")
 @pytest.mark.parametrize("stop", [60, 67, 70])
-def test_a_run_that_is_resumed_around_a_spike_withdraws_what_the_run_would_have(stop, tmp_path):
-    scores = {"evaluators": {"own": lambda module: {"x": -float(module.trainer.global_step)}}}
+def test_a_run_that_is_resumed_around_a_spike_withdraws_what_the_run_would_have(stop, tmp_path, withdrawing):
     folder = tmp_path / "first"
-    before = fit(folder, merging(**SAVING, **scores), saving(folder, stop), steps=75)  # it has seen the spike
+    before = fit(folder, merging(**SAVING, **SCORES), saving(folder, stop), steps=75)  # it has seen the spike
     (path,) = Path(before.checkpoint_callback.dirpath).glob(f"*step={stop}.ckpt")
-    fit(folder, merging(**SAVING, **scores), saving(folder, stop), ckpt_path=path, steps=80)
-    fit(tmp_path / "whole", merging(**SAVING, **scores), steps=80)
-    (best, why), (best_of_whole, why_of_whole) = (saved(tmp_path / name) for name in ("first", "whole"))
+    fit(folder, merging(**SAVING, **SCORES), saving(folder, stop), ckpt_path=path, steps=80)
+    (best, why), (best_of_whole, why_of_whole) = saved(folder), saved(withdrawing)
     assert why == why_of_whole
     assert best["folder"] == best_of_whole["folder"]
     # one that was the best alone was deleted by the run before, when it had seen the spike
-    withdrawn, of_whole = (records(tmp_path / name)[-1]["withdrawn"] for name in ("first", "whole"))
+    withdrawn, of_whole = (records(run)[-1]["withdrawn"] for run in (folder, withdrawing))
     assert withdrawn.items() <= of_whole.items()
     assert withdrawn.keys() == best["withdrawn"].keys() >= {name for name in why if why[name]} != set()
 
@@ -143,14 +160,12 @@ def test_a_spike_is_ignored_where_the_user_says_so(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You.re resuming")
 @pytest.mark.parametrize("stop", [55, 65, 67])
-def test_a_run_that_is_resumed_around_a_spike_sees_it_where_the_run_would_have(stop, tmp_path):
-    folder = tmp_path / "first"
-    before = fit(folder, merging(), saving(folder, stop), steps=stop)
-    fit(folder, merging(), saving(folder, stop), ckpt_path=before.checkpoint_callback.best_model_path)
-    fit(tmp_path / "whole", merging())
-    resumed, whole = records(tmp_path / "first")[-1], records(tmp_path / "whole")[-1]
+def test_a_run_that_is_resumed_around_a_spike_sees_it_where_the_run_would_have(stop, tmp_path, whole):
+    before = fit(tmp_path, merging(), saving(tmp_path, stop), steps=stop)
+    fit(tmp_path, merging(), saving(tmp_path, stop), ckpt_path=before.checkpoint_callback.best_model_path)
+    resumed, expected = records(tmp_path)[-1], records(whole)[-1]
     for key in ("step", "since", "why_since", "spikes", "window", "recipes"):
-        assert resumed[key] == whole[key], key
+        assert resumed[key] == expected[key], key
 
 
 @pytest.mark.parametrize(

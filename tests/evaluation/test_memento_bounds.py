@@ -93,7 +93,7 @@ def test_copies_are_bounded_smallest_first_and_a_change_beyond_is_said_once(capl
         memento = kept(module, lambda module: (module.small.add_(1), module.large.data.add_(1), _raise(module)))
     assert module.small.sum() == 0
     assert module.large.sum() == 2000
-    assert [block._saved.nbytes for block in memento._blocks] == [200]
+    assert [block.nbytes for block in memento._blocks] == [200]
     said = [line for line in caplog.messages if line.startswith("module.large was changed by a hook")]
     assert len(said) == 1
     assert len([line for line in caplog.messages if line.startswith("module.rows was changed by a hook")]) == 1

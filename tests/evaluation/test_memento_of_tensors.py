@@ -9,6 +9,7 @@ from evaluation.moved_objects import Plain, kept, put
 from harness.models import same_bits
 from torch import Tensor, nn
 
+from pretrain_merge.evaluation.memento import blocks
 from pretrain_merge.evaluation.memento import memento as module_under_test
 
 
@@ -90,10 +91,22 @@ def test_p18_a_tensor_whose_memory_was_released_is_left_alone(limit, monkeypatch
     assert "not put back" not in caplog.text
 
 
-@pytest.mark.parametrize("tensor", [torch.arange(6.0), torch.arange(12.0).view(3, 4)[1:, ::2]], ids=["flat", "strided"])
-def test_p18_a_tensor_whose_memory_is_released_meanwhile_gets_its_bits_back(tensor):
+def refill(tensor):
+    """Memory of its own again, at another address and with other bits."""
+    free(tensor)
+    held.append(torch.empty(256))  # whoever asks next finds the old place taken
+    tensor.untyped_storage().resize_(1024).fill_(1)
+
+
+held: list[Tensor] = []
+
+
+@pytest.mark.parametrize("release", [free, refill])
+@pytest.mark.parametrize("kind", ["flat", "strided"])
+def test_p18_a_tensor_whose_memory_is_released_meanwhile_gets_its_bits_back(kind, release):
+    tensor = torch.arange(256.0) if kind == "flat" else torch.arange(256.0).view(16, 16)[1:, ::2]
     before = tensor.clone()
-    kept(Plain(tensor=tensor), lambda item: free(item.tensor))
+    kept(Plain(tensor=tensor), lambda item: release(item.tensor))
     assert same_bits(tensor, before)
 
 
@@ -105,8 +118,10 @@ def test_merged_tensors_keep_the_values_that_the_merger_gave_them():
     assert same_bits(module.weight.detach(), before)
 
 
+@pytest.mark.parametrize("block", [blocks.HostBlock, blocks.DeviceBlock])
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 100_003])
-def test_a_tensor_of_any_size_comes_back_bit_by_bit_in_its_memory(size: int) -> None:
+def test_a_tensor_of_any_size_comes_back_bit_by_bit_in_its_memory(size: int, block: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(blocks, "HostBlock", block)  # that of other devices works on any, and is slower here
     whole = torch.arange(float(size + 2), dtype=torch.float64)
     item = Plain(whole=whole, inner=whole[1:-1].float()[: max(1, size - 1)], few=torch.zeros(size, dtype=torch.uint8))
     before = {name: value.clone() for name, value in vars(item).items()}

@@ -6,10 +6,12 @@ it is as clean as a new interpreter, but for those imports, and costs a hundredt
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -25,7 +27,7 @@ def run_forked(function: Callable[..., object], *arguments: str, timeout: float 
     Args:
         function: At the top of a module that can be imported by its name.
         arguments: Texts.
-        timeout: Seconds until the process is killed.
+        timeout: Seconds until the process is killed. What it started and left behind ends with it in any case.
 
     Returns:
         Its exit code (that of `sys.exit`; negative: ended by that signal) and all that it printed.
@@ -36,14 +38,19 @@ def run_forked(function: Callable[..., object], *arguments: str, timeout: float 
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         process = _CONTEXT.Process(target=_run, args=(output.name, dict(os.environ), function, arguments))
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+        assert process.pid is not None
+        try:
+            process.join(timeout)
+        finally:  # also of a test that is interrupted, by its own timeout above all
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # one so young that it does not lead its group yet
             process.join()
         return process.exitcode or 0, output.read()
 
 
 def _run(output: str, environment: dict[str, str], function: Callable[..., object], arguments: tuple[str, ...]) -> None:
+    os.setsid()  # of its own group, which ends as one
     assert "harness.preloaded" in sys.modules  # a server that cannot import says nothing
     log = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)

@@ -3,11 +3,10 @@
 No kernel is compiled here: some tests ask what the first merge of a process does.
 """
 
-import functools
 import gc
-import importlib.metadata
 
-importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # as in `conftest.py`
+import harness.lighter  # noqa: F401
+
 gc.disable()  # or it walks over half a million new objects again and again, and finds nothing
 
 import lightning.pytorch  # noqa: E402, F401

@@ -230,3 +230,17 @@ def test_training_goes_on_the_same_with_and_without_merges():
         return state(module), [item["exp_avg"].tolist() for item in optimizer.state.values()]
 
     assert run(RollingMerger(window=4, every=5, views=["sma", "wsm"])) == run(None)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_parameters_of_a_scripted_module_are_merged_and_come_back():
+    module = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 1))
+    merger = RollingMerger(window=2, every=1)
+    for step in (1, 2):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(step)
+        merger.observe(module, step)
+    with merger.merged(module, "sma"):
+        assert {parameter.mean().item() for parameter in module.parameters()} == {1.5}
+    assert {parameter.mean().item() for parameter in module.parameters()} == {2.0}

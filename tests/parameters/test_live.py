@@ -206,6 +206,18 @@ def test_a_frozen_parameter_may_be_of_any_kind():
     assert list(mergeable_tensors(nn.Sequential(nn.Linear(2, 2), with_weight(frozen)))) == ["0.weight", "0.bias"]
 
 
+def test_two_parameters_of_one_name_once_prefixes_are_left_out_are_refused():
+    module = nn.Module()
+    module._orig_mod, module._forward_module = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert "two parameters have the name '0.weight'" in refusal(nn.Sequential(module))
+
+
+def test_a_name_that_no_file_can_hold_is_refused():
+    module = nn.Linear(2, 2)
+    module.register_parameter("__metadata__", nn.Parameter(torch.ones(1)))
+    assert "'__metadata__', which safetensors keeps for itself" in refusal(module)
+
+
 @pytest.mark.parametrize(
     "share",
     [lambda weight: weight[:4], lambda weight: weight.view(2, 16), lambda weight: weight[2:]],

@@ -3,9 +3,6 @@
 import csv
 import json
 import re
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 from harness.models import LIGHTNING_REMARKS, MemoryLogger, Regression, TiedModel, documents, rows, trainer
 from harness.records import RECORD, at, falling_run
+from harness.wandb_files import finished_records
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from pretrain_merge import ModelMerging
@@ -34,37 +32,6 @@ def fit(folder: Path, *loggers: Any) -> dict[int, dict[str, float]]:
     return lines
 
 
-def finished_wandb_records(path: Path, patience: float = 30.0) -> list[Any]:
-    """All records, once W&B's own process has written its last one (it goes on after `wandb.finish`)."""
-    deadline = time.monotonic() + patience
-    while True:
-        records = list(wandb_records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return records
-        assert time.monotonic() < deadline, f"{path} has no end after {patience} s"
-        time.sleep(0.1)
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a `.wandb` file: LevelDB's log format (blocks of 32 KiB, records in parts) around protocol buffers."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:  # too little for a header: padding
-            position += left
-            continue
-        _, length, part = struct.unpack("<IHB", data[position : position + 7])
-        body = data[position + 7 : position + 7 + length]
-        if len(body) < length:  # still being written
-            return
-        record = body if part in (1, 2) else record + body  # whole or first
-        if part in (1, 4):  # whole or last
-            yield wandb_internal_pb2.Record.FromString(record)
-        position += 7 + length
-
-
 @pytest.fixture(scope="module")
 def wandb_run(tmp_path_factory) -> SimpleNamespace:
     """What the records say, the rows of the history, how each metric was defined, the configuration, the files."""
@@ -75,7 +42,7 @@ def wandb_run(tmp_path_factory) -> SimpleNamespace:
     wandb.finish()
     (path,) = folder.rglob("*.wandb")
     history, defined, config = [], {}, {}
-    for record in finished_wandb_records(path):
+    for record in finished_records(path):
         if record.WhichOneof("record_type") == "history":
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             history.append(row)

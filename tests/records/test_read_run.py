@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import pytest
+from harness.wandb_files import finished_records
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from pretrain_merge.errors import CheckpointError, ConfigError
@@ -87,6 +88,7 @@ def test_an_offline_wandb_run_gives_the_merges_back(tmp_path):
 
     logged(WandbLogger(save_dir=tmp_path, offline=True, project="tests"))
     wandb.finish()
+    finished_records(*tmp_path.rglob("*.wandb"))
     assert read_run(tmp_path, every=10) == [what_an_export_knows(item) for item in RECORDS]
 
 

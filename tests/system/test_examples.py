@@ -1,5 +1,7 @@
 """Every example runs as its reader would run it, and shows what it says it shows."""
 
+import functools
+import importlib
 import json
 import os
 import re
@@ -30,8 +32,22 @@ def run_folder(tmp_path, monkeypatch):
     """An empty folder to run in, with the examples' folder on the path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    shorten_validation(monkeypatch)
     torch.manual_seed(0)
     return tmp_path
+
+
+def shorten_validation(monkeypatch):
+    """A third of the validation: three models or more at each of a dozen merges are most of what an example takes."""
+    text = importlib.import_module("tiny_lm").Text
+    whole = text.__init__
+
+    @functools.wraps(whole)  # LightningCLI reads its arguments
+    def shorter(self, *arguments, **options):
+        whole(self, *arguments, **options)
+        self.val.blocks = self.val.blocks[::3]
+
+    monkeypatch.setattr(text, "__init__", shorter)
 
 
 def run(monkeypatch, name, *arguments):

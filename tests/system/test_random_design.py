@@ -13,18 +13,23 @@ from benchmarks.annealing.design import draws
 from benchmarks.annealing.random_runs import spans_by_step, train
 from pretrain_merge.demo.corpus import Corpus
 
-DRAWS = draws()
 FACTORS = ("optimizer", "text", "family", "weight_decay")
 
 
-def test_a_run_is_the_same_run_however_many_are_drawn():
-    assert draws(8) == DRAWS[:8]
-    assert len({run.name for run in DRAWS}) == len(DRAWS) == 48
+@pytest.fixture(scope="module")
+def drawn():
+    """The whole design: seconds of sorting by what each run costs, and not those of every process that collects."""
+    return draws()
+
+
+def test_a_run_is_the_same_run_however_many_are_drawn(drawn):
+    assert draws(8) == drawn[:8]
+    assert len({run.name for run in drawn}) == len(drawn) == 48
 
 
 @pytest.mark.parametrize("first", [8, 16, 32, 48])
-def test_what_is_done_after_any_block_is_a_random_design(first):
-    done = DRAWS[:first]
+def test_what_is_done_after_any_block_is_a_random_design(drawn, first):
+    done = drawn[:first]
     places = np.sort(np.log([run.num_steps for run in done]))
     even = np.log(400) + (np.arange(first) + 0.5) / first * np.log(25)
     assert np.abs(places - even).max() < 2 * np.log(25) / first
@@ -34,22 +39,22 @@ def test_what_is_done_after_any_block_is_a_random_design(first):
         assert max(counts.values()) <= 0.8 * first
 
 
-def test_the_factors_do_not_go_together():
+def test_the_factors_do_not_go_together(drawn):
     """But for the size, which is what is affordable at the length."""
     columns = {
-        "length": [np.log(run.num_steps) for run in DRAWS],
-        "lr": [np.log(run.peak_lr) for run in DRAWS],
-        "moe": [run.family == "moe" for run in DRAWS],
-        "decay": [run.weight_decay > 0 for run in DRAWS],
-        "dropout": [run.dropout > 0 for run in DRAWS],
-        "epochs": [run.epochs > 0 for run in DRAWS],
+        "length": [np.log(run.num_steps) for run in drawn],
+        "lr": [np.log(run.peak_lr) for run in drawn],
+        "moe": [run.family == "moe" for run in drawn],
+        "decay": [run.weight_decay > 0 for run in drawn],
+        "dropout": [run.dropout > 0 for run in drawn],
+        "epochs": [run.epochs > 0 for run in drawn],
     }
     correlations = np.corrcoef([np.array(column, dtype=np.float64) for column in columns.values()])
     assert np.abs(correlations - np.eye(len(columns))).max() < 0.45
 
 
-def test_anneals_are_log_uniform_in_steps_and_lie_within_the_run():
-    for run in DRAWS:
+def test_anneals_are_log_uniform_in_steps_and_lie_within_the_run(drawn):
+    for run in drawn:
         for branch in run.branches:
             assert run.warmup_steps < branch.start
             assert 20 <= branch.steps <= 0.3 * (branch.start + branch.steps) + 1
@@ -59,10 +64,10 @@ def test_anneals_are_log_uniform_in_steps_and_lie_within_the_run():
         assert sum(branch.order for branch in run.branches) == 1
 
 
-def test_a_run_is_trained_evaluated_written_and_read_again(tmp_path, monkeypatch):
+def test_a_run_is_trained_evaluated_written_and_read_again(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(random_runs, "VALIDATION_BLOCKS", 4)
     text = torch.randint(0, 64, (20_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    run = replace(DRAWS[0], num_steps=200, warmup_steps=10, width=16, depth=1, batch_size=1, dropout=0.1)
+    run = replace(drawn[0], num_steps=200, warmup_steps=10, width=16, depth=1, batch_size=1, dropout=0.1)
     result = train(run, Corpus(text, text, 1), None, lambda said: None)
     records.write_random_run(tmp_path / "run.json", run.describe(), result, {})
     again = records.read_run(tmp_path / "run.json")

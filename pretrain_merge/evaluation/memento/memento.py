@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain_merge.evaluation.memento.blocks import blocks_of
 from pretrain_merge.evaluation.memento.graph import enter, place_of
 from pretrain_merge.evaluation.memento.kinds import VALUES
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.states import State
-from pretrain_merge.evaluation.memento.tensors import TensorState, blocks_of
+from pretrain_merge.evaluation.memento.tensors import TensorState
 from pretrain_merge.evaluation.memento.together import groups_of
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -153,17 +154,16 @@ class Memento:
         """Copies, smallest first: a run's counters and buffers, and not twice the state of a large optimizer."""
         of_memory = [state for state, _ in self._states if isinstance(state, BytesState | TensorState)]
         total = 0
-        flat: list[tuple[TensorState, Tensor]] = []
+        plain: list[TensorState] = []
         # a large one taken first would leave no room for the many small counters
         for state in sorted(of_memory, key=lambda state: state.nbytes):
             total += state.nbytes
             if total <= MOST_BYTES:
-                view = state.keep()
-                if view is not None and isinstance(state, TensorState):
-                    flat.append((state, view))
+                if state.keep() and isinstance(state, TensorState):
+                    plain.append(state)
             else:
                 state.watch()
-        self._blocks = blocks_of(flat)
+        self._blocks = blocks_of(plain)
 
     def _path(self, index: int) -> str:
         """From a root to an object, as one would write it."""

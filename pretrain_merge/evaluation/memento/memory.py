@@ -21,9 +21,10 @@ class BytesState:
         self.saved: bytes | None = None
         self.sample = b""
 
-    def keep(self) -> None:
-        """Copy it."""
+    def keep(self) -> bool:
+        """Copy it; nothing is left to others."""
         self.saved = _bytes_of(self.item)
+        return False
 
     def watch(self) -> None:
         """Too large to be copied: note some of it."""

@@ -1,6 +1,7 @@
-"""The memory of one tensor by its bits and the hooks on its gradient, and those of many together.
+"""The memory of one tensor and the hooks on its gradient, and where those of many lie.
 
-This module knows what can be kept of a tensor, and where it lies. It knows no objects around it, and no merging.
+This module knows what can be kept of a tensor, and where it lies. The bits of plain ones are kept by `blocks`. It knows
+no objects around it, and no merging.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,8 @@ from pretrain_merge.evaluation.memento.memory import SAMPLE
 from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.parameters import bits
 
-_BLOCK = 4 << 20  # bytes that are compared at once: what is gathered for it is small beside a run's memory
-_ALONE = 8 << 10  # bytes from which on, on a CPU, to gather takes longer than one more call; measured, half the time
-_WORD = torch.int64.itemsize
 _HOOKS = tuple(getattr(Tensor, name).__get__ for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+_OF_BACKWARD, _OF_ACCUMULATION = _HOOKS
 _WHERE: tuple[Any, ...] = (
     Tensor.data_ptr, Tensor.size, Tensor.stride, vars(torch._C.TensorBase)["requires_grad"].__get__, *_HOOKS,
 )  # fmt: skip
@@ -33,7 +32,7 @@ _DTYPES = frozenset(
 class TensorState:
     """A tensor's memory, and how it takes part in backward; its bits where it is not plain memory.
 
-    The bits of plain tensors are kept together, in `Block`s.
+    The bits of plain tensors are kept together, in blocks.
 
     Args:
         item: The tensor.
@@ -57,7 +56,7 @@ class TensorState:
         self.item, self.has_values = item, has_values
         self.requires_grad = item.requires_grad
         # dictionaries that the first hook makes, and that C++ holds, too
-        self.hooks = tuple(get(item) for get in _HOOKS)
+        self.hooks = (_OF_BACKWARD(item), _OF_ACCUMULATION(item))
         self.nbytes = item.numel() * item.element_size() if has_values else 0
         self.copy: Tensor | None = None
         self.sample: Tensor | None = None
@@ -65,20 +64,23 @@ class TensorState:
         self.place: Any = None
         self.version: int | None = None
 
-    def keep(self) -> Tensor | None:
-        """Keep the bits; of plain memory give its bytes instead, to be kept in a `Block`."""
-        view = self._watch_memory()
-        if view is not None:
-            return view
-        if not self.has_values or _is_released(self.item):
-            return None
-        self.copy = bits.copy_of(self.item)
-        return None
+    def keep(self) -> bool:
+        """Keep the bits; of plain memory do not, but say that they are to be kept in a block."""
+        if self._watch_memory():
+            return self.nbytes > 0
+        if self.has_values and not is_released(self.item):
+            self.copy = bits.copy_of(self.item)
+        return False
 
     def watch(self) -> None:
         """Too large to be copied: note where it lies, how often it was written, and some of its bits."""
-        view = self._watch_memory()
-        self.sample = _sample(view) if view is not None else None
+        self.sample = self._sample() if self._watch_memory() else None
+
+    def flat(self) -> Tensor:
+        """The bytes of plain memory, as one that shares it."""
+        assert self.memory is not None
+        # a view of a tensor without dimensions cannot be of another size of element
+        return self.memory.view(-1).view(torch.uint8)
 
     def is_same(self) -> bool:
         """Whether it is the same memory, with the same bits where this keeps them: versions tell too little (P31)."""
@@ -99,7 +101,7 @@ class TensorState:
         for hooks in self._new_hooks():
             hooks.clear()  # and not dropped: C++ would go on calling them
         if self.memory is not None and _place(item) != self.place:
-            if _is_released(self.memory):
+            if is_released(self.memory):
                 self.memory.untyped_storage().resize_(_extent(self.memory))
             item.data, self.place = self.memory, _place(self.memory)
         if self.copy is not None and not bits.same_bits(item, self.copy):
@@ -119,31 +121,28 @@ class TensorState:
         if self.version is not None:
             torch._C._autograd._unsafe_set_version_counter((self.item,), (self.version,))
 
-    def _watch_memory(self) -> Tensor | None:
-        """Note where it lies; its bytes, or None where it is not plain memory without gaps, or is kept elsewhere."""
+    def _watch_memory(self) -> bool:
+        """Note where it lies; whether it is plain memory without gaps whose values are kept here."""
         item = self.item
         self.version = None if item.is_inference() else item._version
-        if not _is_plain(item) or _is_released(item):
-            return None
+        if not _is_plain(item) or is_released(item):
+            return False
         self.place, self.memory = _place(item), item.detach()
         if not self.has_values or item.dtype not in _DTYPES or not item.is_contiguous():
-            return None
-        if item.is_conj() or item.is_neg():
-            return None
-        # a view of a tensor without dimensions cannot be of another size of element
-        flat = self.memory if item.dim() == 1 else self.memory.view(-1)
-        return flat.view(torch.uint8)
+            return False
+        return not item.is_conj() and not item.is_neg()
 
     def _new_hooks(self) -> Iterator[Any]:
         """Of kinds that the tensor had none of; those of a dictionary that was there are kept by a state of its own."""
         return (now for was, get in zip(self.hooks, _HOOKS, strict=True) if not was and (now := get(self.item)))
 
     def _has_sample(self) -> bool:
-        view = self._watch_memory_again()
-        return view is not None and self.sample is not None and bits.same_bits(_sample(view), self.sample)
+        if self.sample is None or self.item.is_inference() or self.item._version != self.version:
+            return False
+        return self._watch_memory() and bits.same_bits(self._sample(), self.sample)
 
-    def _watch_memory_again(self) -> Tensor | None:
-        return None if self.item.is_inference() or self.item._version != self.version else self._watch_memory()
+    def _sample(self) -> Tensor:
+        return self.flat()[:: self.nbytes // SAMPLE | 1].clone()  # odd: not always the same byte of an element
 
 
 class Tensors:
@@ -166,68 +165,13 @@ class Tensors:
         return tuple(list(map(get, self._items)) for get in _WHERE)
 
 
-class Block:
-    """The bits of many plain tensors of one device, or of a large one, compared with one call: mostly none changed.
-
-    Args:
-        parts: States, and the bytes of their tensors.
-    """
-
-    def __init__(self, parts: list[tuple[TensorState, Tensor]]) -> None:
-        self._states, self._views = zip(*parts, strict=True)
-        first = self._views[0]
-        self._one: Tensor | None = first.view(torch.int64) if len(parts) == 1 and _is_of_words(first) else None
-        if self._one is not None:
-            self._tail, self._saved = first[:0], self._one.clone()
-            return
-        num_bytes = sum(view.numel() for view in self._views)
-        self._tail = first.new_zeros(-num_bytes % _WORD)
-        self._saved = self._bits()
-
-    def put_back(self) -> None:
-        """Write the tensors whose bits changed."""
-        if torch.equal(self._bits(), self._saved):
-            return
-        *saved, _ = torch.split(self._saved.view(torch.uint8), [*map(len, self._views), len(self._tail)])
-        for state, view, before in zip(self._states, self._views, saved, strict=True):
-            if not torch.equal(view, before):
-                view.copy_(before)
-                state.put_back_version()
-
-    def _bits(self) -> Tensor:
-        # as integers: NaN is not itself, and 0.0 is -0.0
-        if self._one is not None:
-            return self._one
-        bits: Tensor = torch.cat((*self._views, self._tail)).view(torch.int64)
-        return bits
-
-
-def blocks_of(parts: list[tuple[TensorState, Tensor]]) -> list[Block]:
-    """Blocks of one device each."""
-    groups: dict[Any, list[tuple[TensorState, Tensor]]] = {}
-    sizes: dict[torch.device, int] = {}
-    alone: list[Block] = []
-    for state, view in parts:
-        device = view.device
-        if device.type == "cpu" and view.numel() >= _ALONE and _is_of_words(view):  # on others a call waits for them
-            alone.append(Block([(state, view)]))
-            continue
-        sizes[device] = sizes.get(device, 0) + view.numel()
-        groups.setdefault((device, sizes[device] // _BLOCK), []).append((state, view))
-    return [*alone, *(Block(group) for group in groups.values())]
-
-
-def _is_of_words(view: Tensor) -> bool:
-    return view.numel() % _WORD == 0 and view.storage_offset() % _WORD == 0
-
-
 def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     )
 
 
-def _is_released(tensor: Tensor) -> bool:
+def is_released(tensor: Tensor) -> bool:
     """Whether it has a shape and no memory, as FSDP2 leaves what it gathered (P18): to read it ends the process."""
     return _is_plain(tensor) and tensor.untyped_storage().nbytes() < _extent(tensor)
 
@@ -242,7 +186,3 @@ def _extent(tensor: Tensor) -> int:
 
 def _place(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _sample(view: Tensor) -> Tensor:
-    return view[:: view.numel() // SAMPLE | 1].clone()  # odd: not always the same byte of an element

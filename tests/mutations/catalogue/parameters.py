@@ -110,4 +110,18 @@ FAULTS = (
         "if False else (target, source)",
         "tests/parameters/test_bits.py",
     ),
+    Fault(
+        "two parameters of one name are merged as one",
+        "parameters/live.py",
+        "    if name in tensors:  # the later",
+        "    if False:  # the later",
+        _LIVE,
+    ),
+    Fault(
+        "what is put back is asked of mappings that are no dictionaries",
+        "parameters/places.py",
+        "    if place.key in place.owner and place.owner[place.key] is not place.tensor:",
+        "    if place.owner.get(place.key, place.tensor) is not place.tensor:",
+        "tests/merging/test_raw_comes_back.py",
+    ),
 )
