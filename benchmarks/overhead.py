@@ -1,12 +1,14 @@
 """What the callback costs a training run: steps per second with and without it, and what a snapshot and a merge cost.
 
-    python -m benchmarks.overhead [--json FILE] [--quick] [--snapshots 4] [--device cuda]
+    python -m benchmarks.overhead [--json FILE] [--quick] [--snapshots 3] [--device cuda]
 
 One run of Lightning's own demo Transformer switches the callback off and on in short blocks of steps (off, on, on, off,
 ...), so that a slow spell of the machine hits both alike. The overhead has two parts: what steps without a snapshot
 take longer, as the median over neighbouring blocks, and what a hook takes that makes a snapshot, spread over the steps
-between two. Nothing is evaluated. Beside it stands the share of time that is spent in the callback's hooks: on a CPU
-the same thing without the noise of whole steps, on a GPU without what the device does later.
+between two. As they are added up, a run takes snapshots twice as often as it is charged for, and half the steps tell as
+much. "±" is how far the median of the other steps may be off (95%, by the quartiles). Nothing is evaluated. Beside it
+stands the share of time that is spent in the callback's hooks: on a CPU the same thing without the noise of whole
+steps, on a GPU without what the device does later.
 
 The second table times a training step, a snapshot and a merge in turns, in units of one `copy_` of the model.
 """
@@ -42,6 +44,7 @@ OVERHEAD_COLUMNS = {
     "overhead": "overhead",
     "other steps": "overhead_of_other_steps",
     "quartiles": "quartiles",
+    "±": "uncertainty",
     "snapshots": "overhead_of_snapshots",
     "in hooks": "overhead_in_hooks",
     "µs idle": "idle_microseconds",
@@ -66,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _overhead(variant: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    every, num_snapshots = (10, 2) if options.quick else (options.every, options.snapshots)
+    every, num_snapshots = (20, 2) if options.quick else (options.every, options.snapshots)
     with tempfile.TemporaryDirectory() as folder:
         callback = Alternating(
-            every=every,
+            every=every // 2,
             window=10,
             validate=False,
             store="device",
@@ -104,8 +107,10 @@ def _overhead(variant: str, device: torch.device, options: argparse.Namespace) -
         "overhead": statistics.median(others) + of_snapshots,
         "overhead_of_other_steps": statistics.median(others),
         "quartiles": f"{quartiles[0]:+.2%} {quartiles[2]:+.2%}",
+        # the notch of a box plot (McGill, Tukey and Larsen 1978)
+        "uncertainty": 1.57 * (quartiles[2] - quartiles[0]) / len(others) ** 0.5,
         "overhead_of_snapshots": of_snapshots,
-        "overhead_in_hooks": callback.hook_share,
+        "overhead_in_hooks": callback.idle_share + of_snapshots,
         "idle_microseconds": 1e6 * statistics.median(callback.idle_seconds),
         "num_snapshots": len(callback.snapshot_seconds),
         "pairs": len(pairs),
@@ -141,6 +146,7 @@ class Alternating(ModelMerging):
         self.snapshot_seconds: list[float] = []
         self.idle_seconds: list[float] = []
         self._seconds_before_steps = 0.0
+        # short, so that most slow spells of the machine are longer than a pair of them
         self._length = max(1, self.config.every // 10)
         self._blocks: list[tuple[bool, bool, float]] = []  # callback on, has a snapshot, seconds
         self._num_steps = 0
@@ -148,10 +154,11 @@ class Alternating(ModelMerging):
         self._block_start = 0.0
 
     @property
-    def hook_share(self) -> float:
-        """Seconds in hooks per second outside of them, with the callback on."""
-        in_hooks = self._seconds_before_steps + sum(self.idle_seconds) + sum(self.snapshot_seconds)
-        return in_hooks / (sum(seconds for is_on, _, seconds in self._blocks if is_on) - in_hooks)
+    def idle_share(self) -> float:
+        """Seconds in hooks that make no snapshot per second outside of all hooks, with the callback on."""
+        idle = self._seconds_before_steps + sum(self.idle_seconds)
+        in_hooks = idle + sum(self.snapshot_seconds)
+        return idle / (sum(seconds for is_on, _, seconds in self._blocks if is_on) - in_hooks)
 
     def steps_until(self, num_snapshots: int) -> int:
         """Steps of a run that takes so many snapshots: the block to warm up, and as many off as on."""
@@ -237,7 +244,7 @@ def _costs(device: torch.device, options: argparse.Namespace) -> list[dict[str, 
         "snapshot": capture,
         "merge and restore": merge_and_restore,
     }
-    rounds = 3 if options.quick else 30
+    rounds = 3 if options.quick else 20
     timings = interleave(candidates, _copy_all(module), rounds=rounds, device=device, label="costs")
     return [
         {
@@ -283,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few steps only: the figures mean nothing")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--every", type=int, default=100, help="steps between snapshots")
-    parser.add_argument("--snapshots", type=int, default=4, help="taken in each run")
+    parser.add_argument("--snapshots", type=int, default=3, help="taken in each run")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=32, help="tokens in a sequence")
     return parser

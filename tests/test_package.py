@@ -196,13 +196,13 @@ def pickle_readers(source: str) -> list[str]:
 
 
 # files of other programs: DCP's metadata by an allow list, and a Lightning checkpoint with weights_only=True
-READERS = {"run.py": ["torch.load"], "dcp_metadata.py": ["pickle"], "export.py": ["torch.load"]}
+READERS = {"run.py": ["torch.load"], "dcp_metadata.py": ["pickle"], "lightning_file.py": ["torch.load"]}
 
 
 def test_nothing_of_the_package_reads_a_pickle_but_restricted_readers():
     sources = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     assert {name: found for name, source in sources.items() if (found := pickle_readers(source))} == READERS
-    for path in ("offline/export.py", "demo/run.py"):
+    for path in ("offline/lightning_file.py", "demo/run.py"):
         assert "weights_only=True" in (PACKAGE / path).read_text()
     assert pickle_readers("import pickle\ntorch.load(path)") == ["pickle", "torch.load"]
 

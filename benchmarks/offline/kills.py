@@ -15,7 +15,7 @@ from pretrain_merge import merge_checkpoints, sweep_checkpoints
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["benchmarks.offline.kills", "pretrain_merge.offline.sweep", "pretrain_merge.kernels.cpu"]
+    ["benchmarks.offline.kills", "pretrain_merge.offline.sweep", "pretrain_merge.kernels.flat"]
 )
 
 

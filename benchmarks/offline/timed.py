@@ -6,7 +6,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _COMMAND = "import sys; sys.argv[0] = 'pretrain-merge'; from pretrain_merge.cli.main import main; main()"
+
+# a process of its own, since the largest resident set of a process begins with that of the one that started it
+_STARTER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]), flush=True)
+os._exit(min(1, status))
+"""
 
 
 @dataclass(frozen=True)
@@ -74,13 +83,7 @@ def _environment() -> dict[str, str]:
 
 
 def _cost(command: Sequence[str]) -> Cost:
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment())
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command[0]} failed: {said.decode()[-2000:]}")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    done = subprocess.run([sys.executable, "-I", "-c", _STARTER, *command], capture_output=True, env=_environment())
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.decode()[-2000:]}")
+    return Cost(*json.loads(done.stdout))

@@ -39,7 +39,7 @@ def merge(
     """Merge checkpoints that are on disk: .ckpt, .pt, .bin, safetensors, Hugging Face and DCP folders.
 
     Args:
-        checkpoints: Files and folders, before the options; or the YAML of mergekit's `linear`.
+        checkpoints: Files and folders; or the YAML of mergekit's `linear`.
         out: The folder to be made. One that is there is never overwritten; after a kill the same command goes on.
         view: As in the callback's `views`: sma, sma4, wsm, '{name: d, kind: decay, shape: linear}'; or coefficients,
             oldest first: '[-0.5, 1.5]'.

@@ -44,7 +44,7 @@ def sweep(
     """Evaluate merges of checkpoints that a run left, and say which window would have been best.
 
     Args:
-        checkpoints: Files and folders, before the options.
+        checkpoints: Files and folders.
         evaluate: A configuration of LightningCLI (config.yaml); package.module:function, which returns a module and its
             validation loaders; or a command in quotes that takes a folder and prints JSON on its last line.
         out: The folder to be made, for report and forecast; after a kill the same command goes on.

@@ -180,9 +180,13 @@ def _listed(rates: Sequence[float]) -> str:
 
 
 def _means(record: MergeRecord, metric: str) -> list[Mean]:
+    plain = {view: recipe for view, recipe in record.recipes.items() if is_plain(recipe)}
+    before = max((recipe.steps[-2] for recipe in plain.values()), default=0)
     found: dict[float, Mean] = {}
-    for view, recipe in record.recipes.items():
-        if metric in record.views.get(view, {}) and is_plain(recipe):
+    for view, recipe in plain.items():
+        # a sweep also merges every second checkpoint: over the same span such a mean has more noise, and would take the
+        # place of the run's own
+        if metric in record.views.get(view, {}) and recipe.steps[-2] == before:
             span, number = span_of(recipe.steps, record.average), len(recipe.steps)
             kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
             found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)

@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters import is_sharded, plain_name, reshard
+from pretrain_merge.parameters import by_plain_name, is_sharded, reshard
 from pretrain_merge.parameters.bits import as_integers
 from pretrain_merge.runtime import ranks
 
+_HEADER = "__metadata__"  # of a file of safetensors, beside the tensors' own names
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # of what `get_extra_state` returns
 TORCH_DTYPES = {  # of safetensors that every version of it reads and writes
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,8 +62,8 @@ class SavedState:
 def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """The tensors of a module's state dict, by names without the prefix of a wrapper."""
     reshard(module)  # P18
-    state = {plain_name(name): value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    return {name.removeprefix(prefix): tensor if is_lazy(tensor) else tensor.detach() for name, tensor in state.items()}
+    state = by_plain_name((name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor))
+    return {name.removeprefix(prefix): tensor if is_lazy(tensor) else tensor.detach() for name, tensor in state}
 
 
 def refuse_unsavable(module: nn.Module) -> None:
@@ -76,6 +77,11 @@ def refuse_unsavable(module: nn.Module) -> None:
 
 def refuse_unwritable(state: Mapping[str, Tensor]) -> None:
     """Raise an `UnsupportedModelError` where a tensor is not plain numbers in plain memory."""
+    if _HEADER in state:
+        raise UnsupportedModelError(
+            f"a tensor is called {_HEADER!r}, which is the header's own name in safetensors, the files that merged "
+            f"models are saved in. Allowed: any other name. Rename it, or train without `save`."
+        )
     for name, tensor in state.items():
         if reason := _why_unwritable(tensor):
             raise UnsupportedModelError(

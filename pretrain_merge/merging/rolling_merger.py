@@ -107,8 +107,10 @@ class RollingMerger(DurableWindow):
 
     def merge_is_due(self) -> bool:
         """Whether the last observed step is a merge point: the first snapshot at or after a `merge_every` multiple."""
+        if not self._snapshot_is_new:
+            return False  # as on nearly every step
         window = self.window
-        before = window.before_newest if self._snapshot_is_new and window.num_valid >= 2 else None
+        before = window.before_newest if window.num_valid >= 2 else None
         return before is not None and self._merge_cadence.crossed(before.progress, self._progress, since=window.since)
 
     def why_not(self, view: str) -> str | None:

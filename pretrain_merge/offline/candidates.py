@@ -59,6 +59,9 @@ class Bench(AbstractContextManager["Bench"], Protocol):
     def measure(self, candidate: Candidate) -> Measured:
         """Evaluate it on the same data, with the same random numbers, as every other one."""
 
+    def spread(self, sources: Sequence[Source]) -> float:
+        """Relative RMS distance of checkpoints from their mean; nothing is evaluated."""
+
 
 class FolderBench(Bench):
     """Evaluates candidates as folders, each of which is gone when it was evaluated.
@@ -89,6 +92,12 @@ class FolderBench(Bench):
         folder = self._scratch / "model"
         about = write_scratch(candidate.sources, folder, list(candidate.coefficients), **self._options)
         return Measured(numbers(candidate.label, self._evaluate(folder)), about["spread"])
+
+    def spread(self, sources: Sequence[Source]) -> float:
+        """Of a merge that nobody evaluates."""
+        atomic.delete(self._scratch)
+        even = [1 / len(sources)] * len(sources)
+        return float(write_scratch(sources, self._scratch / "model", even, **self._options)["spread"])
 
 
 class Program:

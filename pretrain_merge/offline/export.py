@@ -1,29 +1,20 @@
 """A merged model, or any one checkpoint or snapshot, as what another program reads.
 
-This module knows what a Lightning checkpoint is made of. Folders are written as a merge of one checkpoint is.
+This module knows what each program asks for. Folders are written as a merge of one checkpoint is.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
-from pretrain_merge.files import atomic
-from pretrain_merge.offline import recognise, safetensors_format, torch_format
-from pretrain_merge.offline.files import Files, size_of
-from pretrain_merge.offline.mapped import MappedTensors
+from pretrain_merge.errors import ConfigError, MergeInputError
+from pretrain_merge.offline import recognise
+from pretrain_merge.offline.decision import Optimizer
 from pretrain_merge.offline.merge import merge_sources
 from pretrain_merge.offline.options import new_folder
-from pretrain_merge.offline.tensors import Source, plain_name
-from pretrain_merge.offline.torch_archive import open_archive
+from pretrain_merge.offline.tensors import Source
 
 Target = Literal["ckpt", "hf", "safetensors"]
-_OPTIMIZER_FILE = "optimizer"
-_CALLBACK = "ModelMerging"  # begins the key of our own state among those of callbacks
-_LISTED = 5
 
 
 def export_checkpoint(
@@ -32,7 +23,7 @@ def export_checkpoint(
     *,
     to: Target,
     base: str | Path | None = None,
-    optimizer: Literal["newest", "average", "drop"] = "newest",
+    optimizer: Optimizer = "newest",
 ) -> Path:
     """Write a merged model, or one checkpoint or snapshot, for another program.
 
@@ -66,7 +57,10 @@ def export_checkpoint(
                 "base: a Lightning checkpoint needs one of the same run, which has its loops, hyperparameters and "
                 "optimizer. Name a .ckpt file, for instance last.ckpt."
             )
-        _write_lightning(source, based, target, optimizer)
+        # folders are written without torch, which takes longer to load than they take
+        from pretrain_merge.offline.lightning_file import write_lightning
+
+        write_lightning(source, based, target, optimizer)
         return target
     if to == "hf":
         source = _as_hugging_face(source, based)
@@ -105,82 +99,3 @@ def _prefix(source: Source, base: Source) -> str:
         f"{base.place} is of another model than {source.place}: no part of it has all of its names, such as {some}. "
         f"Name the folder of the model that training began with."
     )
-
-
-def _write_lightning(source: Source, base: Source, target: Path, optimizer: str) -> None:
-    with Files() as files:
-        content = _loaded(base.place, files)
-        state = content["state_dict"]
-        prefix = str(source.about.get("prefix") or "")
-        tensors = MappedTensors(source, files)
-        found = {name: tensors[name] for name in source.tensors}
-        # strict loading asks for every name, tied or not; torch.save stores shared memory once
-        found |= {alias: found[name] for alias, name in source.ties.items()}
-        in_base = {plain_name(name): name for name in state}  # of a compiled model, for instance
-        new = {in_base.get(f"{prefix}{name}", f"{prefix}{name}"): tensor for name, tensor in found.items()}
-        problems = [f"{name} is not in the base" for name in new.keys() - state.keys()]
-        problems += [
-            f"{name} is {tuple(tensor.shape)} and {tuple(state[name].shape)} in the base"
-            for name, tensor in new.items()
-            if name in state and tensor.shape != state[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            raise MergeInputError(
-                f"{source.place} does not fit {base.place}: {'; '.join(sorted(problems)[:_LISTED])}{more}. Name a base "
-                f"of the same run."
-            )
-        state.update(new)
-        # our window is of the raw run; from here on it is another one
-        callbacks = content.get("callbacks", {})
-        for key in [key for key in callbacks if str(key).startswith(_CALLBACK)]:
-            del callbacks[key]
-        if optimizer == "drop":
-            content.pop("optimizer_states", None)
-            # a scheduler of optimizers that are not there would refuse to load
-            content.pop("lr_schedulers", None)
-        elif optimizer == "average":
-            _average_optimizer(source, content, files)
-        _save(content, target)
-
-
-def _average_optimizer(source: Source, content: dict[str, Any], files: Files) -> None:
-    folder = Path(source.place)
-    paths = sorted(map(str, folder.glob(f"{_OPTIMIZER_FILE}*.safetensors"))) if folder.is_dir() else []
-    if not paths:
-        raise ConfigError(
-            f"optimizer='average' needs averaged states, and {folder} has none. Merge with optimizer='average' first, "
-            f"or take 'newest'."
-        )
-    averaged = safetensors_format.open_files(source.place, paths)
-    states = torch_format.optimizer_tensors(content)
-    if {name: tuple(item.shape) for name, item in states.items()} != {
-        name: kind.shape for name, kind in averaged.tensors.items()
-    }:
-        raise MergeInputError(f"{folder} has optimizer states of another model than the base. Name a base of the run.")
-    tensors = MappedTensors(averaged, files)
-    for name in averaged.tensors:
-        _, number, key, item = name.split("/", 3)
-        state = content["optimizer_states"][int(number)]["state"]
-        state[next(own for own in state if str(own) == key)][item] = tensors[name]
-
-
-def _loaded(path: str, files: Files) -> dict[str, Any]:
-    """A Lightning checkpoint, its tensors mapped from the file."""
-    open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return dict(content)
-
-
-def _save(content: Mapping[str, Any], target: Path) -> None:
-    try:
-        atomic.make_folder(target.parent)
-        with atomic.draft(target) as draft:
-            torch.save(dict(content), draft.file)
-            draft.file.flush()
-            with Files() as files:  # what was written can be read, before it has its name
-                open_archive(str(draft.path), files, 0, draft.path.stat().st_size)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot write {target}: {error}. Free space there, or choose another place.") from error

@@ -53,6 +53,12 @@ class MappedTensors:
             self._fetched[name] = found
         return found
 
+    def release(self) -> None:
+        """Let go of pages that were touched so far; whoever reads them again finds the file's bytes as before."""
+        for pages in self._pages.values():
+            # private pages that nobody wrote to are those of the file
+            pages.madvise(mmap.MADV_DONTNEED)
+
     def _mapped(self, file: str, start: int, kind: Kind) -> Tensor:
         if file not in self._pages:
             with open(file, "rb") as opened:

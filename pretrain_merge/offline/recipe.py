@@ -11,6 +11,7 @@ from pretrain_merge import coefficients
 from pretrain_merge.config.views import View, parse_view
 from pretrain_merge.errors import CoefficientError, ConfigError
 from pretrain_merge.offline.tensors import Source
+from pretrain_merge.runtime.log import logger
 
 ViewLike = str | Mapping[str, Any] | Sequence[float]
 
@@ -85,6 +86,14 @@ def make_recipe(sources: Sequence[Source], view: ViewLike, steps: Sequence[int] 
         )
     # the one place that knows kinds; training has the same numbers from it
     numbers = coefficients.compute(wanted.kind, len(ordered), times=times, **wanted.params)
+    unknown = [source.place for source in ordered if source.step is None]
+    # whoever spells coefficients out gives the order too; of a plain mean of files without steps it hardly matters
+    is_said = wanted.kind == "custom" or len(ordered) == 1
+    if unknown and not is_said and (len(unknown) < len(ordered) or len(set(numbers)) > 1):
+        logger.warning(
+            f"{unknown[0]} does not say its step, so checkpoints count in the order in which they were named, those of "
+            f"a folder by name: {ordered[-1].place} is taken for the newest. If it is not, say their steps with steps."
+        )
     return Recipe(tuple(ordered), numbers, wanted.name, wanted.kind, wanted.params, times)
 
 

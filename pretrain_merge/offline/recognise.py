@@ -94,6 +94,10 @@ def _sources(place: str) -> list[Source]:
         return [_with_step(source)]
     inner = [source for name in names for source in _member(join(place, name))]
     if not inner:
+        # a run's folder has them further in: checkpoints/, lightning_logs/version_0/checkpoints/
+        further = _further_in(place)
+        if further is not None:
+            raise CheckpointError(f"{place} holds no checkpoint, and {further} does. Name that folder.")
         raise CheckpointError(
             f"{place} holds no checkpoint. Allowed: .ckpt, .pt, .bin and .safetensors files, folders of Hugging Face, "
             f"of torch.distributed.checkpoint or of this package (window/, merged/step-…), and a folder of those."
@@ -111,6 +115,15 @@ def _member(place: str) -> list[Source]:
         return [_with_step(_file(place))] if name.endswith((*_TORCH_SUFFIXES, ".safetensors")) else []
     source = _folder(place, names)
     return [] if source is None else [_with_step(source)]
+
+
+def _further_in(place: str, depth: int = 3) -> str | None:
+    """A folder below with a file or folder that is named as checkpoints are; None: there is none."""
+    names = list_folder(place) or []
+    if any(name.endswith((*_TORCH_SUFFIXES, ".safetensors")) or name == _DCP_METADATA for name in names):
+        return place
+    below = (join(place, name) for name in names if depth and not name.startswith("."))
+    return next((found for folder in below if (found := _further_in(folder, depth - 1)) is not None), None)
 
 
 def _file(place: str) -> Source:

@@ -45,6 +45,7 @@ class Point:
     Attributes:
         newest: Index of the checkpoint that it is at.
         since: Step of the last break; 0: none.
+        why_since: What that break was, or empty.
         valid: Indices of all checkpoints that may be merged with the newest, oldest first.
         merges: By view, the indices of its checkpoints and what the record says of it.
         skipped: By view, why it is not made here.
@@ -52,6 +53,7 @@ class Point:
 
     newest: int
     since: int
+    why_since: str
     valid: tuple[int, ...]
     merges: Mapping[str, tuple[tuple[int, ...], Recipe]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -192,7 +194,8 @@ def _point(window: Window, index_of: Mapping[int, int], views: Sequence[SweptVie
             continue
         merges[swept.name] = tuple(index_of[step] for step in recipe.steps), recipe
     indices = tuple(index_of[item.progress.step] for item in window.valid)
-    return Point(indices[-1], window.since.step, indices, merges, skipped)
+    why_since = window.last_break.reason if window.last_break else ""
+    return Point(indices[-1], window.since.step, why_since, indices, merges, skipped)
 
 
 def _wider(swept: SweptView, window: Window) -> Recipe:

@@ -17,7 +17,7 @@ from pretrain_merge.errors import ConfigError
 from pretrain_merge.files import atomic
 from pretrain_merge.offline import agreement, partial
 from pretrain_merge.offline.agreement import Output
-from pretrain_merge.offline.candidates import Candidate, Measured
+from pretrain_merge.offline.candidates import Bench, Candidate, Measured
 from pretrain_merge.offline.comparison import Comparison, compare
 from pretrain_merge.offline.options import find, find_base, new_folder, refuse_text
 from pretrain_merge.offline.schedule import (
@@ -144,16 +144,17 @@ class SweepJob:
                     what = f"{label} at step {self._step(point)}"
                     measured[merge] = way.measure(Candidate(what, sources, coefficients))
                     done += 1
-                record = self._record(point, measured)
+                record = self._record(point, measured, way)
                 _chosen(metric, record)  # a metric that is not there is said now, and not after hours
                 append_record(folder / RECORDS, record)
         progress(done, total)
 
-    def _record(self, point: Point, measured: Mapping["_Merge", Measured]) -> MergeRecord:
+    def _record(self, point: Point, measured: Mapping["_Merge", Measured], way: Bench) -> MergeRecord:
         """That of a live run at this point, but for times, which no two sweeps have in common."""
         found = {view: measured[_key(*merge)] for view, merge in point.merges.items()}
-        # of the whole window, as a live run's; other views are of fewer checkpoints
+        # of the whole window, as a live run's, also where every view is of fewer checkpoints
         whole = [found[view].spread for view, (indices, _) in point.merges.items() if indices == point.valid]
+        spread = whole[0] if whole else way.spread([self.sources[index] for index in point.valid])
         return MergeRecord(
             name=_NAME,
             step=self._step(point),
@@ -161,13 +162,14 @@ class SweepJob:
             samples=0,
             tokens=0,
             window=len(point.valid),
-            spread=whole[0] if whole else math.nan,
+            spread=spread,
             raw=measured[_raw(point)].metrics,
             views={view: item.metrics for view, item in found.items()},
             recipes={view: recipe for view, (_, recipe) in point.merges.items()},
             skipped=point.skipped,
             lr=self.sources[point.newest].lr,
             since=point.since,
+            why_since=point.why_since,
         )
 
     def _step(self, point: Point) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # what torch.compile, FSDP and Fabric put into names; those of `parameters`, which takes as long to import as torch does
-ADDED = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+ADDED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_forward_module"})
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,9 @@ class Block:
 
 def plain_name(name: str) -> str:
     """A tensor's name as the model that is neither compiled nor wrapped has it."""
-    # anywhere in it: a submodule may be compiled or wrapped alone
-    for added in ADDED:
-        name = name.replace(added, "")
-    return name
+    # anywhere in it: a submodule may be compiled or wrapped alone; by whole parts, since a user's may end like one
+    *path, last = name.split(".")
+    return ".".join([*(part for part in path if part not in ADDED), last])
 
 
 @dataclass(frozen=True)

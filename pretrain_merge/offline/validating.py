@@ -60,6 +60,7 @@ class ModuleBench(Bench):
         self._tensors: dict[int, MappedTensors] = {}
         self._names: Mapping[str, str] = {}  # by names of the module, those of the outputs
         self._merged: dict[str, Tensor] = {}  # memory that every candidate uses again
+        self._summed: list[str] = []  # outputs that are parameters of the module
         self._candidate = Candidate("", (), ())
         self._spread = math.nan
         self._callbacks = self._trainer.callbacks
@@ -88,6 +89,10 @@ class ModuleBench(Bench):
         self._trainer.validate(self._module, verbose=False, **self._data)
         return Measured(numbers(candidate.label, dict(self._trainer.callback_metrics)), self._spread)
 
+    def spread(self, sources: Sequence[Source]) -> float:
+        """Of what the last candidate's parameters were merged from, in memory that the next merge overwrites."""
+        return self._sum(sources, [1 / len(sources)] * len(sources))
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _load(self) -> None:
@@ -96,23 +101,29 @@ class ModuleBench(Bench):
         if not self._names:
             self._names = _names(own, self._known, self._outputs)
         parameters = {plain_name(name) for name, _ in self._module.named_parameters(remove_duplicate=False)}
-        sources = self._candidate.sources
+        summed = {
+            name: there
+            for name, there in self._names.items()
+            if self._outputs[there].origin is None and name in parameters
+        }
+        self._summed = list(dict.fromkeys(summed.values()))  # tied tensors once
+        is_merge = len(self._candidate.sources) > 1
+        self._spread = self._sum(self._candidate.sources, self._candidate.coefficients) if is_merge else math.nan
         values = dict(state.values())
-        rows: dict[str, Row] = {}
         for name, there in self._names.items():
-            if len(sources) > 1 and self._outputs[there].origin is None and name in parameters:
-                if there not in rows:  # tied tensors are summed once
-                    parts = [self._tensors[id(source)][there] for source in sources]
-                    target = self._merged.setdefault(there, torch.empty_like(parts[-1]))
-                    rows[there] = Row(there, part_of(target), [part_of(part) for part in parts])
-                values[state[name][0]] = self._merged[there]
-            else:  # buffers are of the newest, as in a run
-                values[state[name][0]] = self._unmerged(there)
-        self._spread = math.nan
-        if rows:
-            coefficients, threads = self._candidate.coefficients, torch.get_num_threads()
-            self._spread = sum_rows([*rows.values()], sources, coefficients, most_threads=threads).relative_rms
+            # buffers are of the newest, as in a run
+            values[state[name][0]] = self._merged[there] if is_merge and name in summed else self._unmerged(there)
         self._module.load_state_dict(values)  # its own method, since its state dict may be of copies
+
+    def _sum(self, sources: Sequence[Source], coefficients: Sequence[float]) -> float:
+        """Merge into `_merged`; returns the spread."""
+        rows = []
+        for there in self._summed:
+            parts = [self._tensors[id(source)][there] for source in sources]
+            target = self._merged.setdefault(there, torch.empty_like(parts[-1]))
+            rows.append(Row(there, part_of(target), [part_of(part) for part in parts]))
+        threads = torch.get_num_threads()
+        return sum_rows(rows, sources, coefficients, most_threads=threads).relative_rms if rows else math.nan
 
     def _unmerged(self, name: str) -> Tensor:
         newest = self._candidate.sources[-1]

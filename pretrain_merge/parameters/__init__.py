@@ -8,6 +8,7 @@ from pretrain_merge.parameters.several import Given, Modules, as_one
 from pretrain_merge.parameters.shards import (
     all_tensors,
     as_shards,
+    by_plain_name,
     is_sharded,
     named_parameters,
     plain_name,
@@ -26,6 +27,7 @@ __all__ = [
     "all_tensors",
     "as_one",
     "as_shards",
+    "by_plain_name",
     "copy_",
     "is_sharded",
     "mergeable_tensors",

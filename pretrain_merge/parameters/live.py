@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from pretrain_merge.errors import UnsupportedModelError, nearest
 from pretrain_merge.parameters.masters import Masters, with_masters
 from pretrain_merge.parameters.shards import (
-    ADDED_PREFIXES,
+    by_plain_name,
     is_plain,
     local_part,
     plain_name,
@@ -105,7 +105,7 @@ class Trained:
                 identity = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(parameter),)
                 if identity not in seen:
                     seen.add(identity)
-                    _refuse_name(name, tensors)
+                    _refuse_name(name)
                     tensors[name] = local
         tensors |= _chosen_buffers(module, parts, self._merge_buffers, self._batch_norm)
         if not tensors:
@@ -143,13 +143,13 @@ def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _parameters(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
-    return [
-        (plain_name(f"{prefix}.{key}" if prefix else key), parameter)
+    return by_plain_name(
+        (f"{prefix}.{key}" if prefix else key, parameter)
         for prefix, part in parts
         # `named_parameters` would walk all modules again
         for key, parameter in part._parameters.items()
         if parameter is not None
-    ]
+    )
 
 
 def _matching(
@@ -170,13 +170,8 @@ def _matching(
     return included - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
 
 
-def _refuse_name(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Names tell tensors apart in a window and in its files."""
-    if name in tensors:  # the later one alone would be merged
-        raise UnsupportedModelError(
-            f"two parameters have the name {name!r} once {' and '.join(map(repr, ADDED_PREFIXES))} are left out, which "
-            f"torch.compile and Fabric put in. Allowed: names that differ without them. Rename the submodule."
-        )
+def _refuse_name(name: str) -> None:
+    """Names tell tensors apart in the files of a window."""
     if name == _RESERVED:
         raise UnsupportedModelError(
             f"a parameter has the name {name!r}, which safetensors keeps for itself: no file can hold it. Allowed: "
@@ -283,7 +278,7 @@ def _chosen_buffers(
         )
     if not patterns and batch_norm != "merge":
         return {}
-    buffers = {plain_name(name): buffer for name, buffer in nn.Module.named_buffers(unwrapped(module))}
+    buffers = dict(by_plain_name(nn.Module.named_buffers(unwrapped(module))))
     for pattern in patterns:
         matched = fnmatch.filter(buffers, pattern)
         if not matched or not all(buffers[name].is_floating_point() for name in matched):

@@ -3,7 +3,7 @@
 This module knows DTensors and FSDP modules. It knows nothing of which tensors are merged.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -18,7 +18,8 @@ except ImportError:  # pragma: no cover
     FSDPModule = FullyShardedDataParallel = None  # type: ignore[assignment,misc]
 
 _PLAIN_TYPES = (nn.Parameter, Tensor, nn.Buffer)
-ADDED_PREFIXES = ("_orig_mod.", "_forward_module.")  # by torch.compile (P14) and by Fabric
+# name of the module inside, and class of the wrapper: of torch.compile (P14) and of Fabric
+_WRAPPERS = {"_orig_mod": "OptimizedModule", "_forward_module": "_FabricModule"}
 
 
 def plain_name(name: str) -> str:
@@ -27,9 +28,29 @@ def plain_name(name: str) -> str:
     >>> plain_name("model._orig_mod.layers.0.weight")
     'model.layers.0.weight'
     """
-    for added in ADDED_PREFIXES:
-        name = name.replace(added, "")
-    return name
+    # asked of every name at every snapshot, and nearly none has one
+    if "_orig_mod." not in name and "_forward_module." not in name:
+        return name
+    *path, last = name.split(".")  # by whole parts: a user's `my_orig_mod` is another name
+    return ".".join([*(part for part in path if part not in _WRAPPERS), last])
+
+
+def by_plain_name(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Tensors by their names without what `torch.compile` and Fabric put in.
+
+    Raises:
+        UnsupportedModelError: That is one name for two of them, of which only one would be merged or saved.
+    """
+    found: dict[str, Tensor] = {}
+    plain = [(plain_name(name), tensor) for name, tensor in named]
+    for name, tensor in plain:
+        if found.setdefault(name, tensor) is not tensor:
+            raise UnsupportedModelError(
+                f"two tensors are both called {name!r} without what torch.compile and Fabric put into names "
+                f"({', '.join(_WRAPPERS)}). Allowed: names that differ without these. Rename the submodule that bears "
+                f"such a name."
+            )
+    return plain
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -105,7 +126,9 @@ def _inside(wrapper: nn.Module) -> nn.Module | None:
     if isinstance(wrapper, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return wrapper._modules["module"]
     children = wrapper._modules  # not getattr, which Fabric's wrapper passes on to the module inside
-    return next((children[name[:-1]] for name in ADDED_PREFIXES if name[:-1] in children), None)
+    # by class as well: what a user gave such a name is a part of the model beside others
+    kinds = {kind.__name__ for kind in type(wrapper).__mro__}
+    return next((children[name] for name, kind in _WRAPPERS.items() if name in children and kind in kinds), None)
 
 
 def _as_shard(tensor: Tensor, like: Tensor | None) -> Tensor:

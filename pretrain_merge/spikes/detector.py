@@ -116,10 +116,7 @@ class SpikeDetector:
         """
         if self._newest is not None and step > self._newest + 1:
             self._skip_to(step - 1)
-        # copies: a compiled step may write its next loss into the same memory
-        self._unread.append(
-            [value.detach().clone() if isinstance(value, Tensor) else value for value in (loss, gradient_norm)]
-        )
+        self._unread.append([_kept(loss), None if gradient_norm is None else _kept(gradient_norm)])
         self._newest = step
 
     def read(self, step: int) -> Onset | None:
@@ -247,6 +244,14 @@ def find_onsets(
     return list(onsets.values())
 
 
+def _kept(value: _Number | None) -> _Number | None:
+    """A copy: a compiled step may write its next loss into the same memory."""
+    if not isinstance(value, Tensor):
+        return value
+    # on the host there is nothing to wait for, and to read a number takes a third of what a copy of a tensor does
+    return float(value.item()) if value.is_cpu else value.detach().clone()
+
+
 def _without_nan(rows: Iterable[_Row]) -> list[list[float | None]]:
     """NaN as None: it is not JSON, and two states that are the same would not be equal."""
     return [[None if math.isnan(value) else value for value in row] for row in rows]
@@ -260,10 +265,14 @@ def _means(
     given: list[_Given], is_changed: bool, sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> tuple[list[_Row], bool]:
     """In float64; NaN: unknown, infinity: not finite; and whether any rank was told of a change. The same on all."""
-    tensors = [value for step in given for value in step if value is not None]
+    tensors = [value for step in given for value in step if isinstance(value, Tensor)]
     # one copy to the host, which waits for the device
     host = iter(_on_host(tensors) if tensors else [])
-    values = [math.nan if value is None else next(host) for step in given for value in step]
+    values = [
+        next(host) if isinstance(value, Tensor) else math.nan if value is None else float(value)
+        for step in given
+        for value in step
+    ]
     present = [float(value is not None) for step in given for value in step]
     finite = [
         value if math.isfinite(value) else math.inf if there else 0.0
@@ -287,8 +296,7 @@ def _log(norm: float) -> float:
     return math.log(norm) if norm > 0.0 else -math.inf if norm == 0.0 else math.nan
 
 
-def _on_host(values: list[_Number]) -> list[float]:
-    tensors = [torch.as_tensor(value) for value in values]
+def _on_host(tensors: list[Tensor]) -> list[float]:
     device = tensors[0].device
     # a call of torch takes longer than these three questions, whose answer is mostly yes
     plain = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_merge.errors import CheckpointError, UnsupportedModelError
-from pretrain_merge.parameters import plain_name, reshard
+from pretrain_merge.parameters import by_plain_name, plain_name, reshard
 from pretrain_merge.parameters.shards import local_part
 
 WEIGHT, BUFFER, SCALER, STATE = "weight/", "buffer/", "scaler/", "state/"
@@ -114,14 +114,15 @@ class LiveState:
 
     def _trained(self) -> dict[str, Tensor]:
         stepped = {id(item) for each in self._optimizers for group in each.param_groups for item in group["params"]}
-        return {
-            WEIGHT + plain_name(name): parameter
+        trained = by_plain_name(
+            (name, parameter)
             for name, parameter in self._module.named_parameters()
             if parameter.requires_grad or id(parameter) in stepped  # P36: a GAN freezes one half by turns
-        }
+        )
+        return {WEIGHT + name: parameter for name, parameter in trained}
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {name: owner._buffers[key] for name, owner, key in self._places_of_buffers()}  # type: ignore[misc]
+        return dict(by_plain_name((name, owner._buffers[key]) for name, owner, key in self._places_of_buffers()))  # type: ignore[misc]
 
     def _places_of_buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
         for prefix, part in self._module.named_modules():

@@ -49,6 +49,8 @@ class Breaks:
 
     def at_new_lr(self, now: Progress, lr: tuple[float, ...]) -> None:
         """Break where the rates of this step are not those that the segment began with."""
+        if lr == self.segment_lr:
+            return  # as on almost every step
         if self._settings.breaks.lr and _differs(lr, self.segment_lr, self._settings.lr_tolerance):
             if self.segment_lr:
                 self._say_if_it_decays(now, lr)
@@ -113,8 +115,6 @@ def _listed(lr: Sequence[float]) -> str:
 
 
 def _differs(lr: Sequence[float], reference: Sequence[float], tolerance: float) -> bool:
-    if lr == reference:
-        return False  # as on almost every step
     if len(lr) != len(reference):
         return True  # another number of groups is another optimizer
     # so that NaN differs from everything, itself included

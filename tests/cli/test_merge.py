@@ -32,6 +32,14 @@ def test_checkpoints_are_words_before_the_options(monkeypatch, capsys, places):
     assert "Merged: out" in printed
 
 
+@pytest.mark.parametrize("hyphen", ["-", "_"])
+def test_options_stand_anywhere_and_are_spelled_as_in_a_shell_or_as_in_python(monkeypatch, places, hyphen):
+    options = ["--out", "out", f"--largest{hyphen}file=300"]
+    call(monkeypatch, "merge", places[0], "--quiet", *options, *places[1:])
+    assert len(read("out")[1]["sources"]) == 3
+    assert len(read("out")[1]["files"]) > 1
+
+
 @pytest.mark.parametrize(
     ("view", "coefficients"),
     [

@@ -67,6 +67,15 @@ def test_what_safetensors_cannot_hold_is_refused_before_training_and_at_the_save
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_files_keep_for_themselves_is_refused_before_training_and_at_the_save(tmp_path):
+    module = nn.Linear(2, 2)
+    module.register_parameter("__metadata__", nn.Parameter(torch.ones(1)))
+    for use in (try_saving, lambda module: save_merged(module, tmp_path / "model", {})):
+        with pytest.raises(UnsupportedModelError, match="'__metadata__', which is the header's own name"):
+            use(module)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_named_by_a_text_is_the_same_folder(tmp_path):
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
     save_merged(module, str(tmp_path / "model"), {})

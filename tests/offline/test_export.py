@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from pretrain_merge import ModelMerging, load_merged, merge_checkpoints, save_merged
 from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
 from pretrain_merge.merged_models.choosing import chosen
+from pretrain_merge.offline import lightning_file, mapped
 from pretrain_merge.offline.export import export_checkpoint
 
 
@@ -182,3 +183,23 @@ def test_what_cannot_be_exported_says_why(run, tmp_path, monkeypatch, options, e
     with pytest.raises(error, match=piece):
         export_checkpoint(chosen(run, "last"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_lets_go_of_mapped_files_as_it_writes(run, tmp_path, monkeypatch):
+    """Else both models and the optimizer's states, twice as large, would be resident at its end."""
+    held, released = [], []
+    real, load = mapped.MappedTensors.release, torch.load
+    monkeypatch.setattr(lightning_file, "_HELD", 0)
+    monkeypatch.setattr(mapped.MappedTensors, "release", lambda own: released.append(own._source.place) or real(own))
+    monkeypatch.setattr(
+        torch, "load", lambda *arguments, **options: held.append(load(*arguments, **options)) or held[-1]
+    )
+    base, folder = paths(run)[-1], chosen(run, "last")
+    export_checkpoint(folder, tmp_path / "out.ckpt", to="ckpt", base=base)
+    assert {*released} == {str(folder), str(base)}
+    states = held[0]["optimizer_states"][0]["state"]
+    expected = load(base, weights_only=True)["optimizer_states"][0]["state"]
+    assert states.keys() == expected.keys()
+    assert all(torch.equal(states[key][name], value) for key in expected for name, value in expected[key].items())
+    written = load(tmp_path / "out.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert all(torch.equal(written[key][name], value) for key in expected for name, value in expected[key].items())

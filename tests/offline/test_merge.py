@@ -364,10 +364,12 @@ def test_checkpoints_of_compiled_and_plain_models_are_of_one_model(tmp_path):
 
 
 def test_the_names_that_are_made_plain_are_those_of_training():
-    from pretrain_merge.offline.tensors import ADDED
+    from pretrain_merge.offline.tensors import ADDED, plain_name
     from pretrain_merge.parameters import shards
 
-    assert set(ADDED) >= set(shards._ADDED)
+    assert set(shards._WRAPPERS) <= ADDED
+    for name in ("a._orig_mod.w", "_forward_module.b._orig_mod.w", "my_orig_mod.w", "_orig_mod", "w"):
+        assert plain_name(name) == shards.plain_name(name)
 
 
 @pytest.mark.parametrize(
@@ -393,3 +395,31 @@ def test_places_and_patterns_that_are_not_what_they_seem_are_refused(
     with pytest.raises(error, match=piece):
         merge_checkpoints([place], out, **options)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inner", ["checkpoints", "lightning_logs/version_0/checkpoints"])
+def test_a_run_folder_is_told_from_the_folder_of_its_checkpoints(tmp_path, inner):
+    folder = tmp_path / "run" / inner
+    folder.mkdir(parents=True)
+    writers.lightning(folder, 1, tensors(1))
+    with pytest.raises(CheckpointError, match=f"run holds no checkpoint, and .*{inner} does"):
+        merge_checkpoints(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "view", "is_said"),
+    [
+        (("final", "step=1", "step=2"), "sma", True),  # by name the last one is not the newest
+        (("a", "b", "c"), "wma", True),
+        (("a", "b", "c"), "sma", False),
+        (("a", "b", "c"), [0.5, 0.25, 0.25], False),
+        (("step=1", "step=2", "step=3"), "wma", False),
+    ],
+)
+def test_an_order_that_is_a_guess_is_said(tmp_path, caplog, names, view, is_said):
+    (tmp_path / "run").mkdir()
+    for number, name in enumerate(names):
+        torch.save({"w": torch.full((2,), float(number))}, tmp_path / "run" / f"{name}.pt")
+    about = merge_checkpoints(tmp_path / "run", tmp_path / "out", view)
+    newest = about["sources"][-1]["place"]
+    assert (f"{newest} is taken for the newest" in caplog.text) == is_said

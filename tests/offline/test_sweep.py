@@ -62,6 +62,31 @@ def test_a_sweep_of_checkpoints_measures_what_the_live_callback_measured(run, fo
         assert replace(ours, basis="") == replace(theirs, basis="")
 
 
+def test_sparser_merges_and_views_of_a_part_leave_forecasts_and_spread_as_the_run_has_them(run, tmp_path):
+    """`sma3-every2` spans what `sma5` does, over fewer checkpoints; and neither is over all of them at first."""
+    live = read_records(run / "merges.jsonl")
+    found = sweep_checkpoints(
+        [run / "checkpoints"],
+        tmp_path / "swept",
+        swept.evaluation(),
+        **KEYS | {"views": ["sma3", "sma5"], "intervals": [1, 2]},
+    ).records
+    assert "sma3-every2" in found[-1].recipes
+    of_both = [
+        replace(
+            record,
+            views={view: record.views[view] for view in ("sma3", "sma5") if view in record.views},
+            recipes={view: record.recipes[view] for view in ("sma3", "sma5") if view in record.recipes},
+        )
+        for record in live
+    ]
+    assert [record.spread for record in found] == [record.spread for record in live]
+    assert {bool(record.why_since) for record in found} == {True}
+    for kind, steps in (("forecast", 40), ("nowcast", 20)):
+        ours, theirs = (forecast_anneal(of, steps=steps, kind=kind) for of in (found, of_both))
+        assert replace(ours, basis="") == replace(theirs, basis="")
+
+
 def test_every_candidate_draws_the_same_random_numbers(found):
     records = found[0].records
     drawn = {metrics["drawn"] for record in records for metrics in (record.raw, *record.views.values())}

@@ -110,6 +110,21 @@ def test_names_are_free_of_what_torch_compile_adds():
     assert plain_name("_forward_module._orig_mod.a.weight") == "a.weight"  # of Fabric
 
 
+def test_parts_that_a_user_named_as_wrappers_are_named_are_merged_like_others():
+    module = nn.Module()
+    for name in ("_forward_module", "net_orig_mod", "head"):
+        module.add_module(name, nn.Linear(1, 1, bias=False))
+    assert list(mergeable_tensors(module)) == ["weight", "net_orig_mod.weight", "head.weight"]
+
+
+def test_two_parameters_of_one_name_without_wrappers_are_refused_and_not_merged_as_one():
+    module = nn.Module()
+    for name in ("_forward_module", "_orig_mod"):
+        module.add_module(name, nn.Linear(1, 1, bias=False))
+    with pytest.raises(UnsupportedModelError, match=r"two tensors are both called 'weight'.*Rename the submodule"):
+        mergeable_tensors(module)
+
+
 def test_float_buffers_are_merged_by_pattern_after_the_parameters():
     assert list(mergeable_tensors(Model(), merge_buffers=["router_*"])) == ["embed.weight", "router_bias"]
 
@@ -204,12 +219,6 @@ def test_p19_a_module_wrapped_in_fsdp1_is_refused_whatever_its_parameters_look_l
 def test_a_frozen_parameter_may_be_of_any_kind():
     frozen = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
     assert list(mergeable_tensors(nn.Sequential(nn.Linear(2, 2), with_weight(frozen)))) == ["0.weight", "0.bias"]
-
-
-def test_two_parameters_of_one_name_once_prefixes_are_left_out_are_refused():
-    module = nn.Module()
-    module._orig_mod, module._forward_module = nn.Linear(2, 2), nn.Linear(2, 2)
-    assert "two parameters have the name '0.weight'" in refusal(nn.Sequential(module))
 
 
 def test_a_name_that_no_file_can_hold_is_refused():

@@ -30,6 +30,19 @@ def test_a_stable_run_has_no_spike() -> None:
     assert find_onsets(*_stable(1500)) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_loss_is_kept_although_the_next_step_writes_into_its_memory(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    detector, same = SpikeDetector(), torch.zeros(shape, dtype=dtype, requires_grad=True)
+    for step in range(1, 4):
+        same.data.fill_(step)
+        detector.observe(step, same)
+    detector.observe(4, 4.0)
+    assert [loss for loss, _ in detector.state_dict()["ahead"]] == [1.0, 2.0, 3.0, 4.0]
+
+
 @pytest.mark.parametrize("with_norm", [True, False])
 def test_a_collapse_is_seen_within_ten_steps_of_its_begin(with_norm: bool) -> None:
     loss, norm = _collapsing(600, onset=500)

@@ -109,13 +109,14 @@ def test_overhead(run):
         assert row["steps_per_second_with"] > 0 < row["steps_per_second_without"]
         assert row["num_snapshots"] == 2
         assert row["pairs"] == 18  # of blocks of one step, but for the two with a snapshot
+        assert 0 < row["uncertainty"] < math.inf
         assert 0 < row["overhead_in_hooks"] < math.inf
         assert math.isfinite(row["overhead"])
         assert 0 < row["idle_microseconds"] < 1e5
     assert costs.keys() == {"training step", "snapshot", "merge and restore"}
     assert costs["training step"]["ratio_to_step"] == 1
     assert all(math.isfinite(number) and number > 0 for number in numbers(costs.values(), *RATIOS, "ratio_to_step"))
-    assert "a snapshot every 10 steps" in printed
+    assert "a snapshot every 20 steps" in printed
 
 
 def test_plan(run, tmp_path):

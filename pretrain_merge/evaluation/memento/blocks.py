@@ -32,7 +32,8 @@ class HostBlock:
     """
 
     def __init__(self, states: Sequence[TensorState]) -> None:
-        self._states, self._memories = states, [state.memory for state in states]
+        self._states = states
+        self._memories = [state.memory for state in states if state.memory is not None]  # all: they are plain
         self._find()
         self._saved = list(map(bytearray, self._views))
 

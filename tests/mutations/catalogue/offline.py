@@ -5,6 +5,7 @@ from tests.mutations.catalogue.fault import Fault
 _MERGE = "tests/offline/test_merge.py"
 _CRAFTED_FILES = "tests/offline/test_crafted_files.py"
 _KILLED = "tests/offline/test_killed.py"
+_WITHOUT_TORCH = "tests/offline/test_without_torch.py"
 
 FAULTS = (
     Fault(
@@ -94,7 +95,7 @@ FAULTS = (
     Fault(
         "a diverged checkpoint is merged",
         "offline/sums.py",
-        "if not part.isfinite().all():",
+        "if not _is_finite(part):",
         "if False:",
         _MERGE,
     ),
@@ -121,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         "an exported checkpoint has the window of the run before",
-        "offline/export.py",
+        "offline/lightning_file.py",
         "            del callbacks[key]\n",
         "            pass\n",
         "tests/offline/test_export.py",
@@ -129,8 +130,8 @@ FAULTS = (
     Fault(
         "a sweep's merges take buffers of all checkpoints",
         "offline/validating.py",
-        " and name in parameters:",
-        ":",
+        " and name in parameters\n",
+        "\n",
         "tests/offline/test_sweep.py",
     ),
     Fault(
@@ -167,5 +168,40 @@ FAULTS = (
         "(1.0 - correlation) / (1.0 + correlation)",
         "1.0",
         "tests/offline/test_comparison.py",
+    ),
+    Fault(
+        "a merge of safetensors loads torch for its device",
+        "offline/options.py",
+        "        return device  # which needs no torch\n",
+        "        pass\n",
+        _WITHOUT_TORCH,
+    ),
+    Fault(
+        "infinities of bfloat16 pass as numbers",
+        "offline/sums.py",
+        '"bfloat16": 0x7F80',
+        '"bfloat16": 0x7FFF',
+        _WITHOUT_TORCH,
+    ),
+    Fault(
+        "a spread that float32 lost is believed",
+        "offline/sums.py",
+        "if double or sums.are_trustworthy(num_snapshots=len(coefficients), num_elements=sum(sizes)):",
+        "if True:",
+        _WITHOUT_TORCH,
+    ),
+    Fault(
+        "a sweep whose views are of fewer checkpoints has no spread",
+        "offline/sweep_job.py",
+        "way.spread([self.sources[index] for index in point.valid])",
+        "math.nan",
+        "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "an export keeps all that it has read",
+        "offline/lightning_file.py",
+        "                tensors.release()\n",
+        "                pass\n",
+        "tests/offline/test_export.py",
     ),
 )

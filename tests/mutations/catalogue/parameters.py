@@ -6,6 +6,27 @@ _LIVE = "tests/parameters/test_live.py"
 
 FAULTS = (
     Fault(
+        "of two parameters that have one name without wrappers one is merged",
+        "parameters/shards.py",
+        "if found.setdefault(name, tensor) is not tensor:",
+        "if False:",
+        _LIVE,
+    ),
+    Fault(
+        "a part that a user named as a wrapper names what is inside is taken for the whole model",
+        "parameters/shards.py",
+        "if name in children and kind in kinds), None)",
+        "if name in children), None)",
+        _LIVE,
+    ),
+    Fault(
+        "a part of a name that ends as a wrapper's is cut off",
+        "parameters/shards.py",
+        'return ".".join([*(part for part in path if part not in _WRAPPERS), last])',
+        'return name.replace("_orig_mod.", "").replace("_forward_module.", "")',
+        _LIVE,
+    ),
+    Fault(
         "only parameters that the module lists itself are looked for where they were",
         "parameters/places.py",
         "set(map(id, all_tensors(self._module)))",
@@ -109,13 +130,6 @@ FAULTS = (
         "if target.is_conj() else (target, source)",
         "if False else (target, source)",
         "tests/parameters/test_bits.py",
-    ),
-    Fault(
-        "two parameters of one name are merged as one",
-        "parameters/live.py",
-        "    if name in tensors:  # the later",
-        "    if False:  # the later",
-        _LIVE,
     ),
     Fault(
         "what is put back is asked of mappings that are no dictionaries",

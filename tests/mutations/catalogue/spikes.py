@@ -7,6 +7,13 @@ _WHAT_GOES_BACK = "tests/callbacks/test_what_goes_back.py"
 
 FAULTS = (
     Fault(
+        "the next step writes over a loss that was not read yet",
+        "spikes/detector.py",
+        "float(value.item()) if value.is_cpu else value.detach().clone()",
+        "value.detach()",
+        "tests/spikes/test_detector.py",
+    ),
+    Fault(
         "a run goes back to its newest restart point, damaged or not",
         "spikes/restart_points.py",
         "if point.step <= onset - self._distrust]\n        good",
