@@ -190,7 +190,9 @@ def train(
     if trainer.global_step == setting.steps:
         whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in _state(model)}
         if trainer.global_rank == 0:
-            torch.save(whole, folder / "final.pt")
+            # a kill in the midst of it must not look like a run that ended
+            torch.save(whole, folder / "final.pt.part")
+            (folder / "final.pt.part").replace(folder / "final.pt")
 
 
 def _state(model: _Model) -> list[tuple[str, Tensor]]:

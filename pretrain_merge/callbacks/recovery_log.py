@@ -17,7 +17,7 @@ from pretrain_merge.files import atomic
 from pretrain_merge.files.folders import move_aside
 from pretrain_merge.records.disk_use import bytes_text
 from pretrain_merge.spikes import Onset
-from pretrain_merge.spikes.restart_points import most_points
+from pretrain_merge.spikes.restart_points import most_points, remove_leftovers
 
 _RECORDS = "recoveries.jsonl"
 _NAME = "recovery"
@@ -72,6 +72,14 @@ class RecoveryLog:
             f"keeps up to {most} restart points, one every {settings.every} steps: {bytes_text(num_bytes)} each, "
             f"{bytes_text(most * num_bytes)} per rank {where}{saved}."
         )
+
+    def remove_leftovers(self) -> None:
+        """Of a process that was killed: what it had half written, and the files of its restart points."""
+        if self._trainer.is_global_zero:
+            atomic.remove_leftovers(self._folder, f"{_RECORDS}.*")
+        points = self._settings.folder_of_rank(self._folder)
+        if points is not None:
+            remove_leftovers(points)
 
     def move_aside(self) -> None:
         """Records of another run in this folder."""

@@ -102,6 +102,7 @@ class RunFolder:
         except CheckpointError as error:
             if getattr(error.__cause__, "errno", None) not in _NO_LOCKS:
                 raise
+        atomic.remove_leftovers(path, "merges.*")  # of a run that was killed
         self._finish_moving()
 
     def close(self) -> None:

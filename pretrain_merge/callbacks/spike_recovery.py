@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 from pretrain_merge.callbacks import refusals
 from pretrain_merge.callbacks.both_libraries import CALLBACKS
 from pretrain_merge.callbacks.lightning_cli import explain_errors
-from pretrain_merge.callbacks.recovery_log import Recovery
+from pretrain_merge.callbacks.recovery_log import Recovery, RecoveryLog
 from pretrain_merge.callbacks.recovery_run import RecoveryRun
 from pretrain_merge.callbacks.recovery_state import RecoverySettings
 from pretrain_merge.callbacks.resuming import has_begun
@@ -106,7 +106,9 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
             self._state, self._recoveries = {}, ()  # of another run (P24)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse optimizers whose rate or gradients cannot be changed."""
+        """Refuse optimizers whose rate or gradients cannot be changed, and make the folder that of this run."""
+        # not in `on_train_start`: a run whose checkpoint was its last step trains nothing more
+        RecoveryLog(self.settings, trainer).remove_leftovers()
         for optimizer in trainer.optimizers:
             _refuse_optimizer(optimizer, trainer, self.settings)
 

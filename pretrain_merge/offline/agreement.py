@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from typing import Literal
 
 from pretrain_merge.errors import CheckpointError, MergeInputError, UnsupportedModelError
+from pretrain_merge.offline.safetensors_format import NAMES
 from pretrain_merge.offline.tensors import MERGED_DTYPES, Dtype, Kind, Source
 
 OnMissing = Literal["error", "newest"]
@@ -153,6 +154,17 @@ def refuse_negative_moments(coefficients: Sequence[float]) -> None:
             f"optimizer='average' was asked for with the coefficients {list(coefficients)}: a negative one can make "
             f"second moments negative. Take 'newest' or 'drop'."
         )
+
+
+def check_writable(outputs: Mapping[str, Output]) -> None:
+    """Raise an `UnsupportedModelError` where a tensor is of a dtype that no file of ours can hold."""
+    for name, output in outputs.items():
+        # torch has more dtypes than safetensors: complex128, some floats of 8 bits
+        if output.kind.dtype not in NAMES:
+            raise UnsupportedModelError(
+                f"{name} is {output.kind}, a dtype that safetensors cannot hold. Allowed: "
+                f"{', '.join(dtype.name for dtype in NAMES)}. Leave it out of the checkpoints, or save it as another."
+            )
 
 
 def check_readable(source: Source) -> None:

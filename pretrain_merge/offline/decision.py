@@ -67,6 +67,7 @@ class Decision:
             on_missing=on_missing, base=base,
         )  # fmt: skip
         states = _optimizer_outputs(recipe, optimizer)
+        agreement.check_writable(outputs | states)
         # in the order of the newest source, which is mostly that of its layers: reads go forward in each file
         divided = shards.divide({name: output.kind for name, output in outputs.items()}, largest_file)
         if states:

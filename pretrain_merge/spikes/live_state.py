@@ -31,6 +31,8 @@ class LiveState:
     ) -> None:
         self._module, self._optimizers, self._with_optimizers = module, optimizers, with_optimizers
         self._scaler = scaler
+        self._moved: set[str] = set()  # frozen weights that somebody writes into, as an average or a momentum encoder
+        self._sums_at_first = self._sums()
 
     @torch.no_grad()
     def copy(self) -> dict[str, Tensor]:
@@ -40,6 +42,7 @@ class LiveState:
             UnsupportedModelError: The state of an optimizer is neither tensors nor numbers.
         """
         reshard(self._module)  # P18: gathered parameters are no shards
+        self._moved |= dict(self._sums().items() - self._sums_at_first.items()).keys()
         tensors = {**self._weights(), **self._buffers()}
         copies = {name: local_part(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}  # P23
         copies |= {SCALER + key: _on_host(key, value) for key, value in self._scaling().items()}
@@ -77,7 +80,9 @@ class LiveState:
         Raises:
             CheckpointError: A weight is not there, or has another shape.
         """
-        for name, weight in self._weights().items():
+        # whoever writes into frozen weights may have begun later than the point
+        self._moved |= saved.keys() & self._frozen().keys()
+        for name, weight in self._trained().items():
             here = tuple(local_part(weight).shape)
             there = tuple(saved[name].shape) if name in saved else "missing"
             if here != there:
@@ -88,6 +93,26 @@ class LiveState:
                 )
 
     def _weights(self) -> dict[str, Tensor]:
+        return self._trained() | {name: weight for name, weight in self._frozen().items() if name in self._moved}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        trained = self._trained()
+        named = {WEIGHT + plain_name(name): parameter for name, parameter in self._module.named_parameters()}
+        return {name: weight for name, weight in named.items() if name not in trained}
+
+    @torch.no_grad()
+    def _sums(self) -> dict[str, float]:
+        """Of frozen weights, on the host: copies of a large frozen model would cost more than all that trains."""
+        plain = {
+            name: local_part(weight)
+            for name, weight in self._frozen().items()
+            # quantised ones have no sum; nobody averages them either
+            if weight.is_floating_point() and weight.element_size() > 1
+        }
+        sums = [part.sum(dtype=torch.float64).cpu() for part in plain.values()]
+        return dict(zip(plain, torch.stack(sums).tolist() if sums else [], strict=True))
+
+    def _trained(self) -> dict[str, Tensor]:
         stepped = {id(item) for each in self._optimizers for group in each.param_groups for item in group["params"]}
         trained = by_plain_name(
             (name, parameter)

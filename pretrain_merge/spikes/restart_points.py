@@ -55,8 +55,6 @@ class RestartPoints:
     def __init__(self, distrust: int, keep: int, folder: Path | None = None) -> None:
         self._distrust, self._keep, self._folder = distrust, keep, folder
         self._points: list[RestartPoint] = []
-        for path in folder.glob("point-*.safetensors") if folder is not None else ():
-            path.unlink()  # of a process that was killed; what a checkpoint needs is in it
 
     def __len__(self) -> int:
         return len(self._points)
@@ -134,6 +132,12 @@ class RestartPoints:
     def _path(self, step: int) -> Path:
         assert self._folder is not None
         return self._folder / f"point-{step:08d}.safetensors"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the points of a process that was killed: what a checkpoint needs of them is in it."""
+    for path in folder.glob("point-*.safetensors"):
+        path.unlink(missing_ok=True)
 
 
 def most_points(distrust: int, every: int, keep: int) -> int:

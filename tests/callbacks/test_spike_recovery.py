@@ -7,8 +7,8 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from callbacks.recovering_runs import BAD, RATE, SMALL, Model, assert_same, fit
 from torch import nn
-from torch.utils.data import DataLoader
 
 from pretrain_merge import ModelMerging, SpikeRecovery
 from pretrain_merge.errors import CheckpointError, ConfigError, DivergenceError
@@ -18,63 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
 ]
-
-BAD = range(90, 118)  # steps whose batches are shifted, long enough to be confirmed
-SMALL = {"distrust": 20, "every": 15, "rewarm": 10, "confirm": 8}
-RATE = 0.02
-
-
-class Model(pl.LightningModule):
-    """Data depend on the step only (P26); the rates and gradient norms that a step really used are remembered."""
-
-    def __init__(self, *, bad=BAD, shift=1e3, optimizer=torch.optim.AdamW):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 4))
-        self.bad, self.shift, self.make_optimizer = bad, shift, optimizer
-        self.losses, self.rates, self.norms, self.weights = [], [], [], []
-
-    @property
-    def step(self):
-        return self.trainer.global_step
-
-    def training_step(self, batch, index):
-        step = self.step
-        self.weights.append(self.layers[0].weight.detach().clone())
-        inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        targets = 2 * inputs[:, :4] + (self.shift if step in self.bad else 0)
-        loss = (self.layers(inputs) - targets).pow(2).mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = self.make_optimizer(self.parameters(), lr=RATE)
-        optimizer.register_step_post_hook(lambda *_: self.remember(optimizer))
-        return optimizer
-
-    def remember(self, optimizer):
-        self.rates.append(float(optimizer.param_groups[0]["lr"]))
-        self.norms.append(float(torch.stack([p.grad.norm() for p in self.parameters()]).norm()))
-
-
-def fit(folder, *callbacks, steps=140, model=None, ckpt=None, saves=(), **options):
-    model = model or Model()
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", default_root_dir=folder, callbacks=[*callbacks, *saves],
-        enable_checkpointing=bool(saves), enable_progress_bar=False, enable_model_summary=False,
-        **{"logger": False} | options,
-    )  # fmt: skip
-    trainer.fit(model, DataLoader([torch.zeros(1)] * 1000, batch_size=None), ckpt_path=ckpt)
-    return trainer, model
-
-
-def assert_same(trainer, other):
-    for name, value in other.lightning_module.state_dict().items():
-        assert torch.equal(trainer.lightning_module.state_dict()[name], value), name
-    mine, theirs = (item.optimizers[0].state_dict() for item in (trainer, other))
-    assert mine["param_groups"] == theirs["param_groups"]
-    for index, state in theirs["state"].items():
-        assert all(torch.equal(mine["state"][index][key], value) for key, value in state.items())
 
 
 def test_a_diverged_run_goes_back_before_the_damage_and_trains_on(tmp_path):
@@ -87,6 +30,21 @@ def test_a_diverged_run_goes_back_before_the_damage_and_trains_on(tmp_path):
     assert max(model.losses[-10:]) < 2 * max(model.losses[BAD[0] - 10 : BAD[0]])
     (line,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
     assert json.loads(line)["back_to"] == list(done.back_to)
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_files_of_a_killed_process_are_gone_even_where_nothing_is_left_to_train(steps, tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20)
+    fit(tmp_path, SpikeRecovery(**SMALL), steps=20, saves=[saving])
+    point = tmp_path / "restart_points" / "rank-0" / "point-00000015.safetensors"
+    point.parent.mkdir(parents=True)
+    leftovers = [point, *(tmp_path / f".{name}.0123abcd.tmp" for name in ("recoveries.jsonl", "merges.config.yaml"))]
+    for path in leftovers:
+        path.write_text("half")
+    merging = ModelMerging(window=2, every=5, validate=False, batch_norm="live", forecast=None)
+    recovery = SpikeRecovery(**SMALL, store="disk")
+    fit(tmp_path, recovery, *[merging] * (steps > 20), steps=steps, ckpt=saving.best_model_path, saves=[saving])
+    assert [path for path in leftovers if path.exists()] == leftovers[2:] * (steps == 20)
 
 
 def test_without_a_divergence_training_is_bit_for_bit_that_of_a_run_without(tmp_path):
@@ -148,20 +106,6 @@ def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_
     assert not list(tmp_path.rglob("point-*"))  # files of restart points go with the run
 
 
-@pytest.mark.parametrize(("optimizer", "is_afresh"), [("fresh", True), ("newest", False)])
-def test_the_optimizer_begins_afresh_unless_its_state_is_to_be_kept(optimizer, is_afresh, tmp_path):
-    class Counting(Model):
-        def remember(self, optimizer):
-            super().remember(optimizer)
-            self.counts = [*getattr(self, "counts", []), *{int(state["step"]) for state in optimizer.state.values()}]
-
-    recovery = SpikeRecovery(**SMALL, optimizer=optimizer)
-    _, model = fit(tmp_path, recovery, model=Counting())
-    (done,) = recovery.recoveries
-    assert model.counts[: done.step] == [*range(1, done.step + 1)]
-    assert model.counts[done.step] == (1 if is_afresh else done.back_to[0] + 1)
-
-
 def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
     class ByHand(Model):
         def on_train_batch_start(self, batch, index):
@@ -217,25 +161,6 @@ def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_pa
     assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.25]
     assert all(item.resumed - item.step <= SMALL["distrust"] for item in recovery.recoveries)
     assert len((tmp_path / "recoveries.jsonl").read_text().splitlines()) == 2
-
-
-def test_after_nan_gradients_are_scaled_as_before(tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    half = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
-    fit(tmp_path, SpikeRecovery(**SMALL), model=Model(bad=range(90, 105), shift=math.nan), plugins=[half])
-    assert scaler.get_scale() == 2.0**10  # and not halved by each of the steps that were skipped
-
-
-@pytest.mark.parametrize(
-    "average",
-    [pl.callbacks.EMAWeightAveraging, lambda: pl.callbacks.StochasticWeightAveraging(RATE, swa_epoch_start=1)],
-)
-def test_an_average_of_weights_does_not_keep_what_diverged(average, tmp_path):
-    average = average()
-    model = Model(shift=math.nan)
-    fit(tmp_path, average, SpikeRecovery(**SMALL), model=model, max_epochs=7, limit_train_batches=20)
-    assert all(value.isfinite().all() for value in average._average_model.state_dict().values())
-    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_each_attempt_reaches_the_loggers_and_the_log(tmp_path, caplog):

@@ -265,6 +265,15 @@ def test_quantised_weights_are_refused(tmp_path):
         merge_checkpoints(paths, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
+def test_a_dtype_that_no_output_can_hold_is_refused_before_anything_is_written(tmp_path, dtype):
+    state = {"w": torch.ones(2), "tone": torch.zeros(3).to(dtype)}
+    paths = [writers.pt(tmp_path, step, state) for step in (1, 2)]
+    with pytest.raises(UnsupportedModelError, match=r"tone is .*safetensors cannot hold.*float32"):
+        merge_checkpoints(paths, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
 def test_an_overflow_of_the_output_is_refused(tmp_path):
     paths = [writers.pt(tmp_path, s, {"w": torch.tensor([70000.0, s])}) for s in (1, 2)]
     with pytest.raises(MergeInputError, match="float16"):

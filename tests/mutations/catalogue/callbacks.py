@@ -298,6 +298,20 @@ FAULTS = (
         _SPIKE_RECOVERY,
     ),
     Fault(
+        "restart points of a killed process stay where nothing is left to train",
+        "callbacks/spike_recovery.py",
+        "RecoveryLog(self.settings, trainer).remove_leftovers()",
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
+        "what a killed run has half written stays in its folder",
+        "callbacks/run_folder.py",
+        'atomic.remove_leftovers(path, "merges.*")',
+        "pass",
+        _SPIKE_RECOVERY,
+    ),
+    Fault(
         "weights of before are trained on data that are bad still",
         "callbacks/recovery_run.py",
         "                self._wait(onset)",

@@ -204,4 +204,11 @@ FAULTS = (
         "                pass\n",
         "tests/offline/test_export.py",
     ),
+    Fault(
+        "a dtype that no file can hold is found when the file is written",
+        "offline/decision.py",
+        "        agreement.check_writable(outputs | states)\n",
+        "",
+        _MERGE,
+    ),
 )

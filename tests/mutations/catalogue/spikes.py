@@ -3,6 +3,7 @@
 from tests.mutations.catalogue.fault import Fault
 
 _SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
+_WHAT_GOES_BACK = "tests/callbacks/test_what_goes_back.py"
 
 FAULTS = (
     Fault(
@@ -24,21 +25,28 @@ FAULTS = (
         "spikes/live_state.py",
         "optimizer.state.clear()",
         "pass",
-        _SPIKE_RECOVERY,
+        _WHAT_GOES_BACK,
     ),
     Fault(
         "gradients stay scaled as NaN has left them",
         "spikes/live_state.py",
         "self._scaler.load_state_dict(self._scaler.state_dict() | scaling)",
         "pass",
-        _SPIKE_RECOVERY,
+        _WHAT_GOES_BACK,
+    ),
+    Fault(
+        "frozen weights that somebody writes into stay as they are",
+        "spikes/live_state.py",
+        "self._moved |= dict(self._sums().items() - self._sums_at_first.items()).keys()",
+        "pass",
+        _WHAT_GOES_BACK,
     ),
     Fault(
         "an average of weights keeps what diverged",
         "callbacks/recovery_run.py",
         "count.zero_()",
         "pass",
-        _SPIKE_RECOVERY,
+        _WHAT_GOES_BACK,
     ),
     Fault(
         "the scaled rate stays after the step",
