@@ -185,8 +185,9 @@ def _means(record: MergeRecord, metric: str) -> list[Mean]:
     found: dict[float, Mean] = {}
     for view, recipe in plain.items():
         # a sweep also merges every second checkpoint: over the same span such a mean has more noise, and would take the
-        # place of the run's own
-        if metric in record.views.get(view, {}) and recipe.steps[-2] == before:
+        # place of the run's own; a mean of longer blocks has not
+        is_sparser = record.average == "last" and recipe.steps[-2] != before
+        if metric in record.views.get(view, {}) and not is_sparser:
             span, number = span_of(recipe.steps, record.average), len(recipe.steps)
             kept = left_by_mean(span / MEMORY) + added_by_sampling(span, number, record.average)
             found[span] = Mean(span, recipe.steps[-1] - span, record.views[view][metric], number, kept)

@@ -340,11 +340,11 @@ FAULTS = (
         _SPIKE_RECOVERY,
     ),
     Fault(
-        "the point that did not help drives out the one before it",
-        "spikes/restart_points.py",
-        "([point for point in old if not point.is_used] or old)[-self._keep :]",
-        "old[-self._keep :]",
-        "tests/spikes/test_restart_points.py",
+        "an average of weights keeps what diverged",
+        "callbacks/recovery_run.py",
+        "count.zero_()",
+        "pass",
+        "tests/callbacks/test_what_goes_back.py",
     ),
     Fault(
         "merges reach across a recovery",

@@ -142,8 +142,8 @@ FAULTS = (
     Fault(
         "means of sparser checkpoints take the place of the run's own",
         "forecast/history.py",
-        " and recipe.steps[-2] == before:",
-        ":",
+        'record.average == "last" and recipe.steps[-2] != before',
+        "False",
         "tests/offline/test_sweep.py",
     ),
 )
