@@ -77,7 +77,8 @@ KINDS = {
         lambda item: item.num,
     ),
     "this thread's values": (local, add, lambda item: item.num),
-    "an instance that its metaclass holds": (Single, lambda _: add(Single()), lambda _: Single().num),
+    # the module holds the class alone
+    "an instance that its metaclass holds": (lambda: type(Single()), lambda _: add(Single()), lambda _: Single().num),
     "an attribute of a parameter": (
         lambda: nn.Parameter(torch.zeros(1)),
         give_attribute,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from harness import oracles, strategies
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from merging.moved_models import VIEWS, Mixed, assert_is_merge, counting, model_at, state, train
 from torch import nn
@@ -51,6 +51,7 @@ def test_p20_a_bfloat16_accumulator_would_fail():
     dtypes=st.lists(strategies.dtypes, min_size=1, max_size=2),
     view=st.sampled_from(["sma", "sma2", "wma", "wsm", "ema"]),
 )
+@example(size=4, every=1, num_steps=8, dtypes=[torch.float32], view="sma2")  # a view of the newest of a full window
 def test_whatever_the_window_a_merge_is_the_oracle_and_raw_comes_back(size, every, num_steps, dtypes, view):
     module, merging = Mixed(dtypes), RollingMerger(window=size, every=every, views=[view], span=None)
     trajectory = train(module, merging, range(1, num_steps + 1))
