@@ -46,7 +46,7 @@ class RunningZ:
             self._num_finite += math.isfinite(entering)
 
     def is_out(self, value: float) -> bool | None:
-        """Whether a value is beyond the threshold, and above three quarters of all; None: it cannot be judged."""
+        """Whether a value is beyond the threshold; None: it cannot be judged."""
         median = self.median
         # around an infinite median every distance is infinite, and their ratio says nothing
         if self._num_finite < self._fewest or math.isinf(median) or value != value:
@@ -54,8 +54,8 @@ class RunningZ:
         unit = abs(median) if self._relative else 1.0
         if self._is_still(median, _RESOLUTION * unit):
             return None  # whatever comes is far from it: a constant that turns noisy as well as a collapse
-        # a level that a quarter of the steps had is not new: networks that train by turns, batches of one source each;
-        # it also spares most steps the distances, which are what judging one costs
+        # a quarter of all are as far at least, so the scale below would say the same (networks that train by turns,
+        # batches of one source each); this spares most steps the distances, which are what judging one costs
         if value <= self._ordered[3 * (len(self._ordered) - 1) // 4]:
             return False
         least = self._least_scale * unit

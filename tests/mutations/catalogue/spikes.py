@@ -77,13 +77,6 @@ FAULTS = (
         "tests/merging/test_spikes_on_ranks.py",
     ),
     Fault(
-        "a level that half of the steps had is a spike",
-        "spikes/running_z.py",
-        "if value <= self._ordered[3 * (len(self._ordered) - 1) // 4]:",
-        "if value <= median:",
-        "tests/spikes/test_detector.py",
-    ),
-    Fault(
         "a loss that stood still is judged by nothing",
         "spikes/running_z.py",
         "if self._is_still(median, _RESOLUTION * unit):",
