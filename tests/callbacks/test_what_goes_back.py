@@ -39,13 +39,22 @@ def test_after_nan_gradients_are_scaled_as_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "average",
-    [pl.callbacks.EMAWeightAveraging, lambda: pl.callbacks.StochasticWeightAveraging(RATE, swa_epoch_start=1)],
+    ("average", "counter", "every"),
+    [
+        (pl.callbacks.EMAWeightAveraging, lambda average: average._average_model.n_averaged, 1),
+        (
+            lambda: pl.callbacks.StochasticWeightAveraging(RATE, swa_epoch_start=1),
+            lambda average: average.n_averaged,
+            20,
+        ),
+    ],
+    ids=["ema", "swa"],
 )
-def test_an_average_of_weights_does_not_keep_what_diverged(average, tmp_path):
-    average = average()
+def test_an_average_of_weights_does_not_keep_what_diverged(average, counter, every, tmp_path):
+    average, recovery = average(), SpikeRecovery(**SMALL)
     model = Model(shift=math.nan)
-    fit(tmp_path, average, SpikeRecovery(**SMALL), model=model, max_epochs=7, limit_train_batches=20)
+    trainer, _ = fit(tmp_path, average, recovery, model=model, max_epochs=7, limit_train_batches=20)
+    assert int(counter(average)) * every <= trainer.global_step - recovery.recoveries[-1].step
     assert all(value.isfinite().all() for value in average._average_model.state_dict().values())
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
