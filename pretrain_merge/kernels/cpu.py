@@ -43,7 +43,6 @@ def merge_(
     )
     if total is None:
         return None
-    # of numbers so small or so close to each other that float32 lost them, a slower measure is taken
-    if double or total.are_trustworthy(num_snapshots=len(snapshots), num_elements=sum(sizes)):
-        return total.spread(len(snapshots))
-    return reference.measure(snapshots)
+    return total.spread_or(
+        lambda: reference.measure(snapshots), num_snapshots=len(snapshots), num_elements=sum(sizes), double=double
+    )

@@ -1,6 +1,7 @@
 """How far snapshots lie from their mean: two sums that add up over chunks, tensors and ranks."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 # Below this a product in float32 is subnormal and loses bits, or is nothing at all.
@@ -64,6 +65,21 @@ class Sums(NamedTuple):
         """
         distance = self._distance(num_snapshots)
         return Spread(0.0 if distance < 0.0 else distance, self.squared_norm)  # NaN stays
+
+    def spread_or(
+        self, measure: Callable[[], Spread], *, num_snapshots: int, num_elements: int, double: bool
+    ) -> Spread:
+        """The spread that these sums say, or what a slower measure says where float32 could not carry them.
+
+        Args:
+            measure: Measures the same snapshots in float64.
+            num_snapshots: N.
+            num_elements: In each snapshot.
+            double: Whether the kernel added up in float64.
+        """
+        if double or self.are_trustworthy(num_snapshots=num_snapshots, num_elements=num_elements):
+            return self.spread(num_snapshots)
+        return measure()
 
     def are_trustworthy(self, *, num_snapshots: int, num_elements: int) -> bool:
         """Whether float32 products could carry them: no product that counts was subnormal, infinite or all rounding.

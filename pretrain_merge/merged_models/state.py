@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pretrain_merge.errors import UnsupportedModelError
 from pretrain_merge.parameters import by_plain_name, is_sharded, reshard
 from pretrain_merge.parameters.bits import as_integers
+from pretrain_merge.parameters.live import RESERVED
 from pretrain_merge.runtime import ranks
 
-_HEADER = "__metadata__"  # of a file of safetensors, beside the tensors' own names
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # of what `get_extra_state` returns
 TORCH_DTYPES = {  # of safetensors that every version of it reads and writes
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -77,9 +77,9 @@ def refuse_unsavable(module: nn.Module) -> None:
 
 def refuse_unwritable(state: Mapping[str, Tensor]) -> None:
     """Raise an `UnsupportedModelError` where a tensor is not plain numbers in plain memory."""
-    if _HEADER in state:
+    if RESERVED in state:
         raise UnsupportedModelError(
-            f"a tensor is called {_HEADER!r}, which is the header's own name in safetensors, the files that merged "
+            f"a tensor is called {RESERVED!r}, which is the header's own name in safetensors, the files that merged "
             f"models are saved in. Allowed: any other name. Rename it, or train without `save`."
         )
     for name, tensor in state.items():

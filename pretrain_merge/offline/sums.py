@@ -5,7 +5,7 @@ This module knows tensors that are in memory, and whose they are, for messages. 
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -89,13 +89,16 @@ def _summed(rows: Sequence[Row], coefficients: Sequence[float], device: str, mos
         table = address_table([_entry(part) for part in (row.target, *row.parts)] for row in group)
         sizes = [row.target.bits.size for row in group]
         sums = flat.merge_memory(table, sizes, coefficients, double=double, spread=True, most_threads=most_threads)
-        if double or sums.are_trustworthy(num_snapshots=len(coefficients), num_elements=sum(sizes)):
-            total = total + sums.spread(len(coefficients))
-        else:
-            from pretrain_merge.offline.torch_memory import measure_by_torch
-
-            total = total + measure_by_torch(group)
+        total = total + sums.spread_or(
+            partial(_measured, group), num_snapshots=len(coefficients), num_elements=sum(sizes), double=double
+        )
     return total
+
+
+def _measured(rows: Sequence[Row]) -> Spread:
+    from pretrain_merge.offline.torch_memory import measure_by_torch
+
+    return measure_by_torch(rows)
 
 
 @cache

@@ -27,7 +27,7 @@ from pretrain_merge.parameters.shards import (
 )
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_RESERVED = "__metadata__"  # of every safetensors file
+RESERVED = "__metadata__"  # of every safetensors file
 _ALL = ("*",)
 _NUM_NAMED = 8  # parameters that a message lists
 
@@ -172,7 +172,7 @@ def _matching(
 
 def _refuse_name(name: str) -> None:
     """Names tell tensors apart in the files of a window."""
-    if name == _RESERVED:
+    if name == RESERVED:
         raise UnsupportedModelError(
             f"a parameter has the name {name!r}, which safetensors keeps for itself: no file can hold it. Allowed: "
             f"any other name. Rename the parameter."

@@ -81,8 +81,9 @@ class LiveState:
             CheckpointError: A weight is not there, or has another shape.
         """
         # whoever writes into frozen weights may have begun later than the point
-        self._moved |= saved.keys() & self._frozen().keys()
-        for name, weight in self._trained().items():
+        trained = self._trained()
+        self._moved |= saved.keys() & self._frozen(trained).keys()
+        for name, weight in trained.items():
             here = tuple(local_part(weight).shape)
             there = tuple(saved[name].shape) if name in saved else "missing"
             if here != there:
@@ -93,10 +94,10 @@ class LiveState:
                 )
 
     def _weights(self) -> dict[str, Tensor]:
-        return self._trained() | {name: weight for name, weight in self._frozen().items() if name in self._moved}
-
-    def _frozen(self) -> dict[str, Tensor]:
         trained = self._trained()
+        return trained | {name: weight for name, weight in self._frozen(trained).items() if name in self._moved}
+
+    def _frozen(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = {WEIGHT + plain_name(name): parameter for name, parameter in self._module.named_parameters()}
         return {name: weight for name, weight in named.items() if name not in trained}
 
@@ -105,7 +106,7 @@ class LiveState:
         """Of frozen weights, on the host: copies of a large frozen model would cost more than all that trains."""
         plain = {
             name: local_part(weight)
-            for name, weight in self._frozen().items()
+            for name, weight in self._frozen(self._trained()).items()
             # quantised ones have no sum; nobody averages them either
             if weight.is_floating_point() and weight.element_size() > 1
         }

@@ -11,7 +11,7 @@ FAULTS = (
     Fault(
         "a tensor that is called like the header of a file is found out at the save",
         "merged_models/state.py",
-        "    if _HEADER in state:\n",
+        "    if RESERVED in state:\n",
         "    if False:\n",
         _ODD_MODELS,
     ),

@@ -184,13 +184,6 @@ FAULTS = (
         _WITHOUT_TORCH,
     ),
     Fault(
-        "a spread that float32 lost is believed",
-        "offline/sums.py",
-        "if double or sums.are_trustworthy(num_snapshots=len(coefficients), num_elements=sum(sizes)):",
-        "if True:",
-        _WITHOUT_TORCH,
-    ),
-    Fault(
         "a sweep whose views are of fewer checkpoints has no spread",
         "offline/sweep_job.py",
         "way.spread([self.sources[index] for index in point.valid])",
