@@ -45,7 +45,7 @@ ORDERED = named("collections", "OrderedDict") + b")R"
 SHAPE = b"(" + b"K\x01" * 1000 + b"t"
 BOMBS = {
     "bytes that are not there": (b"\x8e" + struct.pack("<Q", 2**60), ""),
-    "a frame that is not there": (b"\x95" + struct.pack("<Q", 2**60), ""),
+    "a frame that is not there": (b"\x95" + struct.pack("<Q", 2**60) + b"N", None),
     "an array of bytes that are not there": (b"\x96" + struct.pack("<Q", 2**28), "operations"),
     "a long number": (b"\x8b" + struct.pack("<i", 10**6) + b"\xff" * 10**6, "operations"),
     "a key that is nested deeply": (b"})" + b"\x85" * DEPTH + b"Ns", "a key other than"),
