@@ -5,7 +5,7 @@ hyperparameters, which nobody needs here. This module knows names and arguments.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,7 @@ _STORAGES = {
     "ComplexDoubleStorage": "complex128", "QInt8Storage": "qint8", "QInt32Storage": "qint32",
     "QUInt8Storage": "quint8", "QUInt4x2Storage": "quint4x2", "QUInt2x4Storage": "quint2x4",
 }  # fmt: skip
-_MAKERS = {
+_MAKERS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch._utils._rebuild_tensor": _dense,
@@ -173,7 +173,8 @@ _OF_TORCH = (
 )  # fmt: skip
 # values that cannot run anything even where they are loaded; among the hyperparameters of real checkpoints
 _OF_LIBRARIES = {
-    "builtins": "bool bytearray bytes complex dict float frozenset int list range set slice str tuple",
+    "builtins": "bool bytearray bytes complex dict float frozenset int list range set slice str tuple long unicode "
+    "xrange",
     "_codecs": "encode",
     "collections": "Counter defaultdict deque",
     "typing": "Any",
