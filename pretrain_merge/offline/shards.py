@@ -117,6 +117,7 @@ class ShardWriter:
         self._expected = len(header) + end
         self._checksum = 0
         self._done = 0
+        self._found = bytearray(_BLOCK)
         self.write(memoryview(header))
 
     def write(self, data: memoryview) -> None:
@@ -130,9 +131,10 @@ class ShardWriter:
             # a call may take less, as on a disk that is nearly full
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
         for start in range(0, len(data) if self._is_checked else 0, _BLOCK):
-            block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
-            found = os.pread(self._descriptor, len(block), self._done + start)
-            if found != block:
+            block = data[start : start + _BLOCK]
+            # a bytearray is compared as memory, and a memoryview byte by byte, ten times as slowly
+            found = self._found if len(block) == _BLOCK else bytearray(len(block))
+            if os.preadv(self._descriptor, [found], self._done + start) != len(block) or found != block:
                 raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
             self._checksum = zlib.crc32(found, self._checksum)
         self._done += len(data)
