@@ -34,7 +34,8 @@ class Divergence:
     """One run.
 
     Attributes:
-        mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random.
+        mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random, early at a
+            rate that is rather high; "grown": the same bytes later, at a good rate.
         family: "dense" or "moe".
         seed: Draws weights, data and the shock.
         lr: After the warm-up, constant.
@@ -59,17 +60,20 @@ class Divergence:
 ALL = tuple(
     Divergence("rate", family, seed, lr=0.3, beta2=0.999) if mechanism == "rate"
     else Divergence("shock", family, seed, lr=1e-2, beta2=0.95, shock=(400 + 17 * seed, 439 + 17 * seed))
-    for mechanism in ("rate", "shock")
+    if mechanism == "shock"
+    else Divergence("grown", family, seed, lr=3e-3, beta2=0.95, shock=(1200 + 17 * seed, 1239 + 17 * seed))
+    for mechanism, num_seeds in (("rate", 6), ("shock", 6), ("grown", 4))
     for family in ("dense", "moe")
-    for seed in range(6)
+    for seed in range(num_seeds)
 )  # fmt: skip
 
 
 def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     """Train it with `SpikeRecovery`, and its control to the same step; all that is worth a record.
 
-    The control trains at the rate that the recovered run has at its end, from its first step. Where it diverges itself,
-    as it may after a mild attempt, it trains at a lower one.
+    The control trains at the rate that the recovered run has at its end, clipped, from its first step. Where it
+    diverges itself, it trains at a lower one. The twin of a run with a shock is that run without the shock, clipped
+    from the same step on: it tells what the shock cost from what the steps before it cost.
 
     Args:
         divergence: What is trained.
@@ -92,13 +96,17 @@ def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     end = recovery.recoveries[0].onset + BEYOND
     factor = recovery.recoveries[-1].lr_factor
     while True:
-        control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip=_CLIP)
+        control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip_from=0)
         watching = SpikeRecovery()  # changes nothing until it tells of a divergence
         _fit(control, corpus, end, watching, is_control=True)
         if not watching.recoveries:
             break
         factor *= _LOWER
     found |= {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end, "control_factor": factor}
+    if divergence.shock is not None:
+        twin = _Model(replace(divergence, shock=None), clip_from=recovery.recoveries[0].step)
+        _fit(twin, corpus, end, SpikeRecovery(), is_control=True)
+        found["twin"] = twin.loss_at(end)
     return found
 
 
@@ -129,12 +137,12 @@ def _warmth(step: int) -> float:
 
 
 class _Model(lightning.LightningModule):
-    def __init__(self, divergence: Divergence, clip: float | None = None) -> None:
+    def __init__(self, divergence: Divergence, clip_from: float = math.inf) -> None:
         super().__init__()
         torch.manual_seed(divergence.seed)
         width = 48 if divergence.family == "dense" else 32
         self._decoder = Decoder(width=width, depth=2, block_length=_BLOCK_LENGTH, family=divergence.family, dropout=0.0)
-        self._divergence, self._clip = divergence, clip
+        self._divergence, self._clip_from = divergence, clip_from
         self.losses: dict[int, float] = {}
 
     def loss_at(self, end: int) -> float:
@@ -148,6 +156,10 @@ class _Model(lightning.LightningModule):
             blocks = torch.randint(VOCAB_SIZE, blocks.shape, generator=generator)
         loss: Tensor = self._decoder(blocks)
         return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        if self.trainer.global_step >= self._clip_from:
+            self.clip_gradients(optimizer, gradient_clip_val=_CLIP, gradient_clip_algorithm="norm")
 
     def configure_optimizers(self) -> Any:
         betas = (0.9, self._divergence.beta2)
@@ -182,7 +194,6 @@ def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery
         trainer = lightning.Trainer(
             accelerator="cpu", devices=1, max_steps=num_steps + (0 if is_control else BEYOND), logger=False,
             default_root_dir=folder, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-            gradient_clip_val=module._clip,
             callbacks=[recovery, _Measuring(corpus, None if is_control else recovery)],
         )  # fmt: skip
         trainer.fit(module, DataLoader(blocks, batch_size=_BATCH))
