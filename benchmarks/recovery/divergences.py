@@ -35,12 +35,13 @@ class Divergence:
 
     Attributes:
         mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random, early at a
-            rate that is rather high; "grown": the same bytes later, at a good rate.
+            rate that is rather high; "grown": the same bytes later, in a run at a good rate that clips by itself.
         family: "dense" or "moe".
         seed: Draws weights, data and the shock.
         lr: After the warm-up, constant.
         beta2: Of AdamW.
         shock: First and last step of the bytes at random, where there are any.
+        clips: Whether the run clips its gradients itself from its first step, as all controls do.
         num_steps: By which it must have diverged.
     """
 
@@ -50,6 +51,7 @@ class Divergence:
     lr: float
     beta2: float
     shock: tuple[int, int] | None = None
+    clips: bool = False
     num_steps: int = 1500
 
     @property
@@ -57,15 +59,17 @@ class Divergence:
         return f"{self.mechanism}-{self.family}-{self.seed}"
 
 
-ALL = tuple(
-    Divergence("rate", family, seed, lr=0.3, beta2=0.999) if mechanism == "rate"
-    else Divergence("shock", family, seed, lr=1e-2, beta2=0.95, shock=(400 + 17 * seed, 439 + 17 * seed))
-    if mechanism == "shock"
-    else Divergence("grown", family, seed, lr=3e-3, beta2=0.95, shock=(1200 + 17 * seed, 1239 + 17 * seed))
-    for mechanism, num_seeds in (("rate", 6), ("shock", 6), ("grown", 4))
-    for family in ("dense", "moe")
-    for seed in range(num_seeds)
-)  # fmt: skip
+def _with_shock(mechanism: str, family: str, seed: int, at: int, **options: Any) -> Divergence:
+    first = at + 17 * seed  # not at the same distance from a restart point in each run
+    return Divergence(mechanism, family, seed, beta2=0.95, shock=(first, first + 39), **options)
+
+
+_FAMILIES = ("dense", "moe")
+ALL = (
+    *(Divergence("rate", family, seed, lr=0.3, beta2=0.999) for family in _FAMILIES for seed in range(6)),
+    *(_with_shock("shock", family, seed, 400, lr=1e-2) for family in _FAMILIES for seed in range(6)),
+    *(_with_shock("grown", family, seed, 1200, lr=3e-3, clips=True) for family in _FAMILIES for seed in range(4)),
+)
 
 
 def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     corpus = texts.TEXTS["stdlib"]()
     recovery = SpikeRecovery(**keys)
     found: dict[str, Any] = asdict(divergence) | {"keys": keys}
-    run, error = _Model(divergence), ""
+    run, error = _Model(divergence, clip_from=0 if divergence.clips else math.inf), ""
     try:
         _fit(run, corpus, divergence.num_steps, recovery)
     except DivergenceError as raised:
@@ -103,7 +107,7 @@ def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
             break
         factor *= _LOWER
     found |= {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end, "control_factor": factor}
-    if divergence.shock is not None:
+    if divergence.shock is not None and not divergence.clips:  # else it would be the control once more
         twin = _Model(replace(divergence, shock=None), clip_from=recovery.recoveries[0].step)
         _fit(twin, corpus, end, SpikeRecovery(), is_control=True)
         found["twin"] = twin.loss_at(end)

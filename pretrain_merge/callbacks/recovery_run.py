@@ -5,17 +5,16 @@ Lightning's asks for what is `SpikeRecovery`'s business. Steps and loaders go on
 buffers and optimizer state are those of before, so the data since are skipped and no loop is rewound.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
+from pretrain_merge.callbacks.recovery_averages import begin_average_anew
 from pretrain_merge.callbacks.recovery_log import DATA, Recovery, RecoveryLog
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
 from pretrain_merge.callbacks.resuming import step_of
@@ -221,9 +220,10 @@ class RecoveryRun:
             return  # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
         self._go_back([newest])
         self._points.mark_used(newest.step)
-        told = {"cause": DATA, "back_to": (newest.step,), "lr_factor": _lr_factor(others), "resumed": self._step}
-        self.recoveries = (*others, replace(last, **told))
-        self._log.blame_data(self.recoveries[-1])
+        factor = _lr_factor(others)
+        told = replace(last, back_to=(newest.step,), lr_factor=factor, resumed=self._step, cause=DATA)
+        self.recoveries = (*others, told)
+        self._log.blame_data(told)
         self._log.write(self.recoveries)
 
     def _distrust_skipped(self) -> None:
@@ -245,7 +245,7 @@ class RecoveryRun:
         for callback in self._trainer.callbacks:
             if isinstance(callback, ModelMerging):  # its snapshots from before are of other weights
                 callback.mark_phase(f"recovery at step {self._step}")
-            _begin_average_anew(callback, self._module)
+            begin_average_anew(callback, self._module)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._step, self._high_since = state["step"], state["high_since"]
@@ -266,25 +266,6 @@ class RecoveryRun:
 
 def _lr_factor(recoveries: Sequence[Recovery]) -> float:
     return recoveries[-1].lr_factor if recoveries else 1.0
-
-
-@torch.no_grad()
-def _begin_average_anew(callback: Any, module: nn.Module) -> None:
-    """Lightning's EMA and SWA hold the damage, and NaN for ever: they begin with the weights that are here now."""
-    average = getattr(callback, "_average_model", None)
-    if not isinstance(average, nn.Module):
-        return
-    inner = getattr(average, "module", average)
-    for mine, live in zip(_tensors(inner), _tensors(module), strict=True):
-        mine.copy_(live)
-    for owner in (callback, average):
-        count = getattr(owner, "n_averaged", None)
-        if isinstance(count, Tensor):
-            count.zero_()
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
 
 
 def _giving(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:

@@ -136,6 +136,19 @@ def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_
     assert not list(tmp_path.rglob("point-*"))  # files of restart points go with the run
 
 
+def test_the_state_of_an_earlier_version_which_told_no_cause_goes_on(tmp_path):
+    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL), model=harmed())
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=105)
+    fit(tmp_path / "b", SpikeRecovery(**SMALL), model=harmed(), steps=110, saves=[saving])
+    path = tmp_path / "saved" / "step=105.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (done,) = checkpoint["callbacks"]["SpikeRecovery"]["recoveries"]
+    assert done.pop("cause", "") is None
+    torch.save(checkpoint, path)
+    resumed, _ = fit(tmp_path / "b", SpikeRecovery(**SMALL), model=harmed(), ckpt=path, saves=[saving])
+    assert_same(resumed, whole)
+
+
 def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
     class ByHand(Model):
         def on_train_batch_start(self, batch, index):

@@ -356,8 +356,8 @@ FAULTS = (
     Fault(
         "the rate is lowered where the data are to blame",
         "callbacks/recovery_run.py",
-        '"lr_factor": _lr_factor(others)',
-        '"lr_factor": last.lr_factor',
+        "factor = _lr_factor(others)",
+        "factor = last.lr_factor",
         _SPIKE_RECOVERY,
     ),
     Fault(
@@ -369,7 +369,7 @@ FAULTS = (
     ),
     Fault(
         "an average of weights keeps what diverged",
-        "callbacks/recovery_run.py",
+        "callbacks/recovery_averages.py",
         "count.zero_()",
         "pass",
         "tests/callbacks/test_what_goes_back.py",
