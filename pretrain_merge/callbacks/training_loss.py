@@ -38,7 +38,7 @@ class TrainingLoss:
 
 def _loss_in(outputs: Any) -> Tensor | None:
     # to ask for a `Mapping` is a call into Python's own code, and Lightning gives a dictionary
-    loss = outputs.get("loss") if isinstance(outputs, dict) or isinstance(outputs, Mapping) else outputs
+    loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         return None
     # a loss of tensor parallelism is whole on each rank

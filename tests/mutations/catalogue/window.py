@@ -121,8 +121,8 @@ FAULTS = (
     ),
     Fault(
         "a step inside a swap takes the slot of raw",
-        "window/capture.py",
-        "if self.stored.num_swaps:",
+        "window/observed.py",
+        "if self._stored.num_swaps:",
         "if False:",
         "tests/merging/test_raw_comes_back.py",
     ),
