@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m benchmarks.recovery [--only NAME ...] [--report] [--mild STEPS] [--every STEPS] [--folder FOLDER]
+    python -m benchmarks.recovery [--only NAME ...] [--report] [--every STEPS] [--folder FOLDER]
 
 Trains what has no record yet, one after another, and prints how the recovered runs ended. A run that was interrupted
 goes on with the next one that is missing.
@@ -22,7 +22,7 @@ _RECORDS = Path(__file__).with_name("records")
 _WITHIN = 0.01
 _COLUMNS = {
     "what": "what", "runs": "runs", "diverged": "diverged", "within 1%": "within", "attempts": "attempts",
-    "worst": "worst",
+    "worst": "worst", "beyond its twin": "beyond_twin",
 }  # fmt: skip
 
 
@@ -31,11 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
     parser.add_argument("--only", nargs="*", help="names of runs, as rate-dense-0")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--mild", type=int, help="of SpikeRecovery, with a folder of its own (default: the callback's)")
-    parser.add_argument("--every", type=int, help="likewise")
+    parser.add_argument("--every", type=int, help="of SpikeRecovery, with a folder of its own (default: its default)")
     parser.add_argument("--folder", type=Path, default=_RECORDS, help="of records (default: those of the repository)")
     options = parser.parse_args(arguments)
-    keys = {key: getattr(options, key) for key in ("mild", "every") if getattr(options, key) is not None}
+    keys = {} if options.every is None else {"every": options.every}
     if keys and options.folder == _RECORDS:
         parser.error("records of other keys need a folder of their own: --folder")
     torch.set_num_threads(1)
@@ -68,8 +67,13 @@ def _row(kind: str, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "diverged": len(diverged),
         "within": sum(gap is not None and gap <= _WITHIN for gap in gaps),
         "attempts": sum(len(item["recoveries"]) for item in diverged),
+        "beyond_twin": _range([item["loss"] / item["twin"] - 1 for item in diverged if item.get("twin")]),
         "worst": "lost" if None in gaps else f"{max(gap for gap in gaps if gap is not None):+.1%}" if gaps else "",
     }
+
+
+def _range(gaps: Sequence[float]) -> str:
+    return f"{min(gaps):+.1%} to {max(gaps):+.1%}" if gaps else ""
 
 
 def _gap(item: dict[str, Any]) -> float | None:
@@ -80,6 +84,7 @@ def _gap(item: dict[str, Any]) -> float | None:
 def _summary(item: dict[str, Any]) -> str:
     gap, steps = _gap(item), [(done["onset"], done["back_to"]) for done in item["recoveries"]]
     ended = "" if gap is None else f"{item['loss']:.4f}, control {item['control']:.4f}, {gap:+.2%}"
+    ended += f", twin {item['twin']:.4f}, {item['loss'] / item['twin'] - 1:+.2%}" if item.get("twin") else ""
     return f"{steps} {item['error'][:80]} {ended}"
 
 

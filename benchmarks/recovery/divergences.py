@@ -34,12 +34,14 @@ class Divergence:
     """One run.
 
     Attributes:
-        mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random.
+        mechanism: "rate": too high, with AdamW's usual beta2 and no clipping; "shock": bytes at random, early at a
+            rate that is rather high; "grown": the same bytes later, in a run at a good rate that clips by itself.
         family: "dense" or "moe".
         seed: Draws weights, data and the shock.
         lr: After the warm-up, constant.
         beta2: Of AdamW.
         shock: First and last step of the bytes at random, where there are any.
+        clips: Whether the run clips its gradients itself from its first step, as all controls do.
         num_steps: By which it must have diverged.
     """
 
@@ -49,6 +51,7 @@ class Divergence:
     lr: float
     beta2: float
     shock: tuple[int, int] | None = None
+    clips: bool = False
     num_steps: int = 1500
 
     @property
@@ -56,20 +59,25 @@ class Divergence:
         return f"{self.mechanism}-{self.family}-{self.seed}"
 
 
-ALL = tuple(
-    Divergence("rate", family, seed, lr=0.3, beta2=0.999) if mechanism == "rate"
-    else Divergence("shock", family, seed, lr=1e-2, beta2=0.95, shock=(400 + 17 * seed, 439 + 17 * seed))
-    for mechanism in ("rate", "shock")
-    for family in ("dense", "moe")
-    for seed in range(6)
-)  # fmt: skip
+def _with_shock(mechanism: str, family: str, seed: int, at: int, **options: Any) -> Divergence:
+    first = at + 17 * seed  # not at the same distance from a restart point in each run
+    return Divergence(mechanism, family, seed, beta2=0.95, shock=(first, first + 39), **options)
+
+
+_FAMILIES = ("dense", "moe")
+ALL = (
+    *(Divergence("rate", family, seed, lr=0.3, beta2=0.999) for family in _FAMILIES for seed in range(6)),
+    *(_with_shock("shock", family, seed, 400, lr=1e-2) for family in _FAMILIES for seed in range(6)),
+    *(_with_shock("grown", family, seed, 1200, lr=3e-3, clips=True) for family in _FAMILIES for seed in range(4)),
+)
 
 
 def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     """Train it with `SpikeRecovery`, and its control to the same step; all that is worth a record.
 
-    The control trains at the rate that the recovered run has at its end, from its first step. Where it diverges itself,
-    as it may after a mild attempt, it trains at a lower one.
+    The control trains at the rate that the recovered run has at its end, clipped, from its first step. Where it
+    diverges itself, it trains at a lower one. The twin of a run with a shock is that run without the shock, clipped
+    from the same step on: it tells what the shock cost from what the steps before it cost.
 
     Args:
         divergence: What is trained.
@@ -78,7 +86,7 @@ def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     corpus = texts.TEXTS["stdlib"]()
     recovery = SpikeRecovery(**keys)
     found: dict[str, Any] = asdict(divergence) | {"keys": keys}
-    run, error = _Model(divergence), ""
+    run, error = _Model(divergence, clip_from=0 if divergence.clips else math.inf), ""
     try:
         _fit(run, corpus, divergence.num_steps, recovery)
     except DivergenceError as raised:
@@ -92,13 +100,17 @@ def measured(divergence: Divergence, **keys: Any) -> dict[str, Any]:
     end = recovery.recoveries[0].onset + BEYOND
     factor = recovery.recoveries[-1].lr_factor
     while True:
-        control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip=_CLIP)
+        control = _Model(replace(divergence, lr=divergence.lr * factor, shock=None), clip_from=0)
         watching = SpikeRecovery()  # changes nothing until it tells of a divergence
         _fit(control, corpus, end, watching, is_control=True)
         if not watching.recoveries:
             break
         factor *= _LOWER
     found |= {"loss": run.loss_at(end), "control": control.loss_at(end), "end": end, "control_factor": factor}
+    if divergence.shock is not None and not divergence.clips:  # else it would be the control once more
+        twin = _Model(replace(divergence, shock=None), clip_from=recovery.recoveries[0].step)
+        _fit(twin, corpus, end, SpikeRecovery(), is_control=True)
+        found["twin"] = twin.loss_at(end)
     return found
 
 
@@ -129,12 +141,12 @@ def _warmth(step: int) -> float:
 
 
 class _Model(lightning.LightningModule):
-    def __init__(self, divergence: Divergence, clip: float | None = None) -> None:
+    def __init__(self, divergence: Divergence, clip_from: float = math.inf) -> None:
         super().__init__()
         torch.manual_seed(divergence.seed)
         width = 48 if divergence.family == "dense" else 32
         self._decoder = Decoder(width=width, depth=2, block_length=_BLOCK_LENGTH, family=divergence.family, dropout=0.0)
-        self._divergence, self._clip = divergence, clip
+        self._divergence, self._clip_from = divergence, clip_from
         self.losses: dict[int, float] = {}
 
     def loss_at(self, end: int) -> float:
@@ -148,6 +160,10 @@ class _Model(lightning.LightningModule):
             blocks = torch.randint(VOCAB_SIZE, blocks.shape, generator=generator)
         loss: Tensor = self._decoder(blocks)
         return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        if self.trainer.global_step >= self._clip_from:
+            self.clip_gradients(optimizer, gradient_clip_val=_CLIP, gradient_clip_algorithm="norm")
 
     def configure_optimizers(self) -> Any:
         betas = (0.9, self._divergence.beta2)
@@ -182,7 +198,6 @@ def _fit(module: _Model, corpus: Corpus, num_steps: int, recovery: SpikeRecovery
         trainer = lightning.Trainer(
             accelerator="cpu", devices=1, max_steps=num_steps + (0 if is_control else BEYOND), logger=False,
             default_root_dir=folder, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-            gradient_clip_val=module._clip,
             callbacks=[recovery, _Measuring(corpus, None if is_control else recovery)],
         )  # fmt: skip
         trainer.fit(module, DataLoader(blocks, batch_size=_BATCH))

@@ -21,6 +21,7 @@ from pretrain_merge.spikes.restart_points import most_points, remove_leftovers
 
 _RECORDS = "recoveries.jsonl"
 _NAME = "recovery"
+DATA = "data"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Recovery:
         lr_factor: By which every rate is multiplied from here on.
         reason: What was seen.
         resumed: After which step the rate began to rise: later than `step` where the data were bad still.
+        cause: "data", where the weights of before saw as high a loss before they had moved; None: it was the rate, or
+            data that were good again by then.
     """
 
     attempt: int
@@ -44,6 +47,7 @@ class Recovery:
     lr_factor: float
     reason: str
     resumed: int
+    cause: str | None = None
 
 
 class RecoveryLog:
@@ -105,6 +109,18 @@ class RecoveryLog:
             f"{settings.attempts}: back to the weights of step {where}, with {', '.join(changes)}; the data since are "
             f"skipped."
         )
+        self._log_metrics(recovery)
+
+    def blame_data(self, recovery: Recovery) -> None:
+        """The weights of before have told the cause; said anew while the data are bad still."""
+        self.say(
+            f"step {recovery.resumed}: the weights of before see a loss as high, so the data are to blame. Back to the "
+            f"weights of step {recovery.back_to[-1]}, with {recovery.lr_factor:g} times the learning rate; the data "
+            f"since are skipped."
+        )
+        self._log_metrics(recovery)
+
+    def _log_metrics(self, recovery: Recovery) -> None:
         metrics = {
             f"{_NAME}/attempt": float(recovery.attempt),
             f"{_NAME}/onset": float(recovery.onset),

@@ -5,18 +5,17 @@ Lightning's asks for what is `SpikeRecovery`'s business. Steps and loaders go on
 buffers and optimizer state are those of before, so the data since are skipped and no loop is rewound.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_merge.callbacks.model_merging import ModelMerging
 from pretrain_merge.callbacks.optimizer_steps import optimizer_steps
-from pretrain_merge.callbacks.recovery_log import Recovery, RecoveryLog
+from pretrain_merge.callbacks.recovery_averages import begin_average_anew
+from pretrain_merge.callbacks.recovery_log import DATA, Recovery, RecoveryLog
 from pretrain_merge.callbacks.recovery_state import RecoverySettings, packed, unpacked
 from pretrain_merge.callbacks.resuming import step_of
 from pretrain_merge.callbacks.run_folder import logs_folder
@@ -28,7 +27,7 @@ from pretrain_merge.spikes.changed_steps import ChangedSteps
 from pretrain_merge.spikes.live_state import LiveState
 from pretrain_merge.spikes.restart_points import RestartPoint, RestartPoints, mean_of
 
-_AT_ONCE = 5  # steps; so many the detector looks at together
+_AT_ONCE = 5  # steps; so many the detector judges together
 
 
 class RecoveryRun:
@@ -66,7 +65,7 @@ class RecoveryRun:
         self._loss = TrainingLoss()
         if state:
             self._go_on(state)
-        is_due = self._step % settings.every == 0 and not self._is_settling
+        is_due = self._step % settings.every == 0 and self._is_calm
         if not self._points.steps or (is_due and self._points.steps[-1] != self._step):
             self._keep()  # the first one, or one that a checkpoint saved at this very step had not seen yet
         if state:
@@ -117,7 +116,7 @@ class RecoveryRun:
         self._stepped = False
         if self._step % READ_EVERY == 0 or self._step % self._settings.every == 0:
             self._look(self._detector.read(self._step))
-        if self._step % self._settings.every == 0 and not self._is_settling:
+        if self._step % self._settings.every == 0 and self._is_calm:
             self._keep()
 
     def mark_phase(self, name: str) -> None:
@@ -155,7 +154,14 @@ class RecoveryRun:
         if not self.recoveries:
             return 1.0
         last, rewarm = self.recoveries[-1], self._settings.rewarm
-        return last.lr_factor * min(1.0, (self._step - last.resumed + 1) / max(1, rewarm))
+        at = self._step - last.resumed + 1
+        # weights that have not moved are judged by the data alone; by a ramp of 30 steps this is a third of one
+        return last.lr_factor * min(1.0, at / max(1, rewarm)) if at >= _AT_ONCE else 0.0
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether weights are worth keeping: damaged ones would also drive out those that a divergence asks for."""
+        return self._high_since is None and not self._is_settling
 
     @property
     def _is_settling(self) -> bool:
@@ -178,10 +184,13 @@ class RecoveryRun:
 
     def _look(self, onset: Onset | None) -> None:
         """Go back once the loss stays out of bounds: a spike that passes costs nothing (`confirm`)."""
-        if onset is None or self._is_settling:
-            self._high_since = None
+        if self._is_settling:
             if onset is not None:
-                self._wait(onset)
+                self._blame_data(onset)
+            return
+        self._distrust_skipped()
+        if onset is None:
+            self._high_since = None
             return
         if self._high_since is None:
             self._high_since = max(onset.step, self._step - READ_EVERY + 1)
@@ -190,47 +199,58 @@ class RecoveryRun:
 
     def _recover(self, onset: Onset) -> None:
         settings, attempt = self._settings, len(self.recoveries) + 1
-        points = self._points.trusted(onset.step, settings.depth_of(attempt))
+        points = self._points.trusted(onset.step)
         if attempt > settings.attempts or not points:
             raise DivergenceError(self._log.why_not(onset, self._step, self.recoveries))
+        self._points.forget(onset.step)
         points = points if settings.weights == "merge" else points[-1:]
         self._go_back(points)
-        steps, factor = tuple(point.step for point in points), settings.factor_of(attempt)
+        steps, factor = tuple(point.step for point in points), _lr_factor(self.recoveries) * settings.lr
         recovery = Recovery(attempt, self._step, onset.step, steps, factor, onset.reason, resumed=self._step)
         self.recoveries += (recovery,)
         self._log.publish(recovery)
         self._log.write(self.recoveries)
 
-    def _wait(self, onset: Onset) -> None:
-        """Go back again where the weights of before see such a loss, too: the data are to blame, and bad still."""
-        last = self.recoveries[-1]
-        points = [point for point in self._points.points if point.step in last.back_to]
+    def _blame_data(self, onset: Onset) -> None:
+        """Go back to the newest weights from before the onset: those of before it see such a loss before they move."""
+        *others, last = self.recoveries
+        newest = self._points.newest_before(last.onset)
         # later the rate is high enough to have done it; and data that stay as they are would be waited for for ever
-        if not points or onset.step > last.resumed + _AT_ONCE or self._step - last.step >= self._settings.distrust:
-            return  # no points: `in_checkpoints` is off, and a resumed run has none but its checkpoint
-        self._go_back(points)
-        self.recoveries = (*self.recoveries[:-1], replace(last, resumed=self._step))
-        self._log.say(f"step {self._step}: the weights of before see a loss as high. The data since are skipped, too.")
+        if newest is None or onset.step > last.resumed + _AT_ONCE or self._step - last.step >= self._settings.distrust:
+            return  # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        self._go_back([newest])
+        self._points.mark_used(newest.step)
+        factor = _lr_factor(others)
+        told = replace(last, back_to=(newest.step,), lr_factor=factor, resumed=self._step, cause=DATA)
+        self.recoveries = (*others, told)
+        self._log.blame_data(told)
         self._log.write(self.recoveries)
+
+    def _distrust_skipped(self) -> None:
+        """Where the data were not to blame, points between the one that was gone back to and the onset are damaged."""
+        if self.recoveries and self.recoveries[-1].cause != DATA:
+            last = self.recoveries[-1]
+            self._points.forget(last.back_to[-1] + 1, last.onset)
+            self._points.mark_used(last.back_to[-1])
 
     def _go_back(self, points: Sequence[RestartPoint]) -> None:
         with ranks.all_or_none("go back to a restart point"):
             self._live.write(mean_of(points) if len(points) > 1 else points[-1].read())
-            self._points.go_back_to(points[-1])
         if points[-1].step >= self._phase_since:
-            self._detector.load_state_dict(points[-1].watch)
+            # as if the steps since had not been: counted as unknown, they would leave too few to judge the next by
+            self._detector.load_state_dict({**points[-1].watch, "newest": self._step})
         else:  # its weights are of other data than those that come
             self._detector.restart()
         self._high_since = None
         for callback in self._trainer.callbacks:
             if isinstance(callback, ModelMerging):  # its snapshots from before are of other weights
                 callback.mark_phase(f"recovery at step {self._step}")
-            _begin_average_anew(callback, self._module)
+            begin_average_anew(callback, self._module)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._step, self._high_since = state["step"], state["high_since"]
         self._phase_since = state.get("phase_since", 0)  # a checkpoint of an earlier version has none
-        # one of an earlier version did not wait
+        # one of an earlier version did not wait, and told no cause
         attempts = (
             {"resumed": item["step"], **item, "back_to": tuple(item["back_to"])} for item in state["recoveries"]
         )
@@ -244,23 +264,8 @@ class RecoveryRun:
             self._points.add(step, _giving(tensors), watch, is_used=is_used)
 
 
-@torch.no_grad()
-def _begin_average_anew(callback: Any, module: nn.Module) -> None:
-    """Lightning's EMA and SWA hold the damage, and NaN for ever: they begin with the weights that are here now."""
-    average = getattr(callback, "_average_model", None)
-    if not isinstance(average, nn.Module):
-        return
-    inner = getattr(average, "module", average)
-    for mine, live in zip(_tensors(inner), _tensors(module), strict=True):
-        mine.copy_(live)
-    for owner in (callback, average):
-        count = getattr(owner, "n_averaged", None)
-        if isinstance(count, Tensor):
-            count.zero_()
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
+def _lr_factor(recoveries: Sequence[Recovery]) -> float:
+    return recoveries[-1].lr_factor if recoveries else 1.0
 
 
 def _giving(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:

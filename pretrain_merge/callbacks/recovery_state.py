@@ -17,7 +17,7 @@ from pretrain_merge.runtime import ranks
 from pretrain_merge.spikes.restart_points import RestartPoint
 
 _CHOICES = {"optimizer": ("fresh", "newest"), "weights": ("raw", "merge"), "store": ("host", "disk")}
-_LEAST = {"distrust": 1, "mild": 1, "rewarm": 0, "attempts": 1, "confirm": 0, "every": 1, "keep": 1}
+_LEAST = {"distrust": 1, "rewarm": 0, "attempts": 1, "confirm": 0, "every": 1, "keep": 1}
 _KEPT_FOR_MERGE = 4  # restart points; with the default interval they span 150 steps
 
 
@@ -30,7 +30,6 @@ class RecoverySettings:
     """
 
     distrust: int = 100
-    mild: int | None = None
     lr: float = 0.5
     clip: float | None = 1.0
     optimizer: str = "fresh"
@@ -50,8 +49,6 @@ class RecoverySettings:
                 raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}.")
         for key, least in _LEAST.items():
             value = self.num_kept if key == "keep" else getattr(self, key)
-            if key == "mild" and value is None:
-                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: whole numbers from {least} on.")
         if not (_is_number(self.lr) and 0.0 < self.lr <= 1.0):
@@ -66,14 +63,6 @@ class RecoverySettings:
                 "lr: 1, and clip: None would go back and change nothing that lasts, which only delays the next "
                 "divergence. Lower lr, or clip."
             )
-
-    def depth_of(self, attempt: int) -> int:
-        """Steps before the onset that an attempt, counted from 1, goes back at least."""
-        return min(self.mild, self.distrust) if attempt == 1 and self.mild is not None else self.distrust
-
-    def factor_of(self, attempt: int) -> float:
-        """By which an attempt, counted from 1, multiplies every rate from then on."""
-        return self.lr ** (attempt - (self.mild is not None))
 
     @property
     def num_kept(self) -> int:

@@ -28,14 +28,14 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     rate is applied for the time of each step, so that it lasts whatever sets the rate between steps. Until a run
     diverges, training is bit for bit that of a run without the callback.
 
-    Where the weights of before see as high a loss at once, at hardly any rate, the data are to blame, and the run goes
-    back to them again until the data are better.
+    The weights of before tell the cause: where they see as high a loss at once, before they have moved, the data are to
+    blame. Then the newest weights from before the onset are good, and so is the rate: the run goes on with those as
+    soon as the data are better.
 
     Args:
-        distrust: Steps before the onset that are taken as damaged: a run goes back at least so far.
-        mild: Steps before the onset that the first attempt goes back instead, at the full rate, for where data are
-            likelier to blame than the rate; None: the first attempt is as those after it.
-        lr: Factor of every learning rate from then on, once more with each attempt that is not mild.
+        distrust: Steps before the onset that are taken as damaged: a run goes back at least so far, unless the data
+            are to blame.
+        lr: Factor of every learning rate from then on, once more with each attempt, unless the data are to blame.
         clip: Norm at which gradients are clipped from then on, beside the clipping of your own; None: no other.
         optimizer: "fresh": optimizers begin without state; "newest": with the state that the restart point has.
         rewarm: Steps in which the rate rises to its new value, linearly.
@@ -57,7 +57,6 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     def __init__(
         self,
         distrust: int = 100,
-        mild: int | None = None,
         lr: float = 0.5,
         clip: float | None = 1.0,
         optimizer: str = "fresh",
@@ -74,7 +73,7 @@ class SpikeRecovery(*CALLBACKS):  # type: ignore[misc]
     ) -> None:
         diverged = {"confirm": confirm, "attempts": attempts}
         changes = {"lr": lr, "clip": clip, "optimizer": optimizer, "rewarm": rewarm, "weights": weights}
-        points = {"distrust": distrust, "mild": mild, "every": every, "keep": keep}
+        points = {"distrust": distrust, "every": every, "keep": keep}
         kept = {"store": store, "store_folder": store_folder, "in_checkpoints": in_checkpoints}
         self.settings = RecoverySettings.of(diverged | changes | points | kept | options)
         self._run: RecoveryRun | None = None

@@ -90,21 +90,27 @@ class RestartPoints:
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._points.append(RestartPoint(step, self._kept(step, tensors), num_bytes, watch, is_used))
 
-    def trusted(self, onset: int, depth: int) -> tuple[RestartPoint, ...]:
-        """Points from `depth` steps before an onset or earlier, oldest first, at most `keep`; else the oldest point."""
-        good = [point for point in self._points if point.step <= onset - depth]
+    def trusted(self, onset: int) -> tuple[RestartPoint, ...]:
+        """Points from `distrust` steps before an onset or earlier, oldest first, at most `keep`; else the oldest."""
+        good = [point for point in self._points if point.step <= onset - self._distrust]
         good = good or [point for point in self._points[:1] if point.step < onset]
         # one that did not help before is left where there is an older one
         while len(good) > 1 and good[-1].is_used:
             good.pop()
         return tuple(good[-self._keep :])
 
-    def go_back_to(self, point: RestartPoint) -> None:
-        """Forget what came after a point; the next attempt goes further back where it can."""
-        # they hold the damage, and would be old enough one day
-        for later in [item for item in self._points if item.step > point.step]:
-            self._drop(later)
-        self._points[-1] = replace(point, is_used=True)
+    def newest_before(self, onset: int) -> RestartPoint | None:
+        """What weights that did no harm are closest to an onset; None: there is no point from before."""
+        return next((point for point in reversed(self._points) if point.step < onset), None)
+
+    def forget(self, first: int, last: int | None = None) -> None:
+        """Drop the points of these steps: they hold damage, and would be old enough to be trusted one day."""
+        for point in [item for item in self._points if first <= item.step and (last is None or item.step <= last)]:
+            self._drop(point)
+
+    def mark_used(self, step: int) -> None:
+        """A run went back to the point of this step: the next attempt goes further back where it can."""
+        self._points = [replace(item, is_used=True) if item.step == step else item for item in self._points]
 
     def clear(self) -> None:
         """Give memory and files back."""

@@ -7,7 +7,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from callbacks.recovering_runs import BAD, RATE, SMALL, Model, assert_same, fit
+from callbacks.recovering_runs import BAD, HARMED, RATE, SMALL, Model, assert_same, fit, harmed
 from torch import nn
 
 from pretrain_merge import ModelMerging, SpikeRecovery
@@ -22,14 +22,23 @@ pytestmark = [
 
 def test_a_diverged_run_goes_back_before_the_damage_and_trains_on(tmp_path):
     recovery = SpikeRecovery(**SMALL)
-    _, model = fit(tmp_path, recovery)
+    _, model = fit(tmp_path, recovery, model=harmed())
     (done,) = recovery.recoveries
-    assert BAD[0] < done.onset <= BAD[0] + 5
+    assert HARMED < done.onset <= HARMED + 5
     assert done.onset - SMALL["distrust"] - SMALL["every"] < done.back_to[0] <= done.onset - SMALL["distrust"]
     assert torch.equal(model.weights[done.step], model.weights[done.back_to[0]])  # before the batch of that index
-    assert max(model.losses[-10:]) < 2 * max(model.losses[BAD[0] - 10 : BAD[0]])
+    assert max(model.losses[-10:]) < 2 * max(model.losses[HARMED - 10 : HARMED])
     (line,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
     assert json.loads(line)["back_to"] == list(done.back_to)
+    assert json.loads(line)["cause"] is None
+
+
+def test_restart_points_from_before_the_damage_outlast_a_spike_that_is_confirmed_late(tmp_path):
+    recovery = SpikeRecovery(**SMALL | {"confirm": 30})
+    fit(tmp_path, recovery, model=harmed(92))
+    (done,) = recovery.recoveries
+    assert done.step > done.onset + 30
+    assert done.back_to[0] <= done.onset - SMALL["distrust"]
 
 
 @pytest.mark.parametrize("steps", [20, 40])
@@ -62,48 +71,82 @@ def test_a_spike_that_passes_by_itself_costs_nothing(tmp_path):
     assert_same(watched, plain)
 
 
-def test_the_first_attempt_is_mild_and_those_after_it_go_deep_at_a_lower_rate(tmp_path):
-    late = range(160, 190)
-    recovery = SpikeRecovery(**SMALL | {"mild": 5})
-    _, model = fit(tmp_path, recovery, model=Model(bad=[*BAD, *late]), steps=220)
-    first, second = recovery.recoveries
-    assert first.onset - 5 - SMALL["every"] < first.back_to[0] <= first.onset - 5
-    assert second.back_to[0] <= second.onset - SMALL["distrust"]
-    assert (first.lr_factor, second.lr_factor) == (1.0, 0.5)
-    assert model.rates[late[0] - 1] == RATE
-    assert model.rates[-1] == RATE / 2
+def test_weights_go_deep_at_a_lower_rate_and_data_to_the_newest_weights_from_before_at_the_rate_of_before(tmp_path):
+    late = range(170, 190)
+    recovery = SpikeRecovery(**SMALL)
+    _, model = fit(tmp_path, recovery, model=Model(bad=late, harmed=(HARMED, 240)), steps=290)
+    of_weights, of_data, again = recovery.recoveries
+    assert [item.cause for item in recovery.recoveries] == [None, "data", None]
+    assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.5, 0.25]
+    assert of_weights.back_to[0] <= of_weights.onset - SMALL["distrust"]
+    assert of_data.onset - SMALL["every"] <= of_data.back_to[0] < of_data.onset
+    assert again.back_to[0] <= again.onset - SMALL["distrust"]
+    assert model.rates[late[0] - 1] == model.rates[239] == RATE / 2
+    assert model.rates[-1] == RATE / 4
 
 
 def test_weights_of_before_do_not_learn_from_data_that_are_bad_still(tmp_path):
-    bad = range(90, 126)  # beyond the step at which it goes back
-    settings = SMALL | {"mild": 5, "distrust": 60}
-    recovery = SpikeRecovery(**settings)
-    _, model = fit(tmp_path, recovery, model=Model(bad=bad), steps=160)
+    bad = range(150, 186)  # beyond the step at which it goes back
+    recovery = SpikeRecovery(**SMALL | {"distrust": 60})
+    _, model = fit(tmp_path, recovery, model=Model(bad=bad), steps=220)
     (done,) = recovery.recoveries
     assert done.step < bad[-1] < done.resumed <= bad[-1] + 11
     assert torch.equal(model.weights[done.resumed], model.weights[done.back_to[0]])
     ramp = [rate / RATE for rate in model.rates[done.resumed :]]
-    assert ramp[: SMALL["rewarm"]] == pytest.approx([(n + 1) / SMALL["rewarm"] for n in range(SMALL["rewarm"])])
-    assert json.loads((tmp_path / "recoveries.jsonl").read_text())["resumed"] == done.resumed
+    expected = [0.0] * 4 + [(n + 1) / SMALL["rewarm"] for n in range(4, SMALL["rewarm"])]
+    assert ramp[: SMALL["rewarm"]] == pytest.approx(expected)
+    assert all(torch.equal(weights, model.weights[done.step]) for weights in model.weights[done.step :][:5])
+    line = json.loads((tmp_path / "recoveries.jsonl").read_text())
+    assert (line["resumed"], line["cause"]) == (done.resumed, "data")
+
+
+def test_the_cause_is_told_also_by_weights_from_long_before(tmp_path):
+    recovery = SpikeRecovery(**SMALL | {"distrust": 150, "every": 50})
+    fit(tmp_path, recovery, model=Model(bad=range(390, 430)), steps=440)
+    (done,) = recovery.recoveries  # more steps lie between than a loss is judged by
+    assert (done.cause, done.back_to) == ("data", (350,))
+
+
+def test_weights_between_those_gone_back_to_and_the_damage_are_never_trusted(tmp_path):
+    recovery = SpikeRecovery(**SMALL)
+    fit(tmp_path, recovery, model=harmed(HARMED, 112))
+    first, second = recovery.recoveries
+    assert second.onset - SMALL["distrust"] > first.onset  # they would be old enough by now
+    assert second.back_to == first.back_to
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mild": 5}, {"optimizer": "newest", "store": "disk", "weights": "merge", "keep": 2}]
+    ("make", "options"),
+    [(Model, {}), (harmed, {}), (Model, {"optimizer": "newest", "store": "disk", "weights": "merge", "keep": 2})],
 )
-def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_path, options):
-    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL | options))
+def test_a_run_resumed_in_the_middle_of_a_recovery_ends_with_the_same_bytes(tmp_path, make, options):
+    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL | options), model=make())
     saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
     before = SpikeRecovery(**SMALL | options)
-    fit(tmp_path / "b", before, steps=130, saves=[saving])
+    fit(tmp_path / "b", before, steps=130, model=make(), saves=[saving])
     (done,) = before.recoveries
-    for step in (done.step - 10, done.step + 5):  # before the spike is confirmed, and in the re-warm-up
+    # before the spike is confirmed, before its cause is told, and after that
+    for step in (done.step - 10, done.step, done.step + 5):
         after = SpikeRecovery(**SMALL | options)
         path = next((tmp_path / "saved").glob(f"*step={step}.ckpt"))
-        resumed, model = fit(tmp_path / "b", after, ckpt=path, saves=[saving])
+        resumed, model = fit(tmp_path / "b", after, model=make(), ckpt=path, saves=[saving])
         assert_same(resumed, whole)
         assert after.recoveries == (done,)
         assert len(model.losses) == 140 - step
     assert not list(tmp_path.rglob("point-*"))  # files of restart points go with the run
+
+
+def test_the_state_of_an_earlier_version_which_told_no_cause_goes_on(tmp_path):
+    whole, _ = fit(tmp_path / "a", SpikeRecovery(**SMALL), model=harmed())
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=105)
+    fit(tmp_path / "b", SpikeRecovery(**SMALL), model=harmed(), steps=110, saves=[saving])
+    path = tmp_path / "saved" / "step=105.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (done,) = checkpoint["callbacks"]["SpikeRecovery"]["recoveries"]
+    assert done.pop("cause", "") is None
+    torch.save(checkpoint, path)
+    resumed, _ = fit(tmp_path / "b", SpikeRecovery(**SMALL), model=harmed(), ckpt=path, saves=[saving])
+    assert_same(resumed, whole)
 
 
 def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
@@ -112,13 +155,11 @@ def test_the_lower_rate_lasts_whatever_sets_the_rate_between_steps(tmp_path):
             self.optimizers().param_groups[0]["lr"] = RATE * 0.999**self.trainer.global_step
 
     recovery = SpikeRecovery(**SMALL)
-    trainer, model = fit(tmp_path, recovery, model=ByHand())
+    trainer, model = fit(tmp_path, recovery, model=ByHand(bad=(), harmed=(HARMED,)))
     (done,) = recovery.recoveries
     for step, rate in enumerate(model.rates):
-        ramp = min(1.0, (step - done.resumed + 1) / SMALL["rewarm"])
-        factor = 0.5 * ramp if step >= done.resumed else None if step >= done.step else 1.0
-        if factor is None:  # it waited for better data
-            continue
+        at = step - done.step + 1
+        factor = 1.0 if at < 1 else 0.0 if at < 5 else 0.5 * min(1.0, at / SMALL["rewarm"])
         assert rate == pytest.approx(RATE * 0.999**step * factor)
     assert trainer.optimizers[0].param_groups[0]["lr"] == RATE * 0.999**139  # between steps it is the user's
 
@@ -147,7 +188,7 @@ def test_a_raw_optimizer_in_a_manual_loop_is_clipped_and_slowed_too(tmp_path):
             return loss
 
     recovery = SpikeRecovery(**SMALL, clip=0.1)
-    _, model = fit(tmp_path, recovery, model=Manual(), max_epochs=1, limit_train_batches=140)
+    _, model = fit(tmp_path, recovery, model=Manual(bad=(), harmed=(HARMED,)), max_epochs=1, limit_train_batches=140)
     (done,) = recovery.recoveries
     assert max(model.norms[done.step :]) <= 0.1 + 1e-6
     assert model.rates[-1] == RATE / 2
@@ -158,7 +199,7 @@ def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_pa
     recovery = SpikeRecovery(**SMALL, attempts=2)
     with pytest.raises(DivergenceError, match=r"2 of 2 attempts were made.* raise attempts, and resume"):
         fit(tmp_path, recovery, model=model, steps=400)
-    assert [item.lr_factor for item in recovery.recoveries] == [0.5, 0.25]
+    assert [(item.cause, item.lr_factor) for item in recovery.recoveries] == [("data", 1.0)] * 2
     assert all(item.resumed - item.step <= SMALL["distrust"] for item in recovery.recoveries)
     assert len((tmp_path / "recoveries.jsonl").read_text().splitlines()) == 2
 
@@ -202,7 +243,7 @@ def test_merges_do_not_reach_across_a_recovery(tmp_path):
     breaks = {"lr": False, "spikes": False}  # neither the lower rate nor the spike itself parts them here
     merging = ModelMerging(window=4, every=5, validate=False, batch_norm="live", forecast=None, breaks=breaks)
     recovery = SpikeRecovery(**SMALL)
-    fit(tmp_path, merging, recovery)
+    fit(tmp_path, merging, recovery, model=harmed())
     (done,) = recovery.recoveries
     records = [json.loads(line) for line in (tmp_path / "merges.jsonl").read_text().splitlines()]
     across = [
@@ -240,7 +281,6 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_way_out(tmp_path):
         ({"optimizer": "old"}, "optimizer: 'old' is not one of fresh, newest"),
         ({"weights": "merge", "keep": 1}, "keep: 1"),
         ({"attempts": 0}, "attempts: 0"),
-        ({"mild": 0}, "mild: 0"),
         ({"distrusts": 3}, "did you mean 'distrust'"),
     ],
 )

@@ -5,7 +5,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from callbacks.recovering_runs import RATE, SMALL, Model, assert_same, fit
+from callbacks.recovering_runs import HARMED, RATE, SMALL, Model, assert_same, fit
 from torch import nn
 
 from pretrain_merge import SpikeRecovery
@@ -25,7 +25,7 @@ def test_the_optimizer_begins_afresh_unless_its_state_is_to_be_kept(optimizer, i
             self.counts = [*getattr(self, "counts", []), *{int(state["step"]) for state in optimizer.state.values()}]
 
     recovery = SpikeRecovery(**SMALL, optimizer=optimizer)
-    _, model = fit(tmp_path, recovery, model=Counting())
+    _, model = fit(tmp_path, recovery, model=Counting(bad=(), harmed=(HARMED,)))
     (done,) = recovery.recoveries
     assert model.counts[: done.step] == [*range(1, done.step + 1)]
     assert model.counts[done.step] == (1 if is_afresh else done.back_to[0] + 1)
@@ -73,12 +73,11 @@ def test_an_average_in_frozen_weights_of_the_module_goes_back_too_also_in_a_resu
                 for mine, live in zip(self.teacher.parameters(), self.layers[0].parameters(), strict=True):
                     mine.lerp_(live.detach(), 0.5)
 
-    settings = SMALL | {"mild": 5}
     saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=92)
-    whole, model = fit(tmp_path, SpikeRecovery(**settings), model=Teaches(), saves=[saving])
+    whole, model = fit(tmp_path, SpikeRecovery(**SMALL), model=Teaches(), saves=[saving])
     assert all(value.isfinite().all() for value in model.state_dict().values())
     checkpoint = tmp_path / "saved" / "step=92.ckpt"
-    resumed, _ = fit(tmp_path, SpikeRecovery(**settings), model=Teaches(), ckpt=checkpoint, saves=[saving])
+    resumed, _ = fit(tmp_path, SpikeRecovery(**SMALL), model=Teaches(), ckpt=checkpoint, saves=[saving])
     assert_same(resumed, whole)
     points = torch.load(checkpoint, weights_only=True)["callbacks"]["SpikeRecovery"]["points"]
     assert "weight/teacher.weight" in points[-1]["ranks"][0]

@@ -23,7 +23,7 @@ FAULTS = (
     Fault(
         "a run goes back to its newest restart point, damaged or not",
         "spikes/restart_points.py",
-        "if point.step <= onset - depth]\n        good",
+        "if point.step <= onset - self._distrust]\n        good",
         "if point.step <= onset]\n        good",
         _SPIKE_RECOVERY,
     ),
