@@ -215,9 +215,11 @@ class RecoveryRun:
         """Go back to the newest weights from before the onset: those of before it see such a loss before they move."""
         *others, last = self.recoveries
         newest = self._points.newest_before(last.onset)
-        # later the rate is high enough to have done it; and data that stay as they are would be waited for for ever
-        if newest is None or onset.step > last.resumed + _AT_ONCE or self._step - last.step >= self._settings.distrust:
-            return  # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        if newest is None or onset.step > last.resumed + _AT_ONCE:  # later the rate is high enough to have done it
+            return
+        if last.cause == DATA and self._step - last.step >= self._settings.distrust:
+            return  # data that stay as they are would be waited for for ever
         self._go_back([newest])
         self._points.mark_used(newest.step)
         factor = _lr_factor(others)

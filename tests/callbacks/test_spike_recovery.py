@@ -107,6 +107,12 @@ def test_the_cause_is_told_also_by_weights_from_long_before(tmp_path):
     assert (done.cause, done.back_to) == ("data", (350,))
 
 
+def test_the_cause_is_told_however_few_steps_are_distrusted(tmp_path):
+    recovery = SpikeRecovery(**SMALL | {"distrust": 5})
+    fit(tmp_path, recovery)
+    assert [item.cause for item in recovery.recoveries] == ["data"]
+
+
 def test_weights_between_those_gone_back_to_and_the_damage_are_never_trusted(tmp_path):
     recovery = SpikeRecovery(**SMALL)
     fit(tmp_path, recovery, model=harmed(HARMED, 112))

@@ -349,8 +349,8 @@ FAULTS = (
     Fault(
         "the run goes back for ever where the data stay as they are",
         "callbacks/recovery_run.py",
-        " or self._step - last.step >= self._settings.distrust",
-        "",
+        "self._step - last.step >= self._settings.distrust",
+        "False",
         _SPIKE_RECOVERY,
     ),
     Fault(
