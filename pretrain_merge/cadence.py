@@ -272,6 +272,38 @@ class Cadence:
         return count // self.every.amount
 
 
+class Upcoming:
+    """A cadence that is asked at every step: where it is due next is worked out where it was due, not each time.
+
+    Attributes:
+        quiet: Steps at which it is surely not due, as long as the stretch began at `since`.
+        since: Counters from which `quiet` was worked out, by identity.
+
+    >>> hundreds = Upcoming(Cadence(Quantity(100)))
+    >>> hundreds.crossed(Progress(99), Progress(100), since=Progress())
+    True
+    >>> hundreds.quiet
+    range(101, 200)
+    """
+
+    def __init__(self, cadence: Cadence) -> None:
+        self._cadence = cadence
+        self.forget()
+
+    def forget(self) -> None:
+        """The counters go on from somewhere else."""
+        self.quiet, self.since = range(0), Progress()
+
+    def crossed(self, before: Progress, after: Progress, *, since: Progress) -> bool:
+        """As the cadence's own, of counters that follow each other."""
+        is_due = self._cadence.crossed(before, after, since=since)
+        # what counts samples or tokens can be due at any step
+        if self._cadence.every.unit == "steps":
+            self.quiet = range(after.step + 1, self._cadence.due_after(after, since=since).amount)
+            self.since = since
+        return is_due
+
+
 def _unit(written: str | None) -> Unit:
     unit = (written or "steps").lower().removesuffix("s")
     return next(known for known in UNITS if known.startswith(unit))

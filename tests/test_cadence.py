@@ -8,7 +8,7 @@ from harness import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_merge.cadence import UNITS, Cadence, Progress, Quantity, Share, parse_interval
+from pretrain_merge.cadence import UNITS, Cadence, Progress, Quantity, Share, Upcoming, parse_interval
 from pretrain_merge.errors import ConfigError, ProgressError
 
 
@@ -206,6 +206,28 @@ def test_a_share_fires_once_where_a_point_after_its_origin_is_crossed(share, run
     fired = [b for a, b in zip([Progress(), *run], run, strict=False) if cadence.crossed(a, b, since=since)]
     expected = [b for a, b in zip([Progress(), *run], run, strict=False) if points & set(range(a.step + 1, b.step + 1))]
     assert fired == expected
+
+
+@given(strategies.runs(), st.sets(st.integers(0, 30)), shares | st.integers(1, 40).map(Quantity), st.integers(0, 60))
+def test_what_remembers_where_it_is_due_next_says_what_the_cadence_says_also_across_breaks(run, breaks, every, start):
+    cadence, since = Cadence(every, Quantity(start)), Progress()
+    upcoming = Upcoming(cadence)
+    for number, (before, after) in enumerate(pairwise([Progress(), *run])):
+        is_quiet = after.step in upcoming.quiet and since is upcoming.since
+        is_due = cadence.crossed(before, after, since=since)
+        assert not (is_quiet and is_due)
+        assert is_quiet or upcoming.crossed(before, after, since=since) == is_due
+        if number in breaks:
+            since = after
+
+
+def test_where_it_is_due_next_is_worked_out_once_an_interval():
+    upcoming, asked = Upcoming(Cadence(Quantity(100))), 0
+    for step in range(1, 1001):
+        if step not in upcoming.quiet:
+            upcoming.crossed(Progress(step - 1), Progress(step), since=upcoming.since)
+            asked += 1
+    assert asked == 11  # at the first step, and where it is due
 
 
 def test_a_share_of_tokens_counts_tokens_from_its_origin():

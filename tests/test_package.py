@@ -195,8 +195,8 @@ def pickle_readers(source: str) -> list[str]:
     ]
 
 
-# files of other programs: DCP's metadata by an allow list, and a Lightning checkpoint with weights_only=True
-READERS = {"run.py": ["torch.load"], "dcp_metadata.py": ["pickle"], "lightning_file.py": ["torch.load"]}
+# files of other programs, by allow lists, and a Lightning checkpoint with weights_only=True
+READERS = {"run.py": ["torch.load"], "plain_pickle.py": ["pickle"], "lightning_file.py": ["torch.load"]}
 
 
 def test_nothing_of_the_package_reads_a_pickle_but_restricted_readers():

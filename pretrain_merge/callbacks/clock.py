@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.data import _extract_batch_size
 from torch import Tensor
 
-from pretrain_merge.cadence import Cadence, Progress
+from pretrain_merge.cadence import Cadence, Progress, Upcoming
 from pretrain_merge.errors import ProgressError
 from pretrain_merge.runtime import ranks
 
@@ -48,8 +48,10 @@ class Clock:
     ) -> None:
         units = {quantity.unit for cadence in cadences for quantity in (cadence.every, cadence.start)}
         self._required = units - {"steps"}
-        self._snapshots = cadences[0]
+        self._snapshots = Upcoming(cadences[0])
         self._tokens_per_batch = tokens_per_batch
+        self._fixed_tokens = tokens_per_batch if isinstance(tokens_per_batch, int) else 0
+        self._key = tokens_per_batch if isinstance(tokens_per_batch, str) else None
         self._stepped = False
         self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
         self._lr = {int(index): tuple(rates) for index, rates in (lr or {}).items()}
@@ -82,9 +84,12 @@ class Clock:
         """
         self._stepped = True
         # parameter-free optimizers have no rate, and those with relative steps have None
-        rates = tuple([float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None])
-        if rates != self._lr.get(place):
-            self._lr[place] = rates
+        rates = []
+        for group in optimizer.param_groups:  # not a comprehension, which is a call, and this is asked at every step
+            if group.get("lr") is not None:
+                rates.append(float(group["lr"]))
+        if (known := tuple(rates)) != self._lr.get(place):
+            self._lr[place] = known
             self.lr = self._listed()
 
     def _listed(self) -> tuple[float, ...]:
@@ -105,14 +110,18 @@ class Clock:
             ProgressError: A cadence counts samples or tokens and this batch does not tell them.
         """
         self.num_batches += 1
-        local, tokens = self._local, self._tokens_per_batch
+        local, samples, tokens = self._local, 0, self._fixed_tokens
         try:
             # the simple answers of nearly every batch without further calls, each of which costs every step its time
-            samples = _first_size(batch)
+            if isinstance(batch, _CONTAINERS):
+                first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
+                samples = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
+                found = batch.get(self._key) if isinstance(batch, dict) else None
+                tokens = found.numel() if isinstance(found, Tensor) else tokens
             local["samples"] += samples or self._counted("samples", batch, _num_samples)
-            local["tokens"] += (
-                tokens if type(tokens) is int and tokens > 0 else self._counted("tokens", batch, self._num_tokens)
-            )
+            # indexing a tensor by text makes torch complain on stderr, and no cadence asks
+            if tokens or "tokens" in self._required or self._key is None or hasattr(batch, "keys"):
+                local["tokens"] += tokens or self._counted("tokens", batch, self._num_tokens)
         except ProgressError as error:
             self._failure = self._failure or error  # raised where all ranks are
         if not self._stepped:
@@ -122,7 +131,9 @@ class Clock:
         before = self.progress
         after = Progress(before.step + 1, before.samples, before.tokens)
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
-        if self._required or self._snapshots.crossed(self.progress, after, since=since):
+        upcoming = self._snapshots
+        is_quiet = after.step in upcoming.quiet and since is upcoming.since
+        if self._required or (not is_quiet and upcoming.crossed(before, after, since=since)):
             after = self._with_totals(after)
         self.progress = after
         return after
@@ -159,20 +170,10 @@ class Clock:
         if isinstance(source, int):
             return source
         if isinstance(source, str):
-            if not hasattr(batch, "keys"):  # indexing a tensor by text makes torch complain on stderr before it raises
-                if "tokens" not in self._required:
-                    return 0  # and at every batch: an error that nobody sees takes its time, too
+            if not hasattr(batch, "keys"):
                 raise TypeError("a batch without keys")
             return int(batch[source].numel())
         return int(source(batch))
-
-
-def _first_size(batch: Any) -> int:
-    """Of a batch whose first item is a tensor, as Lightning would find it, at a tenth of the time; 0: ask Lightning."""
-    if not isinstance(batch, _CONTAINERS):
-        return 0
-    first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
-    return len(first) if isinstance(first, Tensor) and first.ndim else 0
 
 
 def _num_samples(batch: Any) -> int:

@@ -74,6 +74,7 @@ class Run:
         with ExitStack() as borrowed:
             window = fit.settings.window_in(folder, forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))
+            self._window = self.merger.window  # for each step, and through properties it takes calls
             # P36: before the first step, or what is frozen then would be missed
             self.merger.watch(fit.module, fit.trainer.optimizers)
             self.merger.resume_from(state.progress)
@@ -105,7 +106,7 @@ class Run:
 
     def step(self, batch: Any, outputs: Any) -> None:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
-        has_stepped = self.clock.batch_ends(batch, since=self.merger.window.since) is not None
+        has_stepped = self.clock.batch_ends(batch, since=self._window.since) is not None
         if has_stepped and not self._may_change_weights_after_us:
             self._observe(self._loss.take_with(outputs))
         else:
@@ -229,11 +230,12 @@ class Run:
 
     def _observe(self, loss: Tensor | None) -> None:
         before = self.merger.progress
-        self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
+        is_snapshot = self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
         damage = self.merger.judge(before, loss)
         if damage is not None:
             self._withdraw(damage)
-        self._merge_if_due()
+        if is_snapshot:  # without one nothing is due
+            self._merge_if_due()
 
     def _withdraw(self, damage: Damage | None) -> None:
         """Merges that were saved before a spike was seen held snapshots that the window has dropped since."""

@@ -37,7 +37,8 @@ class TrainingLoss:
 
 
 def _loss_in(outputs: Any) -> Tensor | None:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    # to ask for a `Mapping` is a call into Python's own code, and Lightning gives a dictionary
+    loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         return None
     # a loss of tensor parallelism is whole on each rank

@@ -7,16 +7,14 @@ tensor of theirs is needed.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.offline import torch_format
 from pretrain_merge.offline.dcp_metadata import read_metadata
 from pretrain_merge.offline.files import Files, join, size_of
 from pretrain_merge.offline.safetensors_format import whole_shape
-from pretrain_merge.offline.tensors import Block, Kind, Source
+from pretrain_merge.offline.tensors import Block, Dtype, Kind, Source
 from pretrain_merge.offline.torch_archive import open_archive
-from pretrain_merge.offline.torch_memory import kind_of, own_dtype
+from pretrain_merge.offline.torch_objects import StoredTensor
 
 _LIGHTNING_META = "meta.pt"
 # the parts of a training state that are not the model, by the first word of a name; torchtitan's and common ones
@@ -80,11 +78,11 @@ def _tensors(metadata: Any) -> dict[str, tuple[Kind, list[tuple[tuple[int, ...],
             continue
         properties = entry.properties
         dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, Dtype):
             raise TypeError(f"{name!r} is of dtype {dtype!r}")
         # replicas are listed once for each rank that had one
         boxes = [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
-        found[str(name)] = (Kind(_numbers(entry.size), own_dtype(dtype)), list(dict.fromkeys(boxes)))
+        found[str(name)] = (Kind(_numbers(entry.size), dtype), list(dict.fromkeys(boxes)))
     return found
 
 
@@ -157,12 +155,12 @@ def _blocks(chunks: Sequence[_Chunk], kind: Kind) -> list[Block]:
         for offsets, shape, (file, start, length) in chunks:
             archive = open_archive(file, files, start, length)
             tensor = archive.content
-            if not isinstance(tensor, torch.Tensor) or kind_of(tensor) != Kind(shape, kind.dtype):
+            if not isinstance(tensor, StoredTensor) or tensor.kind != Kind(shape, kind.dtype):
                 raise CheckpointError(
                     f"{file} has at byte {start} something other than the {Kind(shape, kind.dtype)} that its metadata "
                     f"say. Copy the folder again."
                 )
-            block = archive.blocks[id(tensor)]
+            block = archive.block(tensor)
             found.append(Block(block.file, block.start, offsets, shape, block.strides))
     return found
 

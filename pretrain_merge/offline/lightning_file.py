@@ -87,7 +87,7 @@ def _average_optimizer(source: Source, content: dict[str, Any], files: Files) ->
             f"or take 'newest'."
         )
     averaged = safetensors_format.open_files(source.place, paths)
-    states = torch_format.optimizer_tensors(content)
+    states = torch_format.optimizer_tensors(content, torch.Tensor)
     if {name: tuple(item.shape) for name, item in states.items()} != {
         name: kind.shape for name, kind in averaged.tensors.items()
     }:

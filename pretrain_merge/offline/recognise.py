@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.merged_models.provenance import PROVENANCE, without_checksum
-from pretrain_merge.offline import safetensors_format
+from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
 from pretrain_merge.offline.doubles import without_doubles
 from pretrain_merge.offline.files import is_remote, join, list_folder, matching, size_of
 from pretrain_merge.offline.tensors import Source, plain_name
@@ -130,7 +130,7 @@ def _file(place: str) -> Source:
     if place.endswith(".safetensors"):
         return safetensors_format.open_files(place, [place])
     if place.endswith(_TORCH_SUFFIXES):
-        return _torch_file(place)
+        return torch_format.open_file(place)
     raise CheckpointError(
         f"{place} is not a checkpoint that can be read by its name. Allowed: {', '.join(_TORCH_SUFFIXES)} and "
         f".safetensors files, and folders."
@@ -140,8 +140,6 @@ def _file(place: str) -> Source:
 def _folder(place: str, names: Sequence[str]) -> Source | None:
     """The one checkpoint that a folder is; None where it is something else."""
     if _DCP_METADATA in names:
-        from pretrain_merge.offline import dcp_format
-
         return dcp_format.open_folder(place, join(place, _DCP_METADATA))
     companions = tuple(join(place, name) for name in names if _COMPANIONS.fullmatch(name))
     options: dict[str, Any] = {"kind": "safetensors", "companions": companions}
@@ -163,21 +161,14 @@ def _folder(place: str, names: Sequence[str]) -> Source | None:
     models = [name for name in names if name.startswith("model") and name.endswith(_TORCH_SUFFIXES)]
     for name in ("pytorch_model.bin", *(models if len(models) == 1 else ())):
         if name in names:
-            return replace(_torch_file(join(place, name)), place=place, companions=companions)
+            return replace(torch_format.open_file(join(place, name)), place=place, companions=companions)
     if "config.json" in names and len(tensor_files) == 1:
         return safetensors_format.open_files(place, [join(place, tensor_files[0])], **options)
     return None
 
 
-def _torch_file(place: str) -> Source:
-    # where one is named, and not before: torch takes longer to load than a merge of other files
-    from pretrain_merge.offline import torch_format
-
-    return torch_format.open_file(place)
-
-
 def _sharded_torch(place: str, companions: tuple[str, ...]) -> Source:
-    parts = [_torch_file(path) for path in safetensors_format.indexed_files(place, _TORCH_INDEX)]
+    parts = [torch_format.open_file(path) for path in safetensors_format.indexed_files(place, _TORCH_INDEX)]
     # a name in two parts would be read from whichever comes last
     owner = {name: part for part in parts for name in (*part.tensors, *part.ties)}
     tensors = {name: kind for part in parts for name, kind in part.tensors.items()}

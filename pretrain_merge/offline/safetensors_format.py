@@ -12,6 +12,7 @@ from typing import Any
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.untrusted import MOST_BYTES, parse_json
+from pretrain_merge.offline import tensors
 from pretrain_merge.offline.files import Files, join, size_of
 from pretrain_merge.offline.tensors import Block, Dtype, Kind, Source
 
@@ -19,12 +20,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 _DCP_SHARDS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which box of a tensor a file has
 DTYPES = {
-    short: Dtype(name, itemsize)
-    for short, name, itemsize in (
-        ("F64", "float64", 8), ("F32", "float32", 4), ("F16", "float16", 2), ("BF16", "bfloat16", 2),
-        ("I64", "int64", 8), ("I32", "int32", 4), ("I16", "int16", 2), ("I8", "int8", 1), ("U8", "uint8", 1),
-        ("U16", "uint16", 2), ("U32", "uint32", 4), ("U64", "uint64", 8), ("BOOL", "bool", 1), ("C64", "complex64", 8),
-        ("F8_E4M3", "float8_e4m3fn", 1), ("F8_E5M2", "float8_e5m2", 1), ("F8_E8M0", "float8_e8m0fnu", 1),
+    short: tensors.DTYPES[name]
+    for short, name in (
+        ("F64", "float64"), ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("I64", "int64"),
+        ("I32", "int32"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("U16", "uint16"), ("U32", "uint32"),
+        ("U64", "uint64"), ("BOOL", "bool"), ("C64", "complex64"), ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E5M2", "float8_e5m2"), ("F8_E8M0", "float8_e8m0fnu"),
     )
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

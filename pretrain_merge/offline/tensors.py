@@ -32,8 +32,20 @@ class Dtype:
         return self.name
 
 
-FLOAT16, FLOAT64 = Dtype("float16", 2), Dtype("float64", 8)
-MERGED_DTYPES = (Dtype("float32", 4), Dtype("bfloat16", 2), FLOAT16, FLOAT64)
+_NAMES = {
+    1: "bool int8 uint8 int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7 qint8 quint8 "
+       "quint4x2 quint2x4 bits8 bits1x8 bits2x4 bits4x2 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
+       "float8_e8m0fnu float4_e2m1fn_x2",
+    2: "int16 uint16 float16 bfloat16 bits16",
+    4: "int32 uint32 float32 complex32 qint32",
+    8: "int64 uint64 float64 complex64",
+    16: "complex128",
+}  # fmt: skip
+DTYPES: Mapping[str, Dtype] = {
+    name: Dtype(name, itemsize) for itemsize, names in _NAMES.items() for name in names.split()
+}
+FLOAT16, FLOAT64 = DTYPES["float16"], DTYPES["float64"]
+MERGED_DTYPES = (DTYPES["float32"], DTYPES["bfloat16"], FLOAT16, FLOAT64)
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,40 @@
 """One archive of `torch.save`: a zip of one pickle and of the raw bytes of each storage, in a file or in a part of one.
 
-The pickle goes through torch's own unpickler for `weights_only=True`, with storages that have a size and a place and no
-memory; so nothing is run, and nothing is read until a piece of it is merged. This module knows zip files and storages.
-It knows no checkpoint.
+The pickle is read as plain data, its tensors as places in the file; so nothing is run, and nothing is read until a
+piece of it is merged. This module knows zip files and where records lie. It knows no checkpoint.
 """
 
 import io
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._weights_only_unpickler import Unpickler  # what `torch.load(weights_only=True)` unpickles with
-
 from pretrain_merge.errors import CheckpointError
+from pretrain_merge.offline import plain_pickle
 from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.tensors import Block
+from pretrain_merge.offline.torch_objects import NAMES, Storage, StoredTensor, storage_of
 
 _LONGEST_PICKLE = 2**30  # bytes: 100,000 tensors take some 10 MB
 _LOCAL_HEADER = 30
 
 
-@dataclass(frozen=True)
 class Archive:
     """An opened file.
 
     Attributes:
-        content: The object that was saved; tensors have no memory.
-        blocks: Where the bytes of a tensor of `content` are, by `id`.
+        content: The object that was saved, its tensors as `torch_objects` has them.
     """
 
-    content: Any
-    blocks: Mapping[int, Block]
+    def __init__(self, content: Any, path: str, start: int, places: Mapping[str, int]) -> None:
+        self.content = content
+        self._path, self._start, self._places = path, start, places
+
+    def block(self, tensor: StoredTensor) -> Block:
+        """Where the bytes of a tensor of the content are."""
+        start = self._start + self._places[tensor.storage.key] + tensor.first
+        return Block(self._path, start, (0,) * len(tensor.kind.shape), tensor.kind.shape, tensor.strides)
 
 
 def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
@@ -50,84 +50,45 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
             # readers differ in which of the two they take
             if len(records) != len(archive.infolist()):
                 raise ValueError("it has a record twice")
-            if records["data.pkl"].file_size > _LONGEST_PICKLE:
-                raise ValueError(f"its pickle has {records['data.pkl'].file_size} bytes")
-            if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+            if "byteorder" in records and _read(window, records["byteorder"]) != b"little":
                 raise ValueError("it was written on a big-endian machine")
-            pickled = archive.read(records["data.pkl"])
-        storages: dict[str, Any] = {}
-        content = _unpickled(pickled, records, storages)
-        places = {
-            storage._untyped_storage._cdata: (
-                _data_start(window, records[f"data/{key}"]),
-                records[f"data/{key}"].file_size,
-            )
-            for key, storage in storages.items()
-        }
-        return Archive(content, {id(item): _block(path, start, item, places) for item in _tensors_in(content)})
-    except CheckpointError:
-        raise
+            pickled = _read(window, records["data.pkl"])
+        places: dict[str, int] = {}
+
+        def storage(saved: Any) -> Storage:
+            found = storage_of(saved)
+            record = records[f"data/{found.key}"]
+            # a view of a larger storage is saved with all of it, so they are equal in every honest file
+            if found.num_bytes != record.file_size:
+                raise ValueError(f"storage {found.key} is said to have {found.num_bytes} bytes")
+            if found.key not in places:
+                places[found.key] = _data_start(window, record)
+            return found
+
+        return Archive(plain_pickle.load(pickled, NAMES, storage), path, start, places)
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"{path} is not a whole file of torch.save ({error}). Copy it again; a file of before torch 1.6 needs to "
             f"be loaded and saved once more."
         ) from error
-    except Exception as error:  # torch's unpickler raises whatever a crafted file makes it raise
+    except plain_pickle.NotPlainError as error:
         raise CheckpointError(
-            f"{path} is not plain data: {_first_line(error)} Only tensors, numbers, text, lists and dicts are read, as "
-            f"with weights_only=True. Load it where you trust it and save its state dict alone, or allow that class "
-            f"with torch.serialization.add_safe_globals."
+            f"{path} is not plain data: {error} Tensors, numbers, text, lists and dicts are read, as with "
+            f"weights_only=True. Load it where you trust it and save its state dict alone; or merge it from Python, "
+            f"where torch.serialization.add_safe_globals lets that class through, of which nothing is then read."
         ) from error
+    except CheckpointError:  # a file that ends too early
+        raise
+    except Exception as error:  # a crafted file can raise anything
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise CheckpointError(f"{path} is not a file that torch.save wrote ({reason}). Copy it again.") from error
 
 
-def _unpickled(pickled: bytes, records: Mapping[str, zipfile.ZipInfo], storages: dict[str, Any]) -> Any:
-    def storage_of(saved: Any) -> Any:
-        kind, storage_type, key, _, num_elements = saved
-        if (kind if isinstance(kind, str) else kind.decode()) != "storage":
-            raise ValueError(f"it refers to {kind!r}")
-        dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
-        num_bytes = num_elements * dtype.itemsize
-        # a view of a larger storage is saved with all of it, so they are equal in every honest file
-        if num_bytes != records[f"data/{key}"].file_size:
-            raise ValueError(f"storage {key} is said to have {num_bytes} bytes")
-        if key not in storages:
-            untyped = torch.UntypedStorage(num_bytes, device="meta")  # type: ignore[no-untyped-call]
-            storages[key] = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
-                wrap_storage=untyped, dtype=dtype, _internal=True
-            )
-        return storages[key]
-
-    unpickler: Any = Unpickler(io.BytesIO(pickled), encoding="utf-8")
-    unpickler.persistent_load = storage_of
-    return unpickler.load()
-
-
-def _tensors_in(content: Any) -> list[Tensor]:
-    # no recursion: a crafted pickle nests a million lists
-    found, waiting, seen = [], [content], set()
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:  # a crafted one may hold itself
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple | set | frozenset):
-            waiting.extend(item)
-    return [tensor for tensor in found if tensor.is_meta and tensor.layout is torch.strided]
-
-
-def _block(path: str, start: int, tensor: Tensor, places: Mapping[int, tuple[int, int]]) -> Block:
-    # not the storage's own size: torch lets it grow where a tensor is said to be larger
-    place, num_bytes = places[tensor.untyped_storage()._cdata] if tensor.numel() else (0, 0)
-    first = tensor.storage_offset() * tensor.itemsize
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} reaches beyond its storage")
-    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return Block(path, start + place + int(first), (0,) * tensor.dim(), tuple(tensor.shape), strides)
+def _read(window: "_Window", info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > _LONGEST_PICKLE:
+        raise ValueError(f"its record {info.filename} has {info.file_size} bytes")
+    window.seek(_data_start(window, info))
+    return window.read(info.file_size)
 
 
 def _data_start(window: "_Window", info: zipfile.ZipInfo) -> int:
@@ -141,13 +102,6 @@ def _data_start(window: "_Window", info: zipfile.ZipInfo) -> int:
     if fields[0] != b"PK\x03\x04" or start + info.file_size > window.length:
         raise ValueError(f"its record {info.filename} lies elsewhere than its directory says")
     return start
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    # torch's message goes on with advice that would run the file
-    text = text.partition("WeightsUnpickler error: ")[2] or text
-    return text.partition(" Please use")[0].partition(". Please")[0].rstrip(".")[:300] + "."
 
 
 class _Window(io.RawIOBase):

@@ -4,15 +4,15 @@ This module knows under which keys people keep a model and its optimizer. The fi
 """
 
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
-
-from torch import Tensor
 
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.offline.files import Files, size_of
+from pretrain_merge.offline.plain_pickle import Inert
 from pretrain_merge.offline.tensors import Block, Kind, Source
 from pretrain_merge.offline.torch_archive import Archive, open_archive
-from pretrain_merge.offline.torch_memory import kind_of
+from pretrain_merge.offline.torch_objects import OtherTensor, StoredTensor
 
 _LARGEST_RATE = 1e9
 # where a file that is not one flat state dict keeps the model; the first that is there is taken
@@ -34,7 +34,10 @@ def open_file(path: str) -> Source:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}. A state dict, or a dict with one, is needed.")
     tensors, ties, places = _named(_state_dict(path, content), archive)
-    states, _, places_of_states = _named(dict(optimizer_tensors(content)), archive)
+    found = optimizer_tensors(content, StoredTensor | OtherTensor)
+    # all or none: an average that left some out would be resumed with those of one source
+    are_dense = all(isinstance(state, StoredTensor) for state in found.values())
+    states, _, places_of_states = _named(found if are_dense else {}, archive)
     step = content.get("global_step")
     is_lightning = "pytorch-lightning_version" in content
     return Source(
@@ -50,15 +53,20 @@ def open_file(path: str) -> Source:
     )
 
 
-def optimizer_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a Lightning checkpoint's optimizer states, by where they belong."""
-    found: dict[str, Tensor] = {}
+def optimizer_tensors(content: Mapping[str, Any], kind: type | UnionType) -> dict[str, Any]:
+    """Tensors of a Lightning checkpoint's optimizer states, by where they belong.
+
+    Args:
+        content: Of the file.
+        kind: What its tensors are: `StoredTensor`, or torch's own.
+    """
+    found = {}
     # any shape of state is taken: optimizers of others keep lists and numbers beside tensors
     for number, optimizer in enumerate(_dicts(content, "optimizer_states")):
         state = optimizer.get("state")
         for key, values in state.items() if isinstance(state, dict) else ():
             for name, value in values.items() if isinstance(values, dict) else ():
-                if isinstance(value, Tensor):
+                if isinstance(value, kind):
                     found[f"optimizer_states/{number}/{key}/{name}"] = value
     return found
 
@@ -82,11 +90,11 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []  # a crafted file has anything there
 
 
-def _state_dict(path: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _state_dict(path: str, content: Mapping[str, Any]) -> dict[str, Any]:
     for key in _MODEL_KEYS:
         inner = content.get(key)
-        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            return _tensors_of(inner)
+        if isinstance(inner, Mapping) and (found := _tensors_of(inner)):
+            return found
     found = _tensors_of(content)
     if not found:
         raise CheckpointError(
@@ -96,27 +104,30 @@ def _state_dict(path: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _tensors_of(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
+def _tensors_of(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    found = {str(name): value for name, value in mapping.items() if isinstance(value, StoredTensor | OtherTensor)}
+    # beside tensors, what an array or a class of its own held may be a weight too
+    others = {str(name): value for name, value in mapping.items() if isinstance(value, Inert)}
+    return found | others if found else {}
 
 
-def _named(tensors: Mapping[str, Tensor], archive: Archive) -> tuple[dict[str, Kind], dict[str, str], dict[str, Block]]:
+def _named(tensors: Mapping[str, Any], archive: Archive) -> tuple[dict[str, Kind], dict[str, str], dict[str, Block]]:
     """Kinds, other names of tied tensors, and places."""
     kinds: dict[str, Kind] = {}
     ties: dict[str, str] = {}
     places: dict[str, Block] = {}
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
-        if id(tensor) not in archive.blocks:
+        if not isinstance(tensor, StoredTensor):
+            what = tensor.what if isinstance(tensor, OtherTensor) else f"a {tensor.path}"
             raise CheckpointError(
-                f"{name} is a {type(tensor).__name__} of layout {tensor.layout}. Dense tensors can be merged: leave it "
-                f"out of the state dict, or make it dense."
+                f"{name} is {what}. Dense tensors can be merged: leave it out of the state dict, or make it dense."
             )
-        block = archive.blocks[id(tensor)]
+        block = archive.block(tensor)
         # tied weights are one storage, saved once; views of it that differ are tensors of their own
-        identity = (block.start, block.shape, block.strides, tensor.dtype) if tensor.numel() else name
+        identity = (block.start, block.shape, block.strides, tensor.kind.dtype) if tensor.kind.num_elements else name
         if first.setdefault(identity, name) != name:
             ties[name] = first[identity]
             continue
-        kinds[name], places[name] = kind_of(tensor), block
+        kinds[name], places[name] = tensor.kind, block
     return kinds, ties, places

@@ -116,7 +116,9 @@ class SpikeDetector:
         """
         if self._newest is not None and step > self._newest + 1:
             self._skip_to(step - 1)
-        self._unread.append([_kept(loss), None if gradient_norm is None else _kept(gradient_norm)])
+        # the number itself where a call would only read it, as at nearly every step on a CPU
+        number = loss.item() if isinstance(loss, Tensor) and loss.is_cpu else _kept(loss)
+        self._unread.append([number, None if gradient_norm is None else _kept(gradient_norm)])
         self._newest = step
 
     def read(self, step: int) -> Onset | None:

@@ -49,8 +49,6 @@ class Breaks:
 
     def at_new_lr(self, now: Progress, lr: tuple[float, ...]) -> None:
         """Break where the rates of this step are not those that the segment began with."""
-        if lr == self.segment_lr:
-            return  # as on almost every step
         if self._settings.breaks.lr and _differs(lr, self.segment_lr, self._settings.lr_tolerance):
             if self.segment_lr:
                 self._say_if_it_decays(now, lr)

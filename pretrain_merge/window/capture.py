@@ -6,11 +6,12 @@ This module knows the block that is open, and that ranks decide together. It kno
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import NoReturn
 
 from torch import Tensor, nn
 
 from pretrain_merge import parameters
-from pretrain_merge.cadence import Progress
+from pretrain_merge.cadence import Progress, Upcoming
 from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import ProgressError
 from pretrain_merge.parameters import Masters, Trained
@@ -48,6 +49,7 @@ class Capture:
         masters: Masters | None = None,
     ) -> None:
         self._cadence, values = settings.cadence, settings.config
+        self._upcoming = Upcoming(settings.cadence)
         self.trained = Trained(
             merge_buffers=values.merge_buffers,
             batch_norm=values.batch_norm,
@@ -63,7 +65,9 @@ class Capture:
 
     def observe(self, module: nn.Module, before: Progress, now: Progress, *, lr: tuple[float, ...]) -> bool:
         """Look at the model after a step; whether a snapshot was taken."""
-        due = self._cadence.crossed(before, now, since=self.stored.window.since)
+        since, upcoming = self.stored.window.since, self._upcoming
+        is_quiet = now.step in upcoming.quiet and since is upcoming.since
+        due = not is_quiet and upcoming.crossed(before, now, since=since)
         if not due and self._block is None:
             return False
         # a handler that saves a checkpoint must not find a slot half written or a sum that was not counted yet
@@ -73,16 +77,16 @@ class Capture:
                 return self._observe_block(self._block, module, before, now, lr=lr, due=due)
             return due and self._take(module, now, lr)
 
-    def refuse_merged_weights(self, now: Progress) -> None:
-        """Raise `ProgressError` while a model may hold a merge: a snapshot could take the very slot that raw is in."""
-        if self.stored.num_swaps:
-            raise ProgressError(
-                f"observe() was given {now} while merged weights are in the model. Allowed: steps of training, whose "
-                f"weights are raw. Call it after the block of merged() or swap()."
-            )
+    def refuse_merged_weights(self, now: Progress) -> NoReturn:
+        """Raise `ProgressError`: a model may hold a merge, and a snapshot could take the very slot that raw is in."""
+        raise ProgressError(
+            f"observe() was given {now} while merged weights are in the model. Allowed: steps of training, whose "
+            f"weights are raw. Call it after the block of merged() or swap()."
+        )
 
     def resume_from(self, progress: Progress) -> None:
         """Counters at which a resumed run starts; the interval that is open there began in the run before."""
+        self._upcoming.forget()
         if self._block is not None and self._cadence.is_beyond(progress, since=self.stored.window.since):
             self._block.miss()
 

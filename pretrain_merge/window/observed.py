@@ -125,14 +125,18 @@ class ObservedWindow:
         Raises:
             ProgressError: A counter went backwards, or merged weights are in a model.
         """
-        one = self._modules.as_one(module)
+        # questions whose answer is nearly always the same are asked here: what a step costs on which nothing is due is
+        # its number of calls, and their code is no longer in a cache when a training step has run
+        one = module if module is self._modules.one else self._modules.as_one(module)
         before, after = self._progress, self._progress.followed_by(progress)
-        self._capture.refuse_merged_weights(after)
+        if self._stored.num_swaps:
+            self._capture.refuse_merged_weights(after)
         self._progress = after
         if not isinstance(lr, tuple) or lr != self._lr:  # else as at the step before
             # what is not a sequence may be a number of torch (capturable optimizers) or NumPy
             self._lr = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
-        self._breaks.at_new_lr(after, self._lr)
+        if self._lr != self._breaks.segment_lr:
+            self._breaks.at_new_lr(after, self._lr)
         self._snapshot_is_new = False  # also where the capture fails
         self._snapshot_is_new = self._capture.observe(one, before, after, lr=self._lr)
         if loss is not None:

@@ -55,6 +55,8 @@ class Window:
         self.segment = 0
         self.last_break: Break | None = None
         self.num_valid = 0  # snapshots since the last break
+        # where the current segment began: at the last break, or with the run; kept, since every step asks for it
+        self.since = _BEGIN
         self._held: deque[Snapshot] = deque()  # in the slots 0, 1, … as far as they were filled
         self._spare: list[int] = []  # slots among these whose snapshots were dropped
 
@@ -104,16 +106,11 @@ class Window:
         self.num_valid += snapshot.segment == self.segment
         return snapshot
 
-    @property
-    def since(self) -> Progress:
-        """Where the current segment began: at the last break, or with the run."""
-        return self.last_break.progress if self.last_break else _BEGIN
-
     def break_at(self, progress: Progress, reason: str) -> int:
         """End the segment before this step; returns how many snapshots are no longer valid."""
         num_lost, self.num_valid = self.num_valid, 0
         self.segment += 1
-        self.last_break = Break(progress, reason)
+        self.last_break, self.since = Break(progress, reason), progress
         return num_lost
 
     def drop_after(self, step: int) -> int:
@@ -128,6 +125,7 @@ class Window:
     def resume_from(self, segment: int, last_break: Break | None) -> None:
         """Breaks of the run before; snapshots are entered afterwards."""
         self.segment, self.last_break = segment, last_break
+        self.since = last_break.progress if last_break else _BEGIN
 
     def clear(self) -> None:
         """Forget all snapshots; breaks are remembered."""

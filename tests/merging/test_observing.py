@@ -75,6 +75,23 @@ def test_a_run_that_goes_on_takes_no_snapshot_for_what_lies_behind_it():
     assert taken == [60, 70]
 
 
+def test_a_share_counts_from_a_break_between_two_of_its_points():
+    merging = RollingMerger(window=4, every="10%")
+    _, taken = counting(merging, range(1, 206))
+    merging.mark_phase("long")  # at step 205; the point after 201 would be 222
+    _, more = counting(merging, range(206, 220))
+    assert taken[-1] == 201
+    assert more == [*range(206, 216), 217, 218, 219]  # as from the begin of a run: 1 to 10, 12, 13, 14
+
+
+def test_a_run_that_goes_back_asks_anew_where_the_next_snapshot_is():
+    merging = RollingMerger(window=4, every=100)
+    counting(merging, range(101, 151))
+    merging.resume_from(Progress(57))
+    _, taken = counting(merging, range(58, 103))
+    assert taken == [100]
+
+
 def test_counters_rates_and_phase_of_the_last_step_can_be_read():
     merging, module = RollingMerger(window=4, every=10), model_at()
     merging.observe(module, Progress(3, 30, 300), lr=[0.1, 0.2])

@@ -1,4 +1,4 @@
-"""Merges of safetensors files load no torch: it takes longer to load than they take. With or without, the same bits."""
+"""Merges of no format load torch, which takes longer to load than they take. With or without, the same bits."""
 
 import json
 import subprocess
@@ -27,12 +27,18 @@ print(*{name.partition(".")[0] for name in sys.modules}, sep="\\n")
 DTYPES = [torch_dtype(dtype) for dtype in MERGED_DTYPES]
 
 
-def test_the_command_merges_safetensors_without_loading_torch_to_the_bytes_of_a_process_that_has_it(tmp_path):
+def test_the_command_merges_every_format_without_loading_torch_to_the_bytes_of_a_process_that_has_it(tmp_path):
     pytest.importorskip("llvmlite")
     (tmp_path / "run").mkdir()
-    for step in (1, 2):
-        writers.safetensors_file(tmp_path / "run", step, writers.tensors(step))
-        writers.hugging_face(tmp_path / "run", step + 2, writers.tensors(step + 2))
+    formats = [
+        writers.safetensors_file,
+        writers.hugging_face,
+        writers.lightning,
+        writers.dcp_folder,
+        writers.dcp_of_ranks,
+    ]
+    for step, write in enumerate(formats, 1):
+        write(tmp_path / "run", step, writers.tensors(step))
     command = [sys.executable, "-c", PROBE, "merge", str(tmp_path / "run"), "--out", str(tmp_path / "light")]
     loaded = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert "numpy" in loaded  # so the probe sees what is loaded

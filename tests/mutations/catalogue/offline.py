@@ -5,6 +5,7 @@ from tests.mutations.catalogue.fault import Fault
 _MERGE = "tests/offline/test_merge.py"
 _CRAFTED_FILES = "tests/offline/test_crafted_files.py"
 _KILLED = "tests/offline/test_killed.py"
+_PLAIN_PICKLE = "tests/offline/test_plain_pickle.py"
 _WITHOUT_TORCH = "tests/offline/test_without_torch.py"
 
 FAULTS = (
@@ -44,11 +45,39 @@ FAULTS = (
         _MERGE,
     ),
     Fault(
-        "a class that DCP does not write is looked up",
-        "offline/dcp_metadata.py",
-        "            return _ALLOWED[module, name]\n        except KeyError:",
-        "            return _ALLOWED.get((module, name)) or super().find_class(module, name)\n        except KeyError:",
+        "a class that is in no list is looked up",
+        "offline/plain_pickle.py",
+        '        raise NotPlainError(f"it names',
+        '        return Name(path, super().find_class(module, name))\n        raise NotPlainError(f"it names',
         _CRAFTED_FILES,
+    ),
+    Fault(
+        "a pickle sets attributes of a class",
+        "offline/plain_pickle.py",
+        "        elif not isinstance(target, Inert | OrderedDict):",
+        "        elif False:",
+        _PLAIN_PICKLE,
+    ),
+    Fault(
+        "a key of which thousands hash alike is taken",
+        "offline/plain_pickle.py",
+        " or any(isinstance(item, int) and item.bit_length() > _LONGEST_KEY for item in items):",
+        ":",
+        _PLAIN_PICKLE,
+    ),
+    Fault(
+        "a class that the process lets through is refused",
+        "offline/plain_pickle.py",
+        "        if _allowed_by_user(path):",
+        "        if False:",
+        _PLAIN_PICKLE,
+    ),
+    Fault(
+        "a pickle is unpacked",
+        "offline/torch_archive.py",
+        "    if info.compress_type != zipfile.ZIP_STORED or",
+        "    if",
+        _PLAIN_PICKLE,
     ),
     Fault(
         "metadata name files elsewhere",
@@ -59,8 +88,8 @@ FAULTS = (
     ),
     Fault(
         "a tensor reaches beyond its storage",
-        "offline/torch_archive.py",
-        "if tensor.numel() and not 0 <= first + reach * tensor.itemsize < num_bytes:",
+        "offline/torch_objects.py",
+        "if kind.num_elements and first + (reach + 1) * kind.dtype.itemsize > storage.num_bytes:",
         "if False:",
         _CRAFTED_FILES,
     ),

@@ -29,6 +29,27 @@ FAULTS = (
         _WINDOW,
     ),
     Fault(
+        "where a snapshot is due next is not asked anew after a break",
+        "window/capture.py",
+        "in upcoming.quiet and since is upcoming.since",
+        "in upcoming.quiet",
+        "tests/merging/test_observing.py",
+    ),
+    Fault(
+        "a run that goes back keeps where its next snapshot was due",
+        "window/capture.py",
+        "        self._upcoming.forget()\n",
+        "",
+        "tests/merging/test_observing.py",
+    ),
+    Fault(
+        "each step works out anew whether a snapshot is due",
+        "window/capture.py",
+        "not is_quiet and upcoming",
+        "upcoming",
+        "tests/callbacks/test_run_folder.py",
+    ),
+    Fault(
         "snapshots before a break are counted as valid",
         "window/window.py",
         "num_lost, self.num_valid = self.num_valid, 0",
@@ -100,8 +121,8 @@ FAULTS = (
     ),
     Fault(
         "a step inside a swap takes the slot of raw",
-        "window/capture.py",
-        "if self.stored.num_swaps:",
+        "window/observed.py",
+        "if self._stored.num_swaps:",
         "if False:",
         "tests/merging/test_raw_comes_back.py",
     ),
