@@ -94,6 +94,9 @@ class RecoveryRun:
         # after all that listen to steps since training began: they see the rate that a step really used
         if self._changed is None:
             self._changed = ChangedSteps(self._module, self._factor, self.clip)
+        # not where the run goes back: Lightning cannot load a checkpoint of FSDP2 with optimizers that are empty
+        if self.recoveries and self._step == self.recoveries[-1].resumed and self._settings.optimizer == "fresh":
+            self._live.begin_optimizers_afresh()
 
     def clip(self, optimizer: Any) -> None:
         """Clip the gradients of a step, once the run went back."""
