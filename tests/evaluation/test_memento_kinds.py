@@ -4,12 +4,14 @@ import ctypes
 import logging
 import threading
 import types
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from evaluation.moved_objects import kept
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -160,3 +162,39 @@ def test_a_sharded_optimizers_state_is_back(mesh):
     module.state["exp_avg"].add_(1)
     memento.put_back()
     assert torch.equal(module.state["exp_avg"].to_local(), torch.zeros(2, 2))
+
+
+class Diary(Logger):
+    """A logger of the user's own, which keeps what it is told in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Any] = [0]
+
+    name = version = property(lambda _: "diary")
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.rows.append(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_what_a_logger_of_the_users_own_keeps_is_put_back():
+    diary = Diary()
+    kept({"logger": diary}, lambda _: (diary.rows.append(1), setattr(diary, "num", 1)))
+    assert diary.rows == [0]
+    assert not hasattr(diary, "num")
+
+
+def test_a_logger_that_writes_files_is_left_alone(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.rows = [0]
+    kept({"logger": logger}, lambda _: logger.rows.append(1))
+    assert logger.rows == [0, 1, 1]
+
+
+def test_classes_of_c_are_not_kept():
+    memento = Memento({"module": SafeForThreads()}, notices=WarnOnce())
+    of_classes = [state.item for state, _ in memento._states if isinstance(state.item, type)]
+    assert of_classes == [SafeForThreads]  # and neither `object` nor `type`, which every other object shares

@@ -9,7 +9,7 @@ from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from types import FunctionType, GeneratorType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
@@ -30,17 +30,13 @@ from pretrain_merge.parameters.shards import local_part
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento.memento import Memento
 
+_SHORT = frozenset({list, tuple, dict})
 _FEW = 8  # workers are looked for among so many items of an attribute
 
 
-def enter(memento: "Memento", index: int, item: Any) -> None:
-    """Keep the state of an object, and let the memento search what it refers to."""
-    cls: Any = type(item)
-    _enter_for(cls)(memento, index, item)
-
-
 @lru_cache(maxsize=4096)
-def _enter_for(cls: Any) -> "_Enter":
+def enter_for(cls: Any) -> "_Enter":
+    """What keeps the state of objects of a type, and lets the memento search what they refer to."""
     # exact types first: nine of ten objects are dictionaries, lists and tensors
     known = _ENTER.get(cls)
     if known is not None:
@@ -183,20 +179,20 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
 
     Whether the object is ours to keep: not if something works in it while we evaluate.
     """
-    cls: Any = type(item)
-    kind = kinds.kind_of(cls)
+    kind = kinds.kind_of(type(item))
     if not kind.is_state:
         return False
     found: list[Any] = []
     if kind.has_dict:
         found.append(states.AttributesState(item, may_own=kind.may_own))
-    if issubclass(cls, torch.jit.ScriptModule):  # its tensors and attributes are kept outside of Python
+    if kind.is_script:  # its tensors and attributes are kept outside of Python
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
-    values = [value for state in found for value in state.values] if len(found) != 1 else found[0].values
+    # values are sorted out here, once for what follows: they are nine of ten attributes
+    values = [value for state in found for value in state.values if type(value) not in kinds.VALUES]
     # half of it would be put back under a thread that writes the other half
-    if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
+    if not kind.may_own and (worker := _worker_in(values)):
         if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
@@ -209,15 +205,19 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     return True
 
 
-def _worker(value: Any) -> str | None:
-    """The name of what runs beside us, in an attribute or in a short list of them."""
-    kind = type(value)
-    if kind in kinds.VALUES:
-        return None
-    if kind in (list, tuple, dict):
-        few = [*(value.values() if kind is dict else value)][:_FEW]
-        return next((type(item).__name__ for item in few if kinds.works(type(item))), None)
-    return kind.__name__ if kinds.works(kind) else None
+def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
+    """The name of what runs beside us, among attributes or in a short list that is one of them."""
+    for value in values:  # not a function for each: an object has a dozen, and nearly all are values
+        kind = type(value)
+        if kind in kinds.VALUES:
+            continue
+        if kind in _SHORT and not is_nested:
+            few = islice(value.values() if kind is dict else value, _FEW)
+            if value and (worker := _worker_in(few, is_nested=True)):
+                return worker
+        elif kinds.kind_of(kind).works:
+            return kind.__name__
+    return None
 
 
 def _enter_simple(memento: "Memento", index: int, item: Any) -> None:

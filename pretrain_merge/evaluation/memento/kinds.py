@@ -86,6 +86,7 @@ _CLIENTS = frozenset(
 _LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 _LIGHTNINGS_STATE = (
     "core", "callbacks", "demos", "loops", "strategies", "trainer.trainer", "utilities.combined_loader",
+    "loggers.logger",  # the abstract one: what a user's own logger keeps is his state; those that write are left alone
     "utilities.data", "utilities.parsing", "utilities.types",
     "utilities.device_dtype_mixin", "trainer.connectors.data_connector",
 )  # fmt: skip
@@ -112,6 +113,7 @@ class Kind:
         may_own: Whether it is kept although it owns such a thing.
         has_dict: Whether it has an attribute dictionary.
         slots: Descriptors of its `__slots__`.
+        is_script: Whether its attributes are kept outside of Python, as those of a `torch.jit.ScriptModule`.
         is_users: Whether its class is the user's own code.
         is_said: Whether the user is told where it is left alone: of a library's own he could do nothing about it.
     """
@@ -122,6 +124,7 @@ class Kind:
     may_own: bool = False
     has_dict: bool = False
     slots: tuple[Any, ...] = ()
+    is_script: bool = False
     is_users: bool = False
     is_said: bool = False
 
@@ -150,6 +153,7 @@ def kind_of(cls: type) -> Kind:
             for item in vars(base).values()
             if type(item) is types.MemberDescriptorType
         ),
+        is_script=torch.jit.ScriptModule in mro,
         is_users=is_users,
         is_said=is_users or _top(cls) in _PLAIN_STDLIB,
     )

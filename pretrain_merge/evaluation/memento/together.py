@@ -55,12 +55,13 @@ def groups_of(states: Sequence[tuple[State, int]]) -> tuple[list[Mappings | Tens
     mappings: list[tuple[DictState, int]] = []
     tensors: list[tuple[TensorState, int]] = []
     others: list[tuple[State, int]] = []
-    for state, index in states:
-        if isinstance(state, DictState) and state.kind is dict:
-            mappings.append((state, index))
+    for pair in states:
+        state = pair[0]
+        if isinstance(state, DictState):
+            (mappings if state.kind is dict else others).append(pair)
         elif isinstance(state, TensorState) and state.is_plain:
-            tensors.append((state, index))
+            tensors.append(pair)
         else:
-            others.append((state, index))
+            others.append(pair)
     groups = [Mappings(mappings[start : start + _TOGETHER]) for start in range(0, len(mappings), _TOGETHER)]
     return [*groups, *([Tensors(tensors)] if tensors else [])], others

@@ -11,6 +11,27 @@ _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
 FAULTS = (
     Fault(
+        "what a user's own logger keeps stays as a hook left it",
+        "evaluation/memento/kinds.py",
+        """    "loggers.logger",""",
+        """    "",""",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "Python's own classes are kept as a user's",
+        "evaluation/memento/code.py",
+        """.get("__module__", "builtins")""",
+        """.get("__module__", "")""",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "a class that got another value of an attribute is taken for the same",
+        "evaluation/memento/names.py",
+        "len(now) == len(before) and all(map(is_, now.values(), before.values()))",
+        "len(now) == len(before)",
+        _MEMENTO_OF_OBJECTS,
+    ),
+    Fault(
         "other random numbers at each pass",
         "evaluation/evaluate.py",
         "                if data is not None:\n                    random_state()\n",
@@ -167,7 +188,7 @@ FAULTS = (
     Fault(
         "a tensor without memory is read",
         "evaluation/memento/tensors.py",
-        "        if not _is_plain(item) or is_released(item):",
+        "        if not _is_plain(item) or _lacks_memory(item):",
         "        if not _is_plain(item):",
         _MEMENTO_OF_TENSORS,
     ),
