@@ -4,6 +4,8 @@ This module knows the insides of containers and attributes; those of functions a
 bounds and writes nothing.
 """
 
+import gc
+import itertools
 import threading
 from array import array
 from collections import OrderedDict, defaultdict, deque
@@ -23,7 +25,14 @@ from torch.nn.parameter import is_lazy
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.memory import BytesState
-from pretrain_merge.evaluation.memento.positions import CacheState, CountState, GeneratorState, IteratorState, draws
+from pretrain_merge.evaluation.memento.positions import (
+    CacheState,
+    CountState,
+    GeneratorState,
+    IterationState,
+    IteratorState,
+    draws,
+)
 from pretrain_merge.evaluation.memento.tensors import TensorState
 from pretrain_merge.parameters.shards import local_part
 
@@ -246,12 +255,39 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
         (None, lambda item: [getattr(item, name) for name in _PARTS if hasattr(item, name)]),
     ),
     type(lru_cache(len)): (CacheState, lambda item: (item.__wrapped__,)),
-    **dict.fromkeys(map(type, ([].__iter__(), reversed([]), ().__iter__(), iter(range(0)))), (IteratorState, _reduced)),
+    **dict.fromkeys(
+        map(type, ([].__iter__(), reversed([]), ().__iter__(), iter(range(0)), iter(""), iter(b""))),
+        (IteratorState, _reduced),
+    ),
     # what has no position but that of what it goes through
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
     enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    **dict.fromkeys(map(type, (iter(set()), iter(deque()), reversed(deque()))), (CountState, _nothing)),
+    **dict.fromkeys((count, cycle, itertools.repeat, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    # a function that is called until it returns a certain value has no position; what it holds may
+    type(iter(int, 0)): (None, _reduced),
+    type(itertools.tee(())[0]): (IterationState, _nothing),
+    **dict.fromkeys(
+        (
+            itertools.accumulate,
+            itertools.chain,
+            itertools.combinations,
+            itertools.combinations_with_replacement,
+            itertools.compress,
+            itertools.dropwhile,
+            itertools.filterfalse,
+            itertools.groupby,
+            itertools.islice,
+            itertools.pairwise,
+            itertools.permutations,
+            itertools.product,
+            itertools.starmap,
+            itertools.takewhile,
+            itertools.zip_longest,
+        ),
+        (IterationState, gc.get_referents),
+    ),
 }
 _Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {

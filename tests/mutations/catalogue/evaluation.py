@@ -11,6 +11,20 @@ _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
 FAULTS = (
     Fault(
+        "a chain stays in the part that a hook read on to",
+        "evaluation/memento/positions.py",
+        "            self.item.__setstate__(self.seen[2])\n",
+        "            pass\n",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "what itertools goes through is left where a hook read it to",
+        "evaluation/memento/graph.py",
+        "        (IterationState, gc.get_referents),\n",
+        "        (IterationState, _nothing),\n",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
         "what a user's own logger keeps stays as a hook left it",
         "evaluation/memento/kinds.py",
         """    "loggers.logger",""",
@@ -20,8 +34,8 @@ FAULTS = (
     Fault(
         "Python's own classes are kept as a user's",
         "evaluation/memento/code.py",
-        """.get("__module__", "builtins")""",
-        """.get("__module__", "")""",
+        "kinds.is_library(kinds.module_of(item))",
+        'kinds.is_library(str(vars(item).get("__module__", "")))',
         _MEMENTO_KINDS,
     ),
     Fault(
