@@ -59,7 +59,7 @@ def claim(folder: Path, *, remedy: str, is_shared_here: bool = False, name: str 
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"cannot write to {folder} for the window: {error}. {remedy}") from error
+        raise CheckpointError(f"cannot write to {folder}: {error}. {remedy}") from error
     return True
 
 

@@ -17,13 +17,15 @@ from pretrain_merge.offline.options import checked_device, find, find_base, new_
 from pretrain_merge.offline.partial import PLAN, locked, prepare, publish, removed_if_empty
 from pretrain_merge.offline.recipe import ViewLike
 from pretrain_merge.offline.shards import LARGEST_FILE, Shard, Written
-from pretrain_merge.offline.stream import BUFFERS, Streamer
+from pretrain_merge.offline.stream import Streamer, memory
 from pretrain_merge.offline.tensors import Source
 from pretrain_merge.runtime import ranks
 from pretrain_merge.runtime.log import logger
 
 Progress: TypeAlias = Callable[[int, int], object]
-_IMPORTS = 280 * 2**20  # bytes that torch and the compiled kernel take before the first tensor
+# bytes that a process takes beside what it holds when all checkpoints are open, and its buffers: for the kernel's
+# compiler, and for torch where a device needs it
+_COMPILER, _TORCH = 100 * 2**20, 300 * 2**20
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def plan_merge(
     num_written = sum(shard.num_bytes for shard in decision.shards)
     copied = tuple(name for name, output in decision.outputs.items() if output.origin is not None)
     # beside the folder to be made: that disk is the one that will be written
+    resident = rates.resident_memory()
     reading, writing = rates.measure(decision.recipe.sources, target.parent)
     return MergePlan(
         bytes_read=num_read,
@@ -137,7 +140,7 @@ def plan_merge(
         copied=copied,
         # both at the same time
         seconds=None if reading is None else max(num_read / reading, num_written / (writing or math.inf)),
-        peak_memory=_IMPORTS + BUFFERS,
+        peak_memory=resident + _COMPILER + memory(decision.everyone) + (0 if device == "cpu" else _TORCH),
     )
 
 

@@ -63,17 +63,24 @@ def _cut(name: str, lead: tuple[int, ...], shape: tuple[int, ...], longest: int)
         yield Piece(name, lead, (first, last), (last - first, *shape[1:]))
 
 
-def batches(kinds: Mapping[str, Kind], longest: int) -> Iterator[list[Piece]]:
-    """Pieces of tensors in their order, as many at a time as `longest` elements hold."""
+def batches(kinds: Mapping[str, Kind], widths: Mapping[str, int], num_bytes: int) -> Iterator[list[Piece]]:
+    """Pieces of tensors in their order, as many at a time as a buffer holds.
+
+    Args:
+        kinds: The tensors.
+        widths: Bytes of an element of each, at most.
+        num_bytes: Of the buffer.
+    """
     batch: list[Piece] = []
-    room = longest
+    room = num_bytes
     for name, kind in kinds.items():
-        for piece in cut(name, kind.shape, longest):
-            if piece.num_elements > room:
+        for piece in cut(name, kind.shape, max(1, num_bytes // widths[name])):
+            needed = piece.num_elements * widths[name]
+            if needed > room:
                 yield batch
-                batch, room = [], longest
+                batch, room = [], num_bytes
             batch.append(piece)
-            room -= piece.num_elements
+            room -= needed
     if batch:
         yield batch
 

@@ -1,9 +1,12 @@
-"""How fast disks are just now, measured on a sample. This module knows files and a clock."""
+"""How fast disks are just now, measured on a sample, and how large this process is. It knows files and a clock."""
 
+import resource
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files.atomic import sync
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.tensors import Source
@@ -12,7 +15,11 @@ _SAMPLE = 2**26  # bytes
 
 
 def measure(sources: Sequence[Source], folder: Path) -> tuple[float | None, float | None]:
-    """Bytes per second that the newest source gives and the folder takes, each by a sample."""
+    """Bytes per second that the newest source gives and the folder takes, each by a sample.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
     file = sources[-1].files[0]
     num_bytes = min(_SAMPLE, size_of(file) or 0)
     if num_bytes < _SAMPLE // 16:  # a sample that small tells nothing
@@ -22,13 +29,26 @@ def measure(sources: Sequence[Source], folder: Path) -> tuple[float | None, floa
         start = time.perf_counter()
         sample = files.read(file, 0, num_bytes)
         reading = num_bytes / (time.perf_counter() - start)
-    folder.mkdir(parents=True, exist_ok=True)
+    # one that is there: a plan makes no folder
+    folder = next(place for place in (folder, *folder.parents) if place.is_dir())
     probe = folder / ".rate.tmp"
     try:
         start = time.perf_counter()
         probe.write_bytes(sample)
         sync(probe)
         writing = num_bytes / (time.perf_counter() - start)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}. Write to another folder.") from error
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
     return reading, writing
+
+
+def resident_memory() -> int:
+    """Bytes of this process; where the system does not tell, the most that it ever had."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS gives bytes
+    return int(pages) * resource.getpagesize()

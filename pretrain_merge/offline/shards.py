@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from pretrain_merge.offline.tensors import Kind
 INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 5 * 10**9  # bytes; Hugging Face's own limit for long
 NOTE = ".done.json"
+# bytes that go to the disk while more are written, so that the end of a file has little left to wait for
+_FLUSHED = 2**25
 _BLOCK = 2**16  # bytes: larger ones get pages of their own from the system, and give them back, each time
 
 
@@ -100,15 +103,17 @@ class ShardWriter:
         descriptor: Of the file.
         path: The name that it will have.
         shard: What it holds.
-        is_checked: Whether it is read back.
+        flusher: Sends it to the disk while it is written, and it is read back; None: neither.
 
     Attributes:
         spread: Of its tensors; to be set before the end.
     """
 
-    def __init__(self, descriptor: int, path: Path, shard: Shard, *, is_checked: bool) -> None:
+    def __init__(self, descriptor: int, path: Path, shard: Shard, *, flusher: Executor | None) -> None:
         self.spread = Spread(0.0, 0.0)
-        self._descriptor, self._path, self._is_checked = descriptor, path, is_checked
+        self._descriptor, self._path, self._flusher = descriptor, path, flusher
+        self._flush: Future[None] | None = None
+        self._flushed = 0
         starts, end = {}, 0
         for name, kind in shard.kinds.items():
             starts[name] = (kind, end)
@@ -117,6 +122,7 @@ class ShardWriter:
         self._expected = len(header) + end
         self._checksum = 0
         self._done = 0
+        self._found = bytearray(_BLOCK)
         self.write(memoryview(header))
 
     def write(self, data: memoryview) -> None:
@@ -129,13 +135,30 @@ class ShardWriter:
         while sent < len(data):
             # a call may take less, as on a disk that is nearly full
             sent += os.pwrite(self._descriptor, data[sent:], self._done + sent)
-        for start in range(0, len(data) if self._is_checked else 0, _BLOCK):
-            block = bytes(data[start : start + _BLOCK])  # a memoryview is compared byte by byte, ten times as slowly
-            found = os.pread(self._descriptor, len(block), self._done + start)
-            if found != block:
+        for start in range(0, 0 if self._flusher is None else len(data), _BLOCK):
+            block = data[start : start + _BLOCK]
+            # a bytearray is compared as memory, and a memoryview byte by byte, ten times as slowly
+            found = self._found if len(block) == _BLOCK else bytearray(len(block))
+            if os.preadv(self._descriptor, [found], self._done + start) != len(block) or found != block:
                 raise CheckpointError(f"{self._path}: what was read back is not what was written. Check that disk.")
             self._checksum = zlib.crc32(found, self._checksum)
         self._done += len(data)
+        if self._flusher is not None and self._done - self._flushed >= _FLUSHED and self.is_flushed():
+            self._flush, self._flushed = self._flusher.submit(os.fsync, self._descriptor), self._done
+
+    def is_flushed(self, *, waits: bool = False) -> bool:
+        """Whether nothing is on its way to the disk.
+
+        Args:
+            waits: Until that is so.
+
+        Raises:
+            OSError: The disk refused what was, which it tells one time only.
+        """
+        if self._flush is not None and (waits or self._flush.done()):
+            self._flush.result()
+            self._flush = None
+        return self._flush is None
 
     def result(self) -> Written:
         """What is known of the file, when all of it was written."""
@@ -160,11 +183,12 @@ def written(folder: Path, shard: Shard, *, is_kept: bool = True) -> Iterator[Sha
         if not is_kept:
             # nothing that lies there is written over, even in a scratch folder
             with path.open("xb") as file:
-                yield ShardWriter(file.fileno(), path, shard, is_checked=False)
+                yield ShardWriter(file.fileno(), path, shard, flusher=None)
             return
-        with atomic.draft(path) as draft:
-            writer = ShardWriter(draft.file.fileno(), path, shard, is_checked=True)
+        with atomic.draft(path) as draft, ThreadPoolExecutor(1) as flusher:
+            writer = ShardWriter(draft.file.fileno(), path, shard, flusher=flusher)
             yield writer
+            writer.is_flushed(waits=True)
         # after the name: a note without its file would be a promise that does not hold
         atomic.write(_note_of(path), json.dumps(asdict(writer.result())))
     except OSError as error:

@@ -21,23 +21,35 @@ from pretrain_merge.offline.shards import Shard, ShardWriter, Written, written
 from pretrain_merge.offline.sums import Row, sum_rows
 from pretrain_merge.offline.tensors import Source
 
-BUFFERS = 128 * 2**20  # bytes of all buffers together
-# elements of a batch: with more, the sum finds the first sources no longer in the cache
-_LARGEST_BATCH = 2**19
-_SMALLEST_BATCH = 2**12
-_LARGEST_ITEM = 8  # bytes of an element, of any dtype that is merged
+BUFFERS = 2**26  # bytes of all buffers together
+# bytes of a batch of one source: with more, the sum finds the first sources no longer in the cache
+_LARGEST_BATCH = 2**21
+_SMALLEST_BATCH = 2**15
 # a disk is fast with few requests at a time, and a network is not
 _MOST_THREADS, _REMOTE_THREADS = 4, 8
+_WRITTEN = 1  # batch, beside those that threads work at
 
 
-def batch_length(num_sources: int, num_lanes: int) -> int:
-    """Elements of a batch, so that the buffers keep to their budget for any number of sources.
+def batch_size(num_sources: int, num_lanes: int) -> int:
+    """Bytes of a batch of one source, so that the buffers keep to their budget for any number of sources.
 
-    >>> batch_length(8, num_lanes=3), batch_length(32, num_lanes=3)
-    (524288, 169466)
+    >>> batch_size(8, num_lanes=3), batch_size(32, num_lanes=3)
+    (2097152, 677873)
     """
-    fitting = BUFFERS // (num_lanes * _LARGEST_ITEM * (num_sources + 1))
+    fitting = BUFFERS // (num_lanes * (num_sources + 1))
     return max(_SMALLEST_BATCH, min(_LARGEST_BATCH, fitting))
+
+
+def num_threads(sources: Sequence[Source]) -> int:
+    """That read and sum at the same time."""
+    is_far = any(is_remote(file) for source in sources for file in source.files)
+    return _REMOTE_THREADS if is_far else min(_MOST_THREADS, max(2, os.cpu_count() or 2))
+
+
+def memory(sources: Sequence[Source]) -> int:
+    """Bytes that all buffers take at most."""
+    num_lanes = num_threads(sources) + _WRITTEN
+    return num_lanes * (len(sources) + 1) * batch_size(len(sources), num_lanes)
 
 
 class Streamer:
@@ -60,10 +72,8 @@ class Streamer:
     ) -> None:
         self._sources, self._coefficients = sources, coefficients
         self._device, self._progress = device, progress
-        is_far = any(is_remote(file) for source in sources for file in source.files)
-        self._num_threads = _REMOTE_THREADS if is_far else min(_MOST_THREADS, max(2, os.cpu_count() or 2))
-        # one more than threads: that which is being written
-        self._lanes = [_Lane(len(sources), device) for _ in range(self._num_threads + 1)]
+        self._num_threads = num_threads(sources)
+        self._lanes = [_Lane(len(sources), device) for _ in range(self._num_threads + _WRITTEN)]
         self._stack = ExitStack()
         self._readers: list[Reader] = []
 
@@ -92,7 +102,8 @@ class Streamer:
         with written(folder, shard, is_kept=is_kept) as writer:
             free, running = list(self._lanes), deque[tuple[_Lane, Future[_Summed]]]()
             try:
-                for batch in batches(shard.kinds, batch_length(len(self._sources), len(self._lanes))):
+                size = batch_size(len(self._sources), len(self._lanes))
+                for batch in batches(shard.kinds, self._widths(shard, outputs), size):
                     if not free:
                         free.append(self._finish(*running.popleft(), writer))
                     lane = free.pop()
@@ -137,6 +148,21 @@ class Streamer:
             reader.read_into(wanted, targets)
             found.append(dict(zip(wanted, targets, strict=True)))
         return found, sum(target.bits.nbytes for of_source in found for target in of_source.values())
+
+    def _widths(self, shard: Shard, outputs: Mapping[str, Output]) -> dict[str, int]:
+        """Bytes of an element of each tensor, in whichever source or in the output it takes most."""
+        return {
+            name: max(
+                output.kind.dtype.itemsize,
+                *(
+                    source.kind(name).dtype.itemsize
+                    for index, source in enumerate(self._sources)
+                    if self._is_read(output, index)
+                ),
+            )
+            for name, output in outputs.items()
+            if name in shard.kinds
+        }
 
     def _is_read(self, output: Output, index: int) -> bool:
         return index == output.origin or (output.origin is None and index < self._num_merged)

@@ -1,7 +1,9 @@
 """A merge that is killed at any moment: no folder that looks complete and is not; the rerun ends with equal bytes."""
 
+import fcntl
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from pretrain_merge import merge_checkpoints, sweep_checkpoints
 from pretrain_merge.errors import CheckpointError
 from pretrain_merge.files import atomic
-from pretrain_merge.offline import shards
+from pretrain_merge.offline import shards, stream
 from pretrain_merge.offline.candidates import FolderBench
 from pretrain_merge.offline.merge import merge_checkpoints as merge
 from pretrain_merge.records import jsonl
@@ -193,8 +195,15 @@ def test_files_of_another_merge_are_not_gone_on_with(folder, partial, change):
 
 
 def test_what_is_read_back_is_compared(folder, monkeypatch):
-    real = os.pread
-    monkeypatch.setattr(shards.os, "pread", lambda *arguments: bytes(len(real(*arguments))))
+    real = os.preadv
+
+    def spoilt(descriptor, buffers, start):
+        count = real(descriptor, buffers, start)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:  # what is written, not what is merged
+            buffers[0][0] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", spoilt)
     with pytest.raises(CheckpointError, match="read back"):
         merge_checkpoints(places(folder), folder / "out")
     assert not (folder / "out").exists()
@@ -224,3 +233,22 @@ def test_two_merges_into_one_folder_do_not_meet(folder):
             merge_checkpoints(places(folder), folder / "out")
     finally:
         folder_lock.release(folder / ".out.lock")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_the_disk_refuses_while_more_is_written_is_an_error_though_it_tells_once(folder, monkeypatch, number):
+    monkeypatch.setattr(shards, "_FLUSHED", 1)
+    monkeypatch.setattr(stream, "_LARGEST_BATCH", 128)
+    real, left = os.fsync, [number]
+
+    def refusing(descriptor):
+        left[0] -= threading.current_thread().name.startswith("ThreadPool")
+        if left[0] == 0:
+            left[0] = -1
+            raise OSError(5, "the disk is broken")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(CheckpointError, match="the disk is broken"):
+        merge(places(folder), folder / "out")
+    assert sorted(folder.iterdir()) == places(folder)

@@ -7,6 +7,7 @@ from offline.writers import tensors
 
 from pretrain_merge import merge_checkpoints
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.offline.merge import plan_merge
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,18 @@ def test_an_order_that_is_a_guess_is_said(tmp_path, caplog, names, view, is_said
     about = merge_checkpoints(tmp_path / "run", tmp_path / "out", view)
     newest = about["sources"][-1]["place"]
     assert (f"{newest} is taken for the newest" in caplog.text) == is_said
+
+
+def test_a_place_that_cannot_be_written_is_named_without_words_of_training(tmp_path):
+    place = writers.pt(tmp_path, 1, {"w": torch.ones(2**21)})
+    for work in (merge_checkpoints, plan_merge):
+        with pytest.raises(CheckpointError, match="another folder") as caught:
+            work([place], "/proc/merged")
+        assert "/proc" in str(caught.value)
+        assert "window" not in str(caught.value)
+
+
+def test_a_plan_makes_nothing(tmp_path):
+    place = writers.pt(tmp_path, 1, {"w": torch.ones(2**21)})
+    assert plan_merge([place], tmp_path / "new" / "folder" / "out").seconds is not None
+    assert list(tmp_path.iterdir()) == [place]

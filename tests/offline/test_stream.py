@@ -102,7 +102,7 @@ def test_a_batch_in_work_has_its_buffers_for_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stream.Streamer, "_sum", begun)
     monkeypatch.setattr(stream.Streamer, "_finish", finished)
-    monkeypatch.setattr(stream, "batch_length", lambda *_, **__: 16)
+    monkeypatch.setattr(stream, "batch_size", lambda *_, **__: 64)
     monkeypatch.setattr(Files, "read_into", lambda *_: None)
     kind = Kind((512,), own_dtype(torch.float32))
     source = Source("sparse", "test", {"w": kind}, lambda _: [Block("file", 0, (0,), (512,))], ("file",))
@@ -114,8 +114,12 @@ def test_a_batch_in_work_has_its_buffers_for_itself(tmp_path, monkeypatch):
 
 def test_a_budget_that_a_float64_source_would_break_is_seen():
     for num_lanes in (3, 5, 9):
-        longest = stream.batch_length(32, num_lanes)
-        assert num_lanes * 33 * longest * torch.float64.itemsize <= stream.BUFFERS
+        size = stream.batch_size(32, num_lanes)
+        assert num_lanes * 33 * size <= stream.BUFFERS
+        kinds = {name: Kind((10**6,), own_dtype(torch.bfloat16)) for name in "ab"}
+        for batch in batches(kinds, {"a": torch.float64.itemsize, "b": torch.bfloat16.itemsize}, size):
+            widths = [torch.float64.itemsize if piece.name == "a" else torch.bfloat16.itemsize for piece in batch]
+            assert sum(piece.num_elements * width for piece, width in zip(batch, widths, strict=True)) <= size
 
 
 def test_rows_longer_than_a_batch_are_cut():

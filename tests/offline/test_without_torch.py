@@ -50,6 +50,31 @@ def test_the_command_merges_every_format_without_loading_torch_to_the_bytes_of_a
     assert light == heavy
 
 
+PEAK = """
+import sys
+from pathlib import Path
+from pretrain_merge.cli.main import main
+sys.argv = ["pretrain-merge", *sys.argv[1:]]
+main()
+print(*(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of a process by itself")
+def test_a_plan_says_at_least_the_memory_that_the_merge_takes_and_at_most_twice_of_it(tmp_path):
+    pytest.importorskip("llvmlite")
+    for step in range(1, 9):
+        writers.pt(tmp_path, step, {"w": torch.randn(2**21, dtype=torch.float32) * step})
+    command = [sys.executable, "-c", PEAK, "merge", str(tmp_path), "--out", str(tmp_path / "out"), "--quiet"]
+    planned, done = (
+        subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout
+        for more in (["--plan"], [])
+    )
+    peak = int(done.split("VmHWM:")[1].split()[0]) / 1024
+    said = int(planned.split("memory")[1].split()[0])
+    assert peak <= said <= 2 * peak, (peak, said)
+
+
 @st.composite
 def merges(draw):
     seeds = iter(range(1000))

@@ -31,6 +31,27 @@ FAULTS = (
         "tests/offline",
     ),
     Fault(
+        "what the disk refuses while more is written is forgotten",
+        "offline/shards.py",
+        "            self._flush.result()\n",
+        "",
+        _KILLED,
+    ),
+    Fault(
+        "a plan says less memory than the merge takes",
+        "offline/merge.py",
+        "peak_memory=resident + _COMPILER + ",
+        "peak_memory=resident + ",
+        _WITHOUT_TORCH,
+    ),
+    Fault(
+        "a plan makes the folder that it would be written to",
+        "offline/rates.py",
+        "    folder = next(place for place in (folder, *folder.parents) if place.is_dir())\n",
+        "    folder.mkdir(parents=True)\n",
+        "tests/offline/test_places.py",
+    ),
+    Fault(
         "two states of one step in a folder are taken for one",
         "offline/doubles.py",
         "if not _are_one(other, source):",
