@@ -188,7 +188,8 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
 
     Whether the object is ours to keep: not if something works in it while we evaluate.
     """
-    kind = kinds.kind_of(type(item))
+    cls: Any = type(item)
+    kind = kinds.kind_of(cls)
     if not kind.is_state:
         return False
     found: list[Any] = []
@@ -217,7 +218,7 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
 def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
     """The name of what runs beside us, among attributes or in a short list that is one of them."""
     for value in values:  # not a function for each: an object has a dozen, and nearly all are values
-        kind = type(value)
+        kind: Any = type(value)
         if kind in kinds.VALUES:
             continue
         if kind in _SHORT and not is_nested:
@@ -225,7 +226,7 @@ def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
             if value and (worker := _worker_in(few, is_nested=True)):
                 return worker
         elif kinds.kind_of(kind).works:
-            return kind.__name__
+            return str(kind.__name__)
     return None
 
 

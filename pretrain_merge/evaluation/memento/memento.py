@@ -102,7 +102,8 @@ class Memento:
         index = 0
         while index < len(self._objects):  # it grows: breadth first, so that what is far away is what is left
             item = self._objects[index]
-            enter_for(type(item))(self, index, item)
+            kind: Any = type(item)
+            enter_for(kind)(self, index, item)
             index += 1
         del self._seen
 

@@ -114,7 +114,7 @@ class IterationState:
 
     def put_back(self) -> None:
         """Back to the part that a chain was in; of the others no state that they accept is all of it."""
-        if type(self.item) is itertools.chain and len(self.seen) > 2:
+        if issubclass(type(self.item), itertools.chain) and len(self.seen) > 2:
             self.item.__setstate__(self.seen[2])
         if not self.is_same():
             raise ValueError(_HOLD_A_NUMBER)
@@ -122,7 +122,8 @@ class IterationState:
 
 def _iteration(item: Any) -> tuple[Any, ...]:
     # since 3.12 Python warns whoever asks, and since 3.14 it does not tell; what they refer to changes with most
-    if sys.version_info < (3, 12) and type(item).__reduce__ is not object.__reduce__:
+    kind: Any = type(item)
+    if sys.version_info < (3, 12) and kind.__reduce__ is not object.__reduce__:
         return tuple(item.__reduce__())
     return tuple(gc.get_referents(item))
 

@@ -55,13 +55,12 @@ def groups_of(states: Sequence[tuple[State, int]]) -> tuple[list[Mappings | Tens
     mappings: list[tuple[DictState, int]] = []
     tensors: list[tuple[TensorState, int]] = []
     others: list[tuple[State, int]] = []
-    for pair in states:
-        state = pair[0]
-        if isinstance(state, DictState):
-            (mappings if state.kind is dict else others).append(pair)
+    for state, index in states:
+        if isinstance(state, DictState) and state.kind is dict:
+            mappings.append((state, index))
         elif isinstance(state, TensorState) and state.is_plain:
-            tensors.append(pair)
+            tensors.append((state, index))
         else:
-            others.append(pair)
+            others.append((state, index))
     groups = [Mappings(mappings[start : start + _TOGETHER]) for start in range(0, len(mappings), _TOGETHER)]
     return [*groups, *([Tensors(tensors)] if tensors else [])], others
