@@ -18,7 +18,7 @@ from pretrain_merge.resume.needs import read_needs
 Outcome = dict[str, Any]
 
 _OF_EARLIER_STARTS = re.compile(
-    r"merges\.\d+\.jsonl|merged\.\d+/.*|merges\.run\.\d+\.json|checkpoints/step=\d+\.ckpt|window/checkpoints\.json"
+    r"merges\.\d+\.jsonl|merges\.config\.\d+\.yaml|merged\.\d+/.*|merges\.run\.\d+\.json|checkpoints/step=\d+\.ckpt|window/checkpoints\.json"
 )
 
 

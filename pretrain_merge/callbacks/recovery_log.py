@@ -139,10 +139,12 @@ class RecoveryLog:
                 f"{seen}; {done}, and there is no restart point from before. Allowed: a divergence after the step that "
                 f"the run began or was resumed at. Resume from an older checkpoint."
             )
+        last = recoveries[-1]
+        told = ", where the data were to blame" if last.cause == DATA else ""
         return (
-            f"{seen}; {done} (the last at step {recoveries[-1].step}, at {recoveries[-1].lr_factor:g} "
-            f"times the learning rate). Look at the data and the model; to go on, lower the rate, or raise attempts, "
-            f"and resume from a checkpoint before step {onset.step}."
+            f"{seen}; {done} (the last at step {last.step}, at {last.lr_factor:g} times the learning rate{told}). Look "
+            f"at the data and the model; to go on, lower the rate, or raise attempts, and resume from a checkpoint "
+            f"before step {onset.step}."
         )
 
     def say(self, text: str) -> None:

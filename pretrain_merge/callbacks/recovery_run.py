@@ -94,6 +94,9 @@ class RecoveryRun:
         # after all that listen to steps since training began: they see the rate that a step really used
         if self._changed is None:
             self._changed = ChangedSteps(self._module, self._factor, self.clip)
+        # not where the run goes back: Lightning cannot load a checkpoint of FSDP2 with optimizers that are empty
+        if self.recoveries and self._step == self.recoveries[-1].resumed and self._settings.optimizer == "fresh":
+            self._live.begin_optimizers_afresh()
 
     def clip(self, optimizer: Any) -> None:
         """Clip the gradients of a step, once the run went back."""
@@ -215,9 +218,11 @@ class RecoveryRun:
         """Go back to the newest weights from before the onset: those of before it see such a loss before they move."""
         *others, last = self.recoveries
         newest = self._points.newest_before(last.onset)
-        # later the rate is high enough to have done it; and data that stay as they are would be waited for for ever
-        if newest is None or onset.step > last.resumed + _AT_ONCE or self._step - last.step >= self._settings.distrust:
-            return  # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        # no point: `in_checkpoints` is off, and a resumed run has none but its checkpoint
+        if newest is None or onset.step > last.resumed + _AT_ONCE:  # later the rate is high enough to have done it
+            return
+        if last.cause == DATA and self._step - last.step >= self._settings.distrust:
+            return  # data that stay as they are would be waited for for ever
         self._go_back([newest])
         self._points.mark_used(newest.step)
         factor = _lr_factor(others)

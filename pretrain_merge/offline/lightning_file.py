@@ -5,6 +5,7 @@ they are written, so that neither model nor the optimizer's states need be in me
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +13,7 @@ import torch
 
 from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError
 from pretrain_merge.files import atomic
-from pretrain_merge.offline import safetensors_format, torch_format
+from pretrain_merge.offline import safetensors_format, torch_format, torch_objects
 from pretrain_merge.offline.decision import Optimizer
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.mapped import MappedTensors
@@ -109,8 +110,29 @@ def _set_optimizer(content: dict[str, Any], tensors: MappedTensors, names: Colle
 def _loaded(path: str, files: Files) -> dict[str, Any]:
     """A Lightning checkpoint, its tensors mapped from the file."""
     open_archive(path, files, 0, size_of(path) or 0)  # with the errors of ours
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return dict(content)
+    try:
+        with torch.serialization.safe_globals(_plain_values(path)):
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # whatever a class that the process lets through raises
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        raise CheckpointError(
+            f"{path} has values that cannot be written again: {' '.join(text.split())[:200]}. Name a base of "
+            f"plain data, or leave them out of its hyperparameters."
+        ) from error
+
+
+def _plain_values(path: str) -> list[Any]:
+    """Classes of hyperparameters that the reader of merges passes over and torch's own refuses: here they are kept."""
+    names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) & torch_objects.NAMES.keys()
+    if any(name.startswith("numpy.") for name in names):
+        # a dtype is of a class of its own, which the file does not name
+        names |= {name for name in torch_objects.NAMES if name.startswith("numpy.dtypes.")}
+    found = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        # by the closed list only, so what is imported is no choice of the file's author
+        found.append((getattr(import_module(module), attribute), name))
+    return found
 
 
 class _Releasing:

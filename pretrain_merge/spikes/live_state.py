@@ -52,7 +52,7 @@ class LiveState:
 
     @torch.no_grad()
     def write(self, saved: Mapping[str, Tensor]) -> None:
-        """Make the run what it was; optimizers begin afresh unless their state was copied, too."""
+        """Make the run what it was, with the state of its optimizers where that was copied, too."""
         reshard(self._module)
         for name, weight in self._weights().items():
             if name in saved:  # one that was added since (P36) was not trained then
@@ -62,17 +62,18 @@ class LiveState:
         # each NaN has halved it: left so, gradients would be zero in float16 for thousands of steps
         if scaling := {key: saved[SCALER + key].item() for key in self._scaling() if SCALER + key in saved}:
             self._scaler.load_state_dict(self._scaler.state_dict() | scaling)
-        if not self._with_optimizers:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
-            return
-        for name, state, key in list(self._states()):
+        for name, state, key in list(self._states()) if self._with_optimizers else ():
             if name not in saved:
                 del state[key]
             elif isinstance(state[key], Tensor):
                 local_part(state[key]).copy_(saved[name])
             else:
                 state[key] = type(state[key])(saved[name].item())
+
+    def begin_optimizers_afresh(self) -> None:
+        """Optimizers forget all that they keep of parameters."""
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
 
     def refuse_other(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse tensors of another model, before the first of them is needed.

@@ -17,3 +17,5 @@ def test_the_page_says_how_many_recovered_runs_came_near_their_controls():
         worst = row["worst"].replace("+0.", "+.").replace("%", " %")
         assert f"| {row['runs']} | {row['diverged']} | {row['attempts']} | {row['within']} |" in page
         assert f" to {worst} |" in page
+        twin = row["beyond_twin"].replace("+0.", "+.").replace("%", "")
+        assert not twin or f"| {twin} % |" in page

@@ -107,6 +107,12 @@ def test_the_cause_is_told_also_by_weights_from_long_before(tmp_path):
     assert (done.cause, done.back_to) == ("data", (350,))
 
 
+def test_the_cause_is_told_however_few_steps_are_distrusted(tmp_path):
+    recovery = SpikeRecovery(**SMALL | {"distrust": 5})
+    fit(tmp_path, recovery)
+    assert [item.cause for item in recovery.recoveries] == ["data"]
+
+
 def test_weights_between_those_gone_back_to_and_the_damage_are_never_trusted(tmp_path):
     recovery = SpikeRecovery(**SMALL)
     fit(tmp_path, recovery, model=harmed(HARMED, 112))
@@ -197,7 +203,7 @@ def test_a_raw_optimizer_in_a_manual_loop_is_clipped_and_slowed_too(tmp_path):
 def test_nan_is_a_divergence_and_after_the_last_attempt_there_is_an_error(tmp_path):
     model = Model(bad=range(90, 1000), shift=math.nan)
     recovery = SpikeRecovery(**SMALL, attempts=2)
-    with pytest.raises(DivergenceError, match=r"2 of 2 attempts were made.* raise attempts, and resume"):
+    with pytest.raises(DivergenceError, match=r"2 of 2 attempts.* the data were to blame.* raise attempts, and resume"):
         fit(tmp_path, recovery, model=model, steps=400)
     assert [(item.cause, item.lr_factor) for item in recovery.recoveries] == [("data", 1.0)] * 2
     assert all(item.resumed - item.step <= SMALL["distrust"] for item in recovery.recoveries)

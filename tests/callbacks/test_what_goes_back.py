@@ -5,7 +5,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from callbacks.recovering_runs import HARMED, RATE, SMALL, Model, assert_same, fit
+from callbacks.recovering_runs import HARMED, RATE, SMALL, Model, assert_same, fit, harmed
 from torch import nn
 
 from pretrain_merge import SpikeRecovery
@@ -29,6 +29,15 @@ def test_the_optimizer_begins_afresh_unless_its_state_is_to_be_kept(optimizer, i
     (done,) = recovery.recoveries
     assert model.counts[: done.step] == [*range(1, done.step + 1)]
     assert model.counts[done.step] == (1 if is_afresh else done.back_to[0] + 1)
+
+
+def test_a_checkpoint_saved_where_the_run_goes_back_has_a_state_of_optimizers_to_load_under_fsdp2(tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=100)
+    recovery = SpikeRecovery(**SMALL)
+    fit(tmp_path, recovery, model=harmed(), steps=105, saves=[saving])
+    assert recovery.recoveries[0].step == 100
+    (state,) = torch.load(tmp_path / "saved" / "step=100.ckpt", weights_only=True)["optimizer_states"]
+    assert state["state"]
 
 
 def test_after_nan_gradients_are_scaled_as_before(tmp_path):

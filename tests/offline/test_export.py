@@ -1,13 +1,19 @@
 """A merge or one snapshot as what others read: Lightning tests and goes on with it, Hugging Face loads it."""
 
+import collections
+import datetime
 import json
 import warnings
+from argparse import Namespace
+from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from offline import writers
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -203,3 +209,26 @@ def test_an_export_lets_go_of_mapped_files_as_it_writes(run, tmp_path, monkeypat
     assert all(torch.equal(states[key][name], value) for key in expected for name, value in expected[key].items())
     written = load(tmp_path / "out.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     assert all(torch.equal(written[key][name], value) for key in expected for name, value in expected[key].items())
+
+
+def test_hyperparameters_of_libraries_are_passed_over_by_a_merge_and_kept_by_an_export(tmp_path):
+    values = {
+        "config": OmegaConf.create({"a": {"b": [1, "x", None]}, "c": "${a.b}"}), "path": Path("/data/x"),
+        "numbers": [np.float64(2.5), np.int64(3), np.arange(3.0)], "set": {1, 2}, "when": datetime.timedelta(3),
+        "range": range(3), "complex": 1j, "bytes": b"x", "dtype": torch.bfloat16, 7: Namespace(rate=1),
+    }  # fmt: skip
+    for step in (1, 3):
+        writers.lightning(tmp_path, step, {"w": torch.full((2,), float(step))}, hyper_parameters=values)
+    base = tmp_path / "epoch=0-step=3.ckpt"
+    merge_checkpoints(sorted(tmp_path.glob("*.ckpt")), tmp_path / "merged")
+    export_checkpoint(tmp_path / "merged", tmp_path / "out.ckpt", to="ckpt", base=base)
+    found = torch.load(tmp_path / "out.ckpt", weights_only=False)
+    assert str(found["hyper_parameters"]) == str(values)
+    assert found["state_dict"]["w"].tolist() == [2.0, 2.0]
+
+
+def test_a_value_that_torch_does_not_write_back_is_an_error_of_ours(tmp_path):
+    base = writers.lightning(tmp_path, 1, {"w": torch.ones(2)}, hyper_parameters=collections.deque([1]))
+    merge_checkpoints([base], tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="cannot be written again"):
+        export_checkpoint(tmp_path / "merged", tmp_path / "out.ckpt", to="ckpt", base=base)

@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from offline.test_crafted_files import rewritten
@@ -164,3 +165,18 @@ def test_the_reader_in_c_would_take_what_a_file_says():
         assert tracemalloc.get_traced_memory()[1] > 2**24
     finally:
         tracemalloc.stop()
+
+
+def test_a_conjugate_is_refused_since_its_bits_are_those_of_another_tensor(tmp_path):
+    torch.save({"w": torch.ones(2), "c": torch.complex(torch.ones(2), torch.ones(2)).conj()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="c is a tensor whose bits"):
+        recognise.find([tmp_path / "a.pt"])
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones(3), torch.eye(2).to_sparse(), torch.empty(2, device="meta")], ids=["array", "sparse", "meta"]
+)
+def test_a_weight_that_is_not_a_dense_tensor_is_not_left_out_in_silence(tmp_path, value):
+    torch.save({"state_dict": {"w": torch.ones(2), "other": value}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="other is a"):
+        recognise.find([tmp_path / "a.pt"])

@@ -138,8 +138,8 @@ FAULTS = (
     Fault(
         "what was written is not compared",
         "offline/shards.py",
-        "if found != block:",
-        "if False:",
+        " or found != block:",
+        ":",
         _KILLED,
     ),
     Fault(
