@@ -31,6 +31,7 @@ from pretrain_merge.callbacks.run_state import RunState
 from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.errors import WindowNotReadyError
 from pretrain_merge.evaluation import evaluate
+from pretrain_merge.files import atomic
 from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.records import RAW, MergeRecord, Recipe
 from pretrain_merge.records.thinning import History
@@ -187,7 +188,8 @@ class Run:
         if fit.trainer.is_global_zero:
             files = RunFolder(folder)
             borrowed.callback(files.close)
-        where = Path(fit.config.window_folder or folder / "window")
+        users = fit.config.window_folder
+        where = atomic.named_by_user(users) if users else folder / "window"
         self._announcements = Announcements(fit, folder)
         self._kept_window = KeptWindow(fit.trainer, folder, where, keep=fit.config.keep_windows)
         try:

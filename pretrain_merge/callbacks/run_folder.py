@@ -41,7 +41,7 @@ def run_folder(config: MergeConfig, trainer: Any) -> Path:
 
 def logs_folder(trainer: Any) -> Path:
     """Where Lightning puts what belongs to a run. Collective, since some loggers know their version on rank 0 only."""
-    return Path(trainer.strategy.broadcast(_lightnings(trainer))).absolute()
+    return atomic.named_by_user(trainer.strategy.broadcast(_lightnings(trainer)))
 
 
 def refuse_remote_folder(trainer: Any) -> None:

@@ -197,6 +197,16 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def named_by_user(folder: str | os.PathLike[str]) -> Path:
+    """A folder that a user names, for good, and where it is a link (a scratch disk) the folder that it leads to.
+
+    Only this one: folders of ours below it must not be links, since others may write where a run lies.
+    """
+    path = Path(folder).absolute()
+    # others are left as they are named: links above may lead elsewhere on another machine
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def refuse_link(folder: Path) -> None:
     """Raise an `OSError` where a folder of ours is a link; those above it are the user's, and may be."""
     if folder.is_symlink():

@@ -25,7 +25,7 @@ from pretrain_merge.callbacks.training_loss import TrainingLoss
 from pretrain_merge.config import MergeConfig, Settings
 from pretrain_merge.errors import CheckpointError, ConfigError, UnsupportedModelError, WindowNotReadyError
 from pretrain_merge.evaluation.evaluate import Evaluator
-from pretrain_merge.files.atomic import remove_leftovers
+from pretrain_merge.files.atomic import named_by_user, remove_leftovers
 from pretrain_merge.integrations import trainer_evaluation
 from pretrain_merge.integrations.trainer_checkpoints import TrainerCheckpoints, find_state
 from pretrain_merge.merged_models.retention import MergedModels
@@ -77,14 +77,15 @@ class TrainerRun:
         self.last_record: MergeRecord | None = None
         _refuse(settings, trainer)
         output = Path(trainer.args.output_dir).absolute()  # for good, should the run change directory
-        self._folder = output if self._config.name == MergeConfig.name else output / self._config.name
+        self._folder = named_by_user(output) if self._config.name == MergeConfig.name else output / self._config.name
         # P8: an exception leaves train() without an event, and its locks would refuse the next call
         for other in [run for run in _open_runs if run._folder == self._folder]:
             other.close()
         self._forecasts = forecasts.of_a_run()
         self._auto = AutoSpans(settings)
         self._not_saved = {view.name for view in self._forecasts.views}  # views that only forecasts need
-        self._window_folder = Path(self._config.window_folder or self._folder / "window").absolute()
+        users = self._config.window_folder
+        self._window_folder = named_by_user(users) if users else self._folder / "window"
         with ExitStack() as borrowed:
             window = settings.window_in(self._folder, self._forecasts.views)
             self.merger = borrowed.enter_context(closing(RollingMerger(window)))

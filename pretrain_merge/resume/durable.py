@@ -13,6 +13,7 @@ from torch import nn
 
 from pretrain_merge.config import WindowSettings
 from pretrain_merge.errors import CheckpointError, ConfigError
+from pretrain_merge.files import atomic
 from pretrain_merge.parameters import Masters, Modules, is_sharded
 from pretrain_merge.resume.manifest import Manifest
 from pretrain_merge.resume.saved_window import SavedWindow
@@ -50,7 +51,7 @@ class DurableWindow(ObservedWindow):
         super().__init__(parsed, masters, self._notices)
         # which files hold the snapshots
         self._saved = SavedWindow(parsed, self._block, self._breaks, self._spikes, self._capture)
-        self._states = States(Path(window_folder) if window_folder is not None else None, keep_windows)
+        self._states = States(atomic.named_by_user(window_folder) if window_folder is not None else None, keep_windows)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on from here exactly, as any checkpoint takes it: one text.

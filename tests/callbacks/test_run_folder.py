@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +266,35 @@ def test_a_run_that_is_killed_while_files_are_put_aside_loses_none(renames, tmp_
         records, merged = files_of(identity, tmp_path)
         assert records.read_text() == text
         assert [path.name for path in merged.iterdir()] == [text]
+
+
+@pytest.mark.parametrize("where", ["root", "parent", "window"])
+def test_a_folder_that_the_user_names_may_be_a_link(where, tmp_path):
+    (tmp_path / "lustre").mkdir()
+    link = tmp_path / "scratch"
+    link.symlink_to(tmp_path / "lustre")
+    root = {"root": link, "parent": link / "run", "window": tmp_path / "run"}[where]
+    options = {"window_folder": str(link)} if where == "window" else {}
+    checkpoint = None
+    for max_steps in (6, 8):  # and is found again by a run that goes on
+        kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
+        merging, _ = fit(root, kept, options=options, max_steps=max_steps, ckpt_path=checkpoint)
+        assert merging.last_record.step == max_steps
+        checkpoint = tmp_path / "kept" / "last.ckpt"
+    written = tmp_path / "lustre" / ("run" if where == "parent" else "")
+    assert (written / ("checkpoints.json" if where == "window" else "merges.jsonl")).is_file()
+
+
+@pytest.mark.parametrize("name", ["window", "merged"])
+def test_nothing_of_ours_is_written_through_a_link_inside_of_the_users_folder(name, tmp_path):
+    for folder in ("lustre", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "scratch").symlink_to(tmp_path / "lustre")
+    (tmp_path / "lustre" / name).symlink_to(tmp_path / "elsewhere")
+    # what lies at the name of the merged models is moved aside, as that of another run
+    is_refused = name == "window"
+    expected = pytest.raises(CheckpointError, match=r"is a link, to .* remove the link")
+    with expected if is_refused else nullcontext():
+        kept = ModelCheckpoint(tmp_path / "kept", save_last=True)
+        fit(tmp_path / "scratch", kept, options={"save": {"at_end": True}})
+    assert list((tmp_path / "elsewhere").iterdir()) == []

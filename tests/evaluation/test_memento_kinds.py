@@ -1,15 +1,21 @@
 """Kinds of state that a hook may move and a memento was blind to once: each is back, or said to have stayed."""
 
+import configparser
 import ctypes
+import itertools
 import logging
+import sys
 import threading
 import types
-from typing import ClassVar
+from collections import deque
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from evaluation.moved_objects import kept
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -160,3 +166,92 @@ def test_a_sharded_optimizers_state_is_back(mesh):
     module.state["exp_avg"].add_(1)
     memento.put_back()
     assert torch.equal(module.state["exp_avg"].to_local(), torch.zeros(2, 2))
+
+
+class Diary(Logger):
+    """A logger of the user's own, which keeps what it is told in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Any] = [0]
+
+    name = version = property(lambda _: "diary")
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.rows.append(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_what_a_logger_of_the_users_own_keeps_is_put_back():
+    diary = Diary()
+    kept({"logger": diary}, lambda _: (diary.rows.append(1), setattr(diary, "num", 1)))
+    assert diary.rows == [0]
+    assert not hasattr(diary, "num")
+
+
+def test_a_logger_that_writes_files_is_left_alone(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.rows = [0]
+    kept({"logger": logger}, lambda _: logger.rows.append(1))
+    assert logger.rows == [0, 1, 1]
+
+
+def test_classes_of_c_are_not_kept():
+    memento = Memento({"module": SafeForThreads()}, notices=WarnOnce())
+    of_classes = [state.item for state, _ in memento._states if isinstance(state.item, type)]
+    assert of_classes == [SafeForThreads]  # and neither `object` nor `type`, which every other object shares
+
+
+def taken(make: Any, number: int = 3) -> list[Any]:
+    return list(itertools.islice(make, number))
+
+
+GONE_THROUGH = {
+    "a chain": lambda: itertools.chain([1, 2, 3], [4]),
+    "a chain that goes on to its next part": lambda: itertools.chain([1], [2, 3]),
+    "a starmap": lambda: itertools.starmap(max, [(1, 2), (3, 4), (5, 6)]),
+    "a takewhile": lambda: itertools.takewhile(bool, [1, 2, 3]),
+    "text": lambda: iter("abc"),
+}
+LOST = {
+    "an islice": lambda: itertools.islice([1, 2, 3, 4], 3),
+    "a product": lambda: itertools.product([1, 2], [3, 4]),
+    "permutations": lambda: itertools.permutations([1, 2, 3]),
+    "a repeat": lambda: itertools.repeat(7, 3),
+    "an accumulate": lambda: itertools.accumulate([1, 2, 3, 4]),
+    "a tee": lambda: itertools.tee([1, 2, 3, 4])[0],
+    "a pairwise": lambda: itertools.pairwise([1, 2, 3, 4]),
+    "an iterator of a set": lambda: iter({1, 2, 3}),
+    "an iterator of a deque": lambda: iter(deque([1, 2, 3])),
+}
+if sys.version_info >= (3, 12):  # where Python does not tell any more how far these are
+    LOST = {name: make for name, make in LOST.items() if name not in ("an islice", "a product", "permutations")}
+    GONE_THROUGH = {name: make for name, make in GONE_THROUGH.items() if "chain" not in name}
+
+
+@pytest.mark.parametrize("make", GONE_THROUGH.values(), ids=GONE_THROUGH)
+def test_what_goes_through_a_list_is_back_where_it_was(make):
+    module = nn.Module()
+    module.stream = make()
+    kept(module, lambda module: next(module.stream))
+    assert taken(module.stream) == taken(make())
+
+
+@pytest.mark.parametrize("make", LOST.values(), ids=LOST)
+def test_an_iterator_that_cannot_be_set_back_is_said_to_have_moved(make, caplog):
+    module = nn.Module()
+    module.stream = make()
+    kept(module, lambda _: None)
+    assert not caplog.messages
+    kept(module, lambda module: next(module.stream))
+    assert len([text for text in caplog.messages if "module.stream was changed by a hook" in text]) == 1
+
+
+def test_a_configuration_of_configparser_is_put_back():
+    module, config = nn.Module(), configparser.ConfigParser()
+    config.read_dict({"train": {"lr": "1"}})
+    module.config = config
+    kept(module, lambda _: config["train"].__setitem__("lr", "2"))
+    assert config["train"]["lr"] == "1"

@@ -47,8 +47,8 @@ def enter_function(memento: "Memento", index: int, item: Any) -> None:
 
 def enter_class(memento: "Memento", index: int, item: Any) -> None:
     """What a class and those above it hold."""
-    # torch's classes hold registries that every other model of the process uses
-    if kinds.is_library(str(vars(item).get("__module__", ""))):
+    # torch's classes hold registries that every other model of the process uses, and `object` is everybody's
+    if kinds.is_library(kinds.module_of(item)):
         return
     state = names.ClassState(item)
     memento.add(index, state)

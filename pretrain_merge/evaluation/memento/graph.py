@@ -4,12 +4,14 @@ This module knows the insides of containers and attributes; those of functions a
 bounds and writes nothing.
 """
 
+import gc
+import itertools
 import threading
 from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from types import FunctionType, GeneratorType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
@@ -23,24 +25,27 @@ from torch.nn.parameter import is_lazy
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.memory import BytesState
-from pretrain_merge.evaluation.memento.positions import CacheState, CountState, GeneratorState, IteratorState, draws
+from pretrain_merge.evaluation.memento.positions import (
+    CacheState,
+    CountState,
+    GeneratorState,
+    IterationState,
+    IteratorState,
+    draws,
+)
 from pretrain_merge.evaluation.memento.tensors import TensorState
 from pretrain_merge.parameters.shards import local_part
 
 if TYPE_CHECKING:
     from pretrain_merge.evaluation.memento.memento import Memento
 
+_SHORT = frozenset({list, tuple, dict})
 _FEW = 8  # workers are looked for among so many items of an attribute
 
 
-def enter(memento: "Memento", index: int, item: Any) -> None:
-    """Keep the state of an object, and let the memento search what it refers to."""
-    cls: Any = type(item)
-    _enter_for(cls)(memento, index, item)
-
-
 @lru_cache(maxsize=4096)
-def _enter_for(cls: Any) -> "_Enter":
+def enter_for(cls: Any) -> "_Enter":
+    """What keeps the state of objects of a type, and lets the memento search what they refer to."""
     # exact types first: nine of ten objects are dictionaries, lists and tensors
     known = _ENTER.get(cls)
     if known is not None:
@@ -190,13 +195,14 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     found: list[Any] = []
     if kind.has_dict:
         found.append(states.AttributesState(item, may_own=kind.may_own))
-    if issubclass(cls, torch.jit.ScriptModule):  # its tensors and attributes are kept outside of Python
+    if kind.is_script:  # its tensors and attributes are kept outside of Python
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
-    values = [value for state in found for value in state.values] if len(found) != 1 else found[0].values
+    # values are sorted out here, once for what follows: they are nine of ten attributes
+    values = [value for state in found for value in state.values if type(value) not in kinds.VALUES]
     # half of it would be put back under a thread that writes the other half
-    if not kind.may_own and (worker := next(filter(None, map(_worker, values)), None)):
+    if not kind.may_own and (worker := _worker_in(values)):
         if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
@@ -209,15 +215,19 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     return True
 
 
-def _worker(value: Any) -> str | None:
-    """The name of what runs beside us, in an attribute or in a short list of them."""
-    kind = type(value)
-    if kind in kinds.VALUES:
-        return None
-    if kind in (list, tuple, dict):
-        few = [*(value.values() if kind is dict else value)][:_FEW]
-        return next((type(item).__name__ for item in few if kinds.works(type(item))), None)
-    return kind.__name__ if kinds.works(kind) else None
+def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
+    """The name of what runs beside us, among attributes or in a short list that is one of them."""
+    for value in values:  # not a function for each: an object has a dozen, and nearly all are values
+        kind: Any = type(value)
+        if kind in kinds.VALUES:
+            continue
+        if kind in _SHORT and not is_nested:
+            few = islice(value.values() if kind is dict else value, _FEW)
+            if value and (worker := _worker_in(few, is_nested=True)):
+                return worker
+        elif kinds.kind_of(kind).works:
+            return str(kind.__name__)
+    return None
 
 
 def _enter_simple(memento: "Memento", index: int, item: Any) -> None:
@@ -246,12 +256,39 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
         (None, lambda item: [getattr(item, name) for name in _PARTS if hasattr(item, name)]),
     ),
     type(lru_cache(len)): (CacheState, lambda item: (item.__wrapped__,)),
-    **dict.fromkeys(map(type, ([].__iter__(), reversed([]), ().__iter__(), iter(range(0)))), (IteratorState, _reduced)),
+    **dict.fromkeys(
+        map(type, ([].__iter__(), reversed([]), ().__iter__(), iter(range(0)), iter(""), iter(b""))),
+        (IteratorState, _reduced),
+    ),
     # what has no position but that of what it goes through
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
     enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    **dict.fromkeys(map(type, (iter(set()), iter(deque()), reversed(deque()))), (CountState, _nothing)),
+    **dict.fromkeys((count, cycle, itertools.repeat, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    # a function that is called until it returns a certain value has no position; what it holds may
+    type(iter(int, 0)): (None, _reduced),
+    type(itertools.tee(())[0]): (IterationState, _nothing),
+    **dict.fromkeys(
+        (
+            itertools.accumulate,
+            itertools.chain,
+            itertools.combinations,
+            itertools.combinations_with_replacement,
+            itertools.compress,
+            itertools.dropwhile,
+            itertools.filterfalse,
+            itertools.groupby,
+            itertools.islice,
+            itertools.pairwise,
+            itertools.permutations,
+            itertools.product,
+            itertools.starmap,
+            itertools.takewhile,
+            itertools.zip_longest,
+        ),
+        (IterationState, gc.get_referents),
+    ),
 }
 _Enter = Callable[["Memento", int, Any], object]
 _ENTER: dict[type, _Enter] = {

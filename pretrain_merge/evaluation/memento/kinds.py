@@ -68,7 +68,7 @@ _WAITING = frozenset(
 _PLAIN_STDLIB = frozenset(
     {
         "builtins", "types", "argparse", "random", "collections", "functools", "dataclasses", "abc", "typing",
-        "array", "weakref", "_weakrefset",
+        "array", "weakref", "_weakrefset", "configparser",
     }
 )  # fmt: skip
 # clients of services, files and devices, and whatever draws: their state is that of something outside
@@ -86,6 +86,7 @@ _CLIENTS = frozenset(
 _LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 _LIGHTNINGS_STATE = (
     "core", "callbacks", "demos", "loops", "strategies", "trainer.trainer", "utilities.combined_loader",
+    "loggers.logger",  # the abstract one: what a user's own logger keeps is his state; those that write are left alone
     "utilities.data", "utilities.parsing", "utilities.types",
     "utilities.device_dtype_mixin", "trainer.connectors.data_connector",
 )  # fmt: skip
@@ -112,6 +113,7 @@ class Kind:
         may_own: Whether it is kept although it owns such a thing.
         has_dict: Whether it has an attribute dictionary.
         slots: Descriptors of its `__slots__`.
+        is_script: Whether its attributes are kept outside of Python, as those of a `torch.jit.ScriptModule`.
         is_users: Whether its class is the user's own code.
         is_said: Whether the user is told where it is left alone: of a library's own he could do nothing about it.
     """
@@ -122,6 +124,7 @@ class Kind:
     may_own: bool = False
     has_dict: bool = False
     slots: tuple[Any, ...] = ()
+    is_script: bool = False
     is_users: bool = False
     is_said: bool = False
 
@@ -136,9 +139,9 @@ def kind_of(cls: type) -> Kind:
     lives = works or any(map(_lives, mro))
     # modules own streams and locks, and are what hooks aim at first
     always = any(base in mro for base in _KEPT_ALWAYS)
-    if is_ours(_module_of(cls)) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
+    if is_ours(module_of(cls)) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
         return Kind(is_state=False, lives=lives, works=works)
-    is_users = not is_library(_module_of(cls))
+    is_users = not is_library(module_of(cls))
     return Kind(
         is_state=True,
         may_own=always or any(base.__name__ == "Trainer" for base in mro),
@@ -150,6 +153,7 @@ def kind_of(cls: type) -> Kind:
             for item in vars(base).values()
             if type(item) is types.MemberDescriptorType
         ),
+        is_script=torch.jit.ScriptModule in mro,
         is_users=is_users,
         is_said=is_users or _top(cls) in _PLAIN_STDLIB,
     )
@@ -170,7 +174,7 @@ def is_shared_memory(cls: type) -> bool:
     mro = type.__dict__["__mro__"].__get__(cls)
     names = ("_SimpleCData", "Array", "Structure", "Union")
     return any(
-        _module_of(base) == "multiprocessing.sharedctypes" or (_top(base) == "_ctypes" and base.__name__ in names)
+        module_of(base) == "multiprocessing.sharedctypes" or (_top(base) == "_ctypes" and base.__name__ in names)
         for base in mro
     )
 
@@ -191,13 +195,14 @@ def is_ours(module: str) -> bool:
     return module.startswith("pretrain_merge") and not module.startswith("pretrain_merge.demo")
 
 
-def _module_of(cls: type) -> str:
-    module = _MODULE.__get__(cls)  # past a metaclass; not by `vars`: classes of C have no such entry
+def module_of(cls: type) -> str:
+    """Where a class was made; that of classes of C has no entry in their attributes."""
+    module = _MODULE.__get__(cls)  # past a metaclass
     return module if isinstance(module, str) else "builtins"
 
 
 def _top(cls: type) -> str:
-    return _module_of(cls).partition(".")[0]
+    return module_of(cls).partition(".")[0]
 
 
 def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
@@ -206,14 +211,14 @@ def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
 
 
 def _lives(base: type) -> bool:
-    top, _, rest = _module_of(base).partition(".")
+    top, _, rest = module_of(base).partition(".")
     if top in _LIGHTNING:
         return _in_lightning(rest).startswith(_LIGHTNINGS_LIVING)
     return top in _LIVING or top in _CLIENTS or "DataLoaderIter" in base.__name__
 
 
 def _may_be_state(base: type) -> bool:
-    top, _, rest = _module_of(base).partition(".")
+    top, _, rest = module_of(base).partition(".")
     # of Lightning and torch by a list: most of their objects are machinery that goes on by itself
     if top in _LIGHTNING:
         rest = _in_lightning(rest)

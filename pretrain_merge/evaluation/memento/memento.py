@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain_merge.evaluation.memento.blocks import blocks_of
-from pretrain_merge.evaluation.memento.graph import enter, place_of
+from pretrain_merge.evaluation.memento.graph import enter_for, place_of
 from pretrain_merge.evaluation.memento.kinds import VALUES
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.states import State
@@ -101,7 +101,9 @@ class Memento:
         self.reach(-1, roots)
         index = 0
         while index < len(self._objects):  # it grows: breadth first, so that what is far away is what is left
-            enter(self, index, self._objects[index])
+            item = self._objects[index]
+            kind: Any = type(item)
+            enter_for(kind)(self, index, item)
             index += 1
         del self._seen
 

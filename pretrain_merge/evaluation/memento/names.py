@@ -4,6 +4,8 @@ This module knows how each kind of place is read and written. It searches nothin
 """
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
+from operator import is_
 from types import CellType
 from typing import Any
 
@@ -28,8 +30,7 @@ class PlacesState:
 
     def is_same(self) -> bool:
         """By identity."""
-        item, get = self.item, self.get
-        return all(get(item, place) is value for place, value in zip(self.places, self.values, strict=True))
+        return all(map(is_, map(self.get, repeat(self.item), self.places), self.values))
 
     def put_back(self) -> None:
         """Only what changed is written, and nothing over what has come to life."""
@@ -58,13 +59,18 @@ def names_state(namespace: dict[str, Any], names: Iterable[str]) -> PlacesState:
 class ClassState(PlacesState):
     """A class's own attributes, but for those that Python or an abstract base put there."""
 
-    __slots__ = ()
+    __slots__ = ("before",)
 
     def __init__(self, cls: type) -> None:
         super().__init__(cls, _own_names(cls), _get_attribute, _set_attribute)
+        self.before = dict(vars(cls))
 
     def is_same(self) -> bool:
         """By name and identity."""
+        now, before = vars(self.item), self.before
+        # as a whole, Python's own entries and all: names are asked one by one only where something changed
+        if len(now) == len(before) and all(map(is_, now.values(), before.values())) and all(map(is_, now, before)):
+            return True
         return len(_own_names(self.item)) == len(self.places) and super().is_same()
 
     def put_back(self) -> None:

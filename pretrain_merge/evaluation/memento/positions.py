@@ -4,7 +4,10 @@ This module knows how each is asked, and how those that can be are set back. It 
 """
 
 import copy
+import gc
+import itertools
 import random
+import sys
 from collections.abc import Mapping
 from types import GeneratorType
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_HOLD_A_NUMBER = "it cannot be set back; hold a number instead, or the list that it goes through"
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
@@ -96,6 +100,41 @@ def _index(iterator: Any) -> Any:
     return reduced[2] if len(reduced) > 2 else None
 
 
+class IterationState:
+    """How far one of `itertools` is. What it goes through has a position of its own, which is put back by itself."""
+
+    __slots__ = ("item", "seen")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.seen = item, _iteration(item)
+
+    def is_same(self) -> bool:
+        """Whether nothing was taken."""
+        return _alike(_iteration(self.item), self.seen)
+
+    def put_back(self) -> None:
+        """Back to the part that a chain was in; of the others no state that they accept is all of it."""
+        if issubclass(type(self.item), itertools.chain) and len(self.seen) > 2:
+            self.item.__setstate__(self.seen[2])
+        if not self.is_same():
+            raise ValueError(_HOLD_A_NUMBER)
+
+
+def _iteration(item: Any) -> tuple[Any, ...]:
+    # since 3.12 Python warns whoever asks, and since 3.14 it does not tell; what they refer to changes with most
+    kind: Any = type(item)
+    if sys.version_info < (3, 12) and kind.__reduce__ is not object.__reduce__:
+        return tuple(item.__reduce__())
+    return tuple(gc.get_referents(item))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """By identity, but for the tuples and numbers that are made for each answer."""
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or (type(a) is int and type(b) is int and a == b)
+
+
 class CountState:
     """Where something stands that can be seen to move and not be set back.
 
@@ -114,7 +153,7 @@ class CountState:
 
     def put_back(self) -> None:
         """Not possible."""
-        raise ValueError("it cannot be set back; hold a number instead, or the list that it goes through")
+        raise ValueError(_HOLD_A_NUMBER)
 
 
 def _seen(item: Any) -> Any:

@@ -125,7 +125,7 @@ class TensorState:
         """Note where it lies; whether it is plain memory without gaps whose values are kept here."""
         item = self.item
         self.version = None if item.is_inference() else item._version
-        if not _is_plain(item) or is_released(item):
+        if not _is_plain(item) or _lacks_memory(item):
             return False
         self.place, self.memory = _place(item), item.detach()
         if not self.has_values or item.dtype not in _DTYPES or not item.is_contiguous():
@@ -173,7 +173,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def is_released(tensor: Tensor) -> bool:
     """Whether it has a shape and no memory, as FSDP2 leaves what it gathered (P18): to read it ends the process."""
-    return _is_plain(tensor) and tensor.untyped_storage().nbytes() < _extent(tensor)
+    return _is_plain(tensor) and _lacks_memory(tensor)
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() < _extent(tensor)
 
 
 def _extent(tensor: Tensor) -> int:

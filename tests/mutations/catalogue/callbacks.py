@@ -10,6 +10,13 @@ _SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
 
 FAULTS = (
     Fault(
+        "a run's folder that is a link to a scratch disk is refused",
+        "callbacks/run_folder.py",
+        "return atomic.named_by_user(trainer.strategy.broadcast(_lightnings(trainer)))",
+        "return Path(trainer.strategy.broadcast(_lightnings(trainer))).absolute()",
+        "tests/callbacks/test_run_folder.py",
+    ),
+    Fault(
         "a copy of the callback takes the run with it",
         "callbacks/fits.py",
         """vars(self) | {"run": None, "last_run": None, "_borrowed": ExitStack()}""",

@@ -11,6 +11,41 @@ _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
 FAULTS = (
     Fault(
+        "a chain stays in the part that a hook read on to",
+        "evaluation/memento/positions.py",
+        "            self.item.__setstate__(self.seen[2])\n",
+        "            pass\n",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "what itertools goes through is left where a hook read it to",
+        "evaluation/memento/graph.py",
+        "        (IterationState, gc.get_referents),\n",
+        "        (IterationState, _nothing),\n",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "what a user's own logger keeps stays as a hook left it",
+        "evaluation/memento/kinds.py",
+        """    "loggers.logger",""",
+        """    "",""",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "Python's own classes are kept as a user's",
+        "evaluation/memento/code.py",
+        "kinds.is_library(kinds.module_of(item))",
+        'kinds.is_library(str(vars(item).get("__module__", "")))',
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "a class that got another value of an attribute is taken for the same",
+        "evaluation/memento/names.py",
+        "len(now) == len(before) and all(map(is_, now.values(), before.values()))",
+        "len(now) == len(before)",
+        _MEMENTO_OF_OBJECTS,
+    ),
+    Fault(
         "other random numbers at each pass",
         "evaluation/evaluate.py",
         "                if data is not None:\n                    random_state()\n",
@@ -167,7 +202,7 @@ FAULTS = (
     Fault(
         "a tensor without memory is read",
         "evaluation/memento/tensors.py",
-        "        if not _is_plain(item) or is_released(item):",
+        "        if not _is_plain(item) or _lacks_memory(item):",
         "        if not _is_plain(item):",
         _MEMENTO_OF_TENSORS,
     ),
