@@ -112,11 +112,11 @@ class RecoveryLog:
         self._log_metrics(recovery)
 
     def blame_data(self, recovery: Recovery) -> None:
-        """The weights of before have told the cause; said anew while the data are bad still."""
+        """The weights of before have told the cause."""
         self.say(
             f"step {recovery.resumed}: the weights of before see a loss as high, so the data are to blame. Back to the "
-            f"weights of step {recovery.back_to[-1]}, with {recovery.lr_factor:g} times the learning rate; the data "
-            f"since are skipped."
+            f"weights of step {recovery.back_to[-1]}, at {_rate(recovery)}; the data since are skipped, and those that "
+            f"come until they are better, for {self._settings.distrust} steps at most."
         )
         self._log_metrics(recovery)
 
@@ -142,7 +142,7 @@ class RecoveryLog:
         last = recoveries[-1]
         told = ", where the data were to blame" if last.cause == DATA else ""
         return (
-            f"{seen}; {done} (the last at step {last.step}, at {last.lr_factor:g} times the learning rate{told}). Look "
+            f"{seen}; {done} (the last at step {last.step}, at {_rate(last)}{told}). Look "
             f"at the data and the model; to go on, lower the rate, or raise attempts, and resume from a checkpoint "
             f"before step {onset.step}."
         )
@@ -150,3 +150,8 @@ class RecoveryLog:
     def say(self, text: str) -> None:
         """On the first rank."""
         rank_zero_info(printable(f"{_NAME}: {text}"))
+
+
+def _rate(recovery: Recovery) -> str:
+    factor = recovery.lr_factor
+    return "the learning rate of before" if factor == 1.0 else f"{factor:g} times the learning rate"

@@ -228,7 +228,8 @@ class RecoveryRun:
         factor = _lr_factor(others)
         told = replace(last, back_to=(newest.step,), lr_factor=factor, resumed=self._step, cause=DATA)
         self.recoveries = (*others, told)
-        self._log.blame_data(told)
+        if last.cause != DATA:  # once, and not at each read while they are bad
+            self._log.blame_data(told)
         self._log.write(self.recoveries)
 
     def _distrust_skipped(self) -> None:

@@ -55,6 +55,10 @@ class RecoverySettings:
             raise ConfigError(f"lr: {self.lr!r} is not a factor of the learning rate. Allowed: above 0, up to 1.")
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0.0):
             raise ConfigError(f"clip: {self.clip!r} is not a norm. Allowed: numbers above 0, or None for no clipping.")
+        if self.store_folder is not None and self.store != "disk":
+            raise ConfigError(
+                f"store_folder: {self.store_folder!r} is for store: disk, not for {self.store}. Leave it out."
+            )
         if self.weights == "merge" and self.num_kept < 2:
             raise ConfigError("keep: 1, and weights: merge is a mean of restart points. Allowed: keep from 2 on.")
         # measured: at the same rate six of six runs diverged again within 150 steps

@@ -22,6 +22,7 @@ from pretrain_merge.offline.torch_archive import open_archive
 
 _OPTIMIZER_FILE = "optimizer"
 _CALLBACK = "ModelMerging"  # begins the key of our own state among those of callbacks
+_OF_AVERAGES = ("current_model_state", "averaging_state")
 _LISTED = 5
 _HELD = 2**26  # bytes of mapped files that may be resident, beside the largest tensor
 
@@ -68,6 +69,9 @@ def write_lightning(source: Source, base: Source, target: Path, optimizer: Optim
         callbacks = content.get("callbacks", {})
         for key in [key for key in callbacks if str(key).startswith(_CALLBACK)]:
             del callbacks[key]
+        # what Lightning's averages of weights keep beside their mean: `fit` would go on from it and not from the merge
+        for key in _OF_AVERAGES:
+            content.pop(key, None)
         if optimizer == "drop":
             content.pop("optimizer_states", None)
             # a scheduler of optimizers that are not there would refuse to load

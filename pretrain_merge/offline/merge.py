@@ -87,8 +87,8 @@ def merge_checkpoints(
         dtype: Of merged tensors: 'float32', 'bfloat16', 'float16', 'float64'; None: as they are.
         newest: Patterns (as in fnmatch) of tensors that come from the newest source, unmerged.
         average: Patterns of running statistics of BatchNorm that are merged; without either they are refused.
-        on_missing: A tensor that some sources lack is an 'error', or comes from the 'newest', which decides what there
-            is.
+        on_missing: A tensor that some sources lack is an 'error', or comes from the 'newest'. One that the newest lacks
+            is an error.
         optimizer: 'average' also merges the optimizer states of Lightning checkpoints, for `export --to ckpt`; 'newest'
             takes them over; 'drop' leaves them out: what goes on from a merge with its learning rate decaying needs
             none, and what goes on at a constant one should go on from raw weights.

@@ -34,7 +34,7 @@ def batch_size(num_sources: int, num_lanes: int) -> int:
     """Bytes of a batch of one source, so that the buffers keep to their budget for any number of sources.
 
     >>> batch_size(8, num_lanes=3), batch_size(32, num_lanes=3)
-    (2097152, 677873)
+    (2097152, 677867)
     """
     fitting = BUFFERS // (num_lanes * (num_sources + 1))
     return max(_SMALLEST_BATCH, min(_LARGEST_BATCH, fitting))

@@ -221,7 +221,9 @@ class SpikeDetector:
         first = next(index for index, (out, _, _) in enumerate(self._judged) if out)
         median = self._judged[0][2]
         return Onset(
-            step - (len(self._judged) - 1) + first, step, f"the training loss rose to {loss:.3g} from {median:.3g}"
+            step - (len(self._judged) - 1) + first,
+            step,
+            f"the training loss rose to {loss:.3g} from a median of {median:.3g}",
         )
 
 

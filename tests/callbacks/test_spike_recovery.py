@@ -287,6 +287,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_way_out(tmp_path):
         ({"optimizer": "old"}, "optimizer: 'old' is not one of fresh, newest"),
         ({"weights": "merge", "keep": 1}, "keep: 1"),
         ({"attempts": 0}, "attempts: 0"),
+        ({"store_folder": "points"}, "store_folder: 'points' is for store: disk"),
         ({"distrusts": 3}, "did you mean 'distrust'"),
     ],
 )

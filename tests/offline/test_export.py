@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from offline import writers
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -103,6 +103,26 @@ def test_a_merge_as_a_checkpoint_is_tested_and_gone_on_with(run, tmp_path):
     assert before["loops"] == after["loops"]
     moments = [item["optimizer_states"][0]["state"][0]["exp_avg"] for item in (before, after)]
     assert torch.equal(*moments)
+
+
+def test_a_merge_of_lightnings_averages_is_what_a_fit_with_them_goes_on_from(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path / "ema", save_top_k=-1, every_n_train_steps=2, filename="{step}")
+    begun_with = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            begun_with.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, EMAWeightAveraging(decay=0.9), checkpoints, steps=4).fit(Module(), loader())
+        saved = sorted((tmp_path / "ema").glob("*.ckpt"))
+        assert "current_model_state" in torch.load(saved[-1], weights_only=True)
+        merge_checkpoints(saved, tmp_path / "merged")
+        path = export_checkpoint(tmp_path / "merged", tmp_path / "merged.ckpt", to="ckpt", base=saved[-1])
+        trainer(tmp_path, EMAWeightAveraging(decay=0.9), Look(), steps=5).fit(Module(), loader(), ckpt_path=path)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(begun_with[name], value) for name, value in merged.items())
 
 
 def test_optimizer_states_can_be_the_mean_or_left_out(run, tmp_path):

@@ -244,6 +244,13 @@ def test_what_some_lack_comes_from_the_newest_where_that_is_asked_for(tmp_path):
     assert about["copied"] == {"v": str(paths[1])}
 
 
+def test_what_the_newest_lacks_is_not_dropped_from_the_model(tmp_path):
+    paths = [writers.pt(tmp_path, 1, states()), writers.pt(tmp_path, 2, states(v=None))]
+    for on_missing in ("error", "newest"):
+        with pytest.raises(MergeInputError, match=r"v is only there.*or the newest if it is the one that is not whole"):
+            merge_checkpoints(paths, tmp_path / "out", on_missing=on_missing)
+
+
 def test_statistics_of_batch_norm_need_a_choice(tmp_path):
     paths = [
         writers.pt(tmp_path, s, torch.nn.BatchNorm1d(2).state_dict() | {"running_mean": torch.full((2,), s)})

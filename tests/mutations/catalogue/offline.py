@@ -17,6 +17,20 @@ FAULTS = (
         _MERGE,
     ),
     Fault(
+        "what the newest checkpoint lacks is dropped",
+        "offline/agreement.py",
+        '        problems += [f"{name} is only there" for name in own.keys() - last.keys()]\n',
+        "",
+        _MERGE,
+    ),
+    Fault(
+        "a merge of averages is forgotten where a fit goes on with them",
+        "offline/lightning_file.py",
+        "        for key in _OF_AVERAGES:\n            content.pop(key, None)\n",
+        "",
+        "tests/offline/test_export.py",
+    ),
+    Fault(
         "a constant is summed and rounded",
         "offline/sums.py",
         "if _are_equal(row.parts):",
