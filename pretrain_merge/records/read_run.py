@@ -73,8 +73,11 @@ def read_run(
     if every is None and needs_recipes:
         raise ConfigError(
             f"every: not given, and {source.name} does not say how far apart the snapshots were. Name the steps of one "
-            f"interval (--every 1000), or the run's merges.jsonl, which says."
+            f"interval (--every 1000; of a share as 1%, what it came to at the end), or the run's merges.jsonl, which "
+            f"says."
         )
+    if every is not None and every < 1:
+        raise ConfigError(f"every: {every} is not a number of steps. Allowed: whole numbers from 1 on.")
     rows = _csv_rows(source) if source.suffix == ".csv" else _wandb_rows(source)
     try:
         merges: dict[int, Row] = {}
@@ -212,6 +215,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         for told_of_recipes in (SPAN, "best_span", "best_step", "regret"):
             values.pop(told_of_recipes, None)
     numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
+    reaches = ((view, number, spans.get(view, (every or 0) * _parts(number, average))) for view, number in numbers)
     return MergeRecord(
         name=name,
         step=step,
@@ -221,7 +225,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
         views=measured,
-        recipes=dict(_recipes(numbers, step, every or 0)),
+        recipes=dict(_recipes(reaches, step, average)),
         forecasts={key: _expected(values, step) for key, values in forecasts.items()},
         average=average,
     )
@@ -259,14 +263,21 @@ def _numbers(
             yield view, int(digits or window)
 
 
-def _recipes(numbers: Iterable[tuple[str, int]], step: int, every: int) -> Iterator[tuple[str, Recipe]]:
+def _parts(number: int, average: str) -> int:
+    """Into how many intervals so many snapshots cut what they span; blocks fill one each."""
+    return number - (average == "last")
+
+
+def _recipes(reaches: Iterable[tuple[str, int, int]], step: int, average: str) -> Iterator[tuple[str, Recipe]]:
     num_snapshots = 0
-    for view, number in numbers:
+    for view, number, span in reaches:
         if number > _LARGEST_WINDOW:
             raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
         num_snapshots += number
         if num_snapshots > _MOST_SNAPSHOTS:
             raise ValueError(f"the views at step {step} merge more than {_MOST_SNAPSHOTS:,} snapshots together")
         if number >= 2:
-            steps = tuple(step - every * back for back in reversed(range(number)))
+            # as far apart as the span says: intervals that grow with the run are no multiples of one number
+            parts = _parts(number, average)
+            steps = tuple(step - round(span * back / parts) for back in reversed(range(number)))
             yield view, Recipe(steps, (1 / number,) * number)

@@ -3,6 +3,7 @@
 import array
 import collections
 import dataclasses
+import enum
 import functools
 import multiprocessing
 import random
@@ -38,6 +39,13 @@ class Slotted:
 class Curriculum:
     level: int = 1
     history: list[int] = dataclasses.field(default_factory=list)
+
+
+class Stage(enum.Enum):
+    LATE = 1
+
+    def __init__(self, _: int) -> None:
+        self.hits = 0
 
 
 class Levels(list):
@@ -110,6 +118,11 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
         Slotted,
         lambda x: (put(x, "level")(2), put(x, "later")(2)),
         lambda x: (x.level, hasattr(x, "later")),
+    ),
+    "member of an enumeration": (
+        lambda: Stage.LATE,
+        lambda x: (put(x, "hits")(2), put(x, "new")(2)),
+        lambda x: (x.hits, hasattr(x, "new")),
     ),
     "namespace": (lambda: types.SimpleNamespace(a=1), lambda x: put(x, "a")(2), repr),
     "class": (OnItsClass, lambda x: x.move(), lambda x: (type(x).level, x.history)),

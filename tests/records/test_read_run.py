@@ -92,6 +92,30 @@ def test_an_offline_wandb_run_gives_the_merges_back(tmp_path):
     assert read_run(tmp_path, every=10) == [what_an_export_knows(item) for item in RECORDS]
 
 
+def test_means_of_intervals_that_grow_span_what_was_logged(tmp_path):
+    path = tmp_path / "export.csv"
+    # at 1% of 367 steps, every 3.67: five snapshots over 14 steps and six over 17
+    row = {"merge/step": 367, "merge/window": 10, "merge/raw/val_loss": 2.0} | {
+        f"merge/{view}/{key}": value
+        for view, span in (("sma5", 14), ("forecast/sma", 17))
+        for key, value in (("val_loss", 1.5), ("span", span))
+    }
+    with path.open("w", newline="") as file:
+        csv.DictWriter(file, fieldnames=list(row)).writeheader()
+        csv.DictWriter(file, fieldnames=list(row)).writerow(row)
+    (found,) = read_run(path, every=4)
+    assert {view: recipe.steps[-1] - recipe.steps[0] for view, recipe in found.recipes.items()} == {
+        "sma5": 14, "forecast/sma": 17,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_a_distance_that_is_none_is_refused(tmp_path, every):
+    logged(CSVLogger(tmp_path))
+    with pytest.raises(ConfigError, match=rf"every: {every} is not a number of steps"):
+        read_run(tmp_path / "lightning_logs" / "version_0", every=every)
+
+
 def test_a_csv_exported_from_wandb_has_the_runs_name_before_each_metric(tmp_path):
     path = tmp_path / "export.csv"
     rows = [{f"brave-sun-7 - {key}": value for key, value in item.metrics().items()} for item in RECORDS]

@@ -6,7 +6,6 @@ says of itself: a user's `__getattr__`, `__class__` or `__eq__` may do anything.
 
 import datetime
 import decimal
-import enum
 import fractions
 import pathlib
 import re
@@ -207,7 +206,7 @@ def _top(cls: type) -> str:
 
 def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
     is_stdlib = _top(cls) in sys.stdlib_module_names and _top(cls) not in _PLAIN_STDLIB
-    return is_stdlib or any(base in mro for base in (np.generic, enum.Enum, BaseException))
+    return is_stdlib or any(base in mro for base in (np.generic, BaseException))
 
 
 def _lives(base: type) -> bool:

@@ -8,9 +8,10 @@ import gc
 import itertools
 import random
 import sys
+import warnings
 from collections.abc import Mapping
 from types import GeneratorType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -165,7 +166,20 @@ def _seen(item: Any) -> Any:
         return item.n_children_spawned
     if type(item) is enumerate:
         return item.__reduce__()[1][1]
+    if type(item) is itertools.cycle:
+        return _turns(item)
     return item.__length_hint__() if hasattr(type(item), "__length_hint__") else repr(item)
+
+
+def _turns(item: "itertools.cycle[Any]") -> Any:
+    """Of a cycle: how much it has seen, and where it is in what it repeats."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # since 3.12 Python warns whoever asks
+        try:
+            _, (through,), (known, *repeats) = cast("Any", item.__reduce__())
+        except TypeError:  # since 3.14 it does not tell
+            return None
+    return len(known), through.__length_hint__() if any(repeats) else None
 
 
 class CacheState:
