@@ -100,7 +100,7 @@ class RecoveryLog:
     def publish(self, recovery: Recovery) -> None:
         """An attempt, in the log and in the loggers."""
         settings = self._settings
-        changes = [f"{recovery.lr_factor:g} times the learning rate"] if recovery.lr_factor != 1.0 else []
+        changes = [_rate(recovery)] if recovery.lr_factor != 1.0 else []
         changes += [f"gradients clipped at norm {settings.clip:g}"] if settings.clip is not None else []
         changes += [f"{settings.optimizer} optimizer state", f"{settings.rewarm} steps of re-warm-up"]
         where = " to ".join(map(str, dict.fromkeys((recovery.back_to[0], recovery.back_to[-1]))))

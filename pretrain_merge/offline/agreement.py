@@ -110,19 +110,17 @@ def _refuse_other_models(sources: Sequence[Source], known: Sequence[Mapping[str,
         ]
         # whatever `on_missing` says: what the newest lacks would be lost, and the merge be no whole model
         problems += [f"{name} is only there" for name in own.keys() - last.keys()]
-        # on_missing='newest' would else make a merge that is the newest checkpoint alone
-        if not problems and not own.keys() & last.keys():
-            problems = ["it has no name in common"]
-        remedy = "Leave that one out, or the newest if it is the one that is not whole."
-        if on_missing == "error" and last.keys() - own.keys():
-            remedy = remedy if problems else "Leave that one out, or take it from the newest with on_missing='newest'."
+        remedy = "or the newest if it is the one that is not whole"
+        if not problems:  # of what is missing alone; `on_missing` helps against nothing else
+            remedy = "or take it from the newest with on_missing='newest'"
+        if on_missing == "error":
             problems += [f"{name} is missing" for name in last.keys() - own.keys()]
         if problems:
             # of another model there would be one for each of its tensors
             more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise MergeInputError(
                 f"{source.place} does not fit {newest}: {'; '.join(sorted(problems)[:_LISTED])}{more}. A merge needs "
-                f"checkpoints of one model, with the same names and shapes. {remedy}"
+                f"checkpoints of one model, with the same names and shapes. Leave that one out, {remedy}."
             )
 
 

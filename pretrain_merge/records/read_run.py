@@ -215,7 +215,6 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         for told_of_recipes in (SPAN, "best_span", "best_step", "regret"):
             values.pop(told_of_recipes, None)
     numbers = _numbers(measured, window, spans, every, average) if every is not None else ()
-    reaches = ((view, number, spans.get(view, (every or 0) * _parts(number, average))) for view, number in numbers)
     return MergeRecord(
         name=name,
         step=step,
@@ -225,7 +224,7 @@ def _record(name: str, row: Row, every: int | None, average: str) -> MergeRecord
         spread=row.get(f"{name}/spread", math.nan),
         raw=raw,
         views=measured,
-        recipes=dict(_recipes(reaches, step, average)),
+        recipes=dict(_recipes(numbers, step, average)),
         forecasts={key: _expected(values, step) for key, values in forecasts.items()},
         average=average,
     )
@@ -250,27 +249,23 @@ def _counter(row: Row, key: str, most: int) -> int:
 
 def _numbers(
     views: Iterable[str], window: int, spans: Mapping[str, int], every: int, average: str
-) -> Iterator[tuple[str, int]]:
-    """How many snapshots each plain mean holds; coefficients of other kinds are not in an export."""
+) -> Iterator[tuple[str, int, int]]:
+    """How many snapshots each plain mean holds and what it spans; coefficients of other kinds are not in an export."""
     for view in views:
         kind = view.removeprefix(f"{FORECAST}/")
         digits = kind.removeprefix("sma")
         if not kind.startswith("sma") or (digits and not (digits.isdecimal() and len(digits) <= _MOST_DIGITS)):
             continue
         if view in spans:  # older exports do not say it
-            yield view, round(spans[view] / every) + (average == "last")
+            yield view, round(spans[view] / every) + (average == "last"), spans[view]
         else:
-            yield view, int(digits or window)
+            number = int(digits or window)
+            yield view, number, every * (number - (average == "last"))
 
 
-def _parts(number: int, average: str) -> int:
-    """Into how many intervals so many snapshots cut what they span; blocks fill one each."""
-    return number - (average == "last")
-
-
-def _recipes(reaches: Iterable[tuple[str, int, int]], step: int, average: str) -> Iterator[tuple[str, Recipe]]:
+def _recipes(numbers: Iterable[tuple[str, int, int]], step: int, average: str) -> Iterator[tuple[str, Recipe]]:
     num_snapshots = 0
-    for view, number, span in reaches:
+    for view, number, span in numbers:
         if number > _LARGEST_WINDOW:
             raise ValueError(f"view {view!r} merges {number} snapshots, and a window holds at most {_LARGEST_WINDOW}")
         num_snapshots += number
@@ -278,6 +273,6 @@ def _recipes(reaches: Iterable[tuple[str, int, int]], step: int, average: str) -
             raise ValueError(f"the views at step {step} merge more than {_MOST_SNAPSHOTS:,} snapshots together")
         if number >= 2:
             # as far apart as the span says: intervals that grow with the run are no multiples of one number
-            parts = _parts(number, average)
+            parts = number - (average == "last")  # blocks fill one interval each
             steps = tuple(step - round(span * back / parts) for back in reversed(range(number)))
             yield view, Recipe(steps, (1 / number,) * number)
