@@ -1,13 +1,13 @@
 """How fast disks are just now, measured on a sample, and how large this process is. It knows files and a clock."""
 
+import os
 import resource
+import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from pretrain_merge.errors import CheckpointError
-from pretrain_merge.files.atomic import sync
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.tensors import Source
 
@@ -31,17 +31,16 @@ def measure(sources: Sequence[Source], folder: Path) -> tuple[float | None, floa
         reading = num_bytes / (time.perf_counter() - start)
     # one that is there: a plan makes no folder
     folder = next(place for place in (folder, *folder.parents) if place.is_dir())
-    probe = folder / ".rate.tmp"
     try:
-        start = time.perf_counter()
-        probe.write_bytes(sample)
-        sync(probe)
-        writing = num_bytes / (time.perf_counter() - start)
+        # under a name that nobody knows before: a link that lies there would be written through
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rate.") as probe:
+            start = time.perf_counter()
+            probe.write(sample)
+            probe.flush()
+            os.fsync(probe.fileno())
+            writing = num_bytes / (time.perf_counter() - start)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error}. Write to another folder.") from error
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
     return reading, writing
 
 

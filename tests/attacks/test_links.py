@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pretrain_merge.files import atomic, folder_lock, folders
 from pretrain_merge.forecast.calibration import shipped
 from pretrain_merge.merged_models.merged import save_merged
 from pretrain_merge.merged_models.retention import MergedModels
+from pretrain_merge.offline import rates
 from pretrain_merge.records import MergeRecord, Recipe, append_record, keep_records_until, plots
 from pretrain_merge.resume.sidecar import WindowFolder
 from pretrain_merge.stores.disk import DiskStore
@@ -191,3 +193,13 @@ def test_a_file_is_whole_or_as_it_was_whatever_breaks_the_writing_off(error, tmp
         fail()
     assert (tmp_path / "a").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_measuring_a_disk_writes_through_no_link(tmp_path, victim):
+    sample, folder = tmp_path / "sample", tmp_path / "out"
+    sample.write_bytes(bytes(2**22))  # shorter ones tell nothing, and nothing is written
+    folder.mkdir()
+    (folder / ".rate.tmp").symlink_to(victim)
+    reading, writing = rates.measure([SimpleNamespace(files=(str(sample),))], folder)
+    assert reading > 0
+    assert writing > 0
