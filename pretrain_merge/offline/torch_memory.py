@@ -13,7 +13,7 @@ from pretrain_merge.kernels import reference
 from pretrain_merge.kernels.spread import Spread
 from pretrain_merge.kernels.weighted_sum import weighted_sum_
 from pretrain_merge.offline.pieces import Part, bits_of, bytes_of
-from pretrain_merge.offline.tensors import Dtype, Kind
+from pretrain_merge.offline.tensors import Dtype
 
 if TYPE_CHECKING:
     from pretrain_merge.offline.sums import Row
@@ -29,11 +29,6 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     found = getattr(torch, dtype.name)
     assert isinstance(found, torch.dtype)
     return found
-
-
-def kind_of(tensor: Tensor) -> Kind:
-    """Shape and dtype."""
-    return Kind(tuple(tensor.shape), own_dtype(tensor.dtype))
 
 
 def part_of(tensor: Tensor) -> Part:

@@ -23,7 +23,7 @@ from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.pieces import Buffer, Reader, batches, cut
 from pretrain_merge.offline.shards import Shard
 from pretrain_merge.offline.tensors import Block, Kind, Source
-from pretrain_merge.offline.torch_memory import kind_of, own_dtype, part_of
+from pretrain_merge.offline.torch_memory import own_dtype, part_of
 
 # of a 70B Llama: embedding, attention, feed-forward, norm
 LARGE = {"embed": (128256, 8192), "q": (8192, 8192), "k": (1024, 8192), "up": (28672, 8192), "norm": (8192,)}
@@ -40,7 +40,7 @@ def test_pieces_hold_every_element_once_whatever_the_sharding(shape, longest, cu
         file = f"part-{len(stored)}"
         stored[file] = box.reshape(-1).view(torch.uint8).numpy().tobytes()
         blocks.append(Block(file, 0, tuple(first for first, _ in corner), tuple(box.shape)))
-    kind = kind_of(value)
+    kind = Kind(tuple(value.shape), own_dtype(value.dtype))
     source = Source("memory", "test", {"x": kind}, {"x": blocks}.__getitem__, tuple(stored))
 
     class Memory(Files):
