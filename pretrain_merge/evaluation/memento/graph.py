@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
+from pretrain_merge.evaluation.memento.kinds import VALUES
 from pretrain_merge.evaluation.memento.memory import BytesState
 from pretrain_merge.evaluation.memento.positions import (
     CacheState,
@@ -33,7 +34,7 @@ from pretrain_merge.evaluation.memento.positions import (
     IteratorState,
     draws,
 )
-from pretrain_merge.evaluation.memento.tensors import TensorState
+from pretrain_merge.evaluation.memento.tensors import PLAIN, TensorState
 from pretrain_merge.parameters.shards import local_part
 
 if TYPE_CHECKING:
@@ -156,9 +157,10 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
     # without memory there is nothing to copy, and to ask for its place raises
     if item.is_meta or is_lazy(item):
         return
+    is_plain = type(item) in PLAIN
     # by memory and not by identity: `parameter.data` and views of it are other objects
     is_merged = place_of(item) in memento.merged
-    is_sharded = isinstance(item, DTensor)
+    is_sharded = not is_plain and isinstance(item, DTensor)
     state = TensorState(item, has_values=not is_merged and not is_sharded)
     memento.add(index, state)
     if is_sharded:
@@ -172,7 +174,7 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
 
 def place_of(tensor: Tensor) -> Any:
     """The memory of a tensor on this rank, by which it is told from others."""
-    local = local_part(tensor)
+    local = tensor if type(tensor) in PLAIN else local_part(tensor)
     # an empty tensor's place is 0, which all empty ones share
     return local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
 
@@ -192,23 +194,22 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     kind = kinds.kind_of(cls)
     if not kind.is_state:
         return False
-    found: list[Any] = []
-    if kind.has_dict:
-        found.append(states.AttributesState(item, may_own=kind.may_own))
+    found: list[Any] = [states.AttributesState(item, may_own=kind.may_own)] if kind.has_dict else []
     if kind.is_script:  # its tensors and attributes are kept outside of Python
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
     # values are sorted out here, once for what follows: they are nine of ten attributes
-    values = [value for state in found for value in state.values if type(value) not in kinds.VALUES]
+    values = [value for state in found for value in state.values if type(value) not in VALUES]
     # half of it would be put back under a thread that writes the other half
-    if not kind.may_own and (worker := _worker_in(values)):
+    if values and not kind.may_own and (worker := _worker_in(values)):
         if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
     for state in found:
         memento.add(index, state)
-    memento.reach(index, values)
+    if values:
+        memento.reach(index, values)
     # counters that hooks keep in class attributes: only of the user's own classes
     if kind.is_users:
         memento.reach(index, [type(item)])
@@ -219,7 +220,7 @@ def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
     """The name of what runs beside us, among attributes or in a short list that is one of them."""
     for value in values:  # not a function for each: an object has a dozen, and nearly all are values
         kind: Any = type(value)
-        if kind in kinds.VALUES:
+        if kind in VALUES:
             continue
         if kind in _SHORT and not is_nested:
             few = islice(value.values() if kind is dict else value, _FEW)
