@@ -160,7 +160,7 @@ FAULTS = (
     Fault(
         "where one of many tensors lies is not looked at",
         "evaluation/memento/tensors.py",
-        "        return self._now() == self._was",
+        "        return [list(map(get, self._items)) for get in _WHERE] == self._was",
         "        return True",
         _MEMENTO_OF_TENSORS,
     ),
@@ -174,7 +174,7 @@ FAULTS = (
     Fault(
         "what owns a thread is rolled back under it",
         "evaluation/memento/graph.py",
-        "    if not kind.may_own and (worker",
+        "    if values and not kind.may_own and (worker",
         "    if False and (worker",
         _MEMENTO_BOUNDS,
     ),
