@@ -19,9 +19,10 @@ from pretrain_merge.merged_models.choosing import Which, chosen
 from pretrain_merge.merged_models.provenance import PROVENANCE, WITHDRAWN, read_provenance
 from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
-from pretrain_merge.parameters import all_tensors, is_sharded, plain_name
+from pretrain_merge.parameters import all_tensors, is_sharded
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
 from pretrain_merge.runtime.log import logger
+from pretrain_merge.tensor_names import plain_name
 
 _LISTED = 5  # differences that a message names: another model has hundreds
 
