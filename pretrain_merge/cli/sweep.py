@@ -36,6 +36,7 @@ def sweep(
     base: str | None = None,
     newest: list[str] | None = None,
     average: list[str] | None = None,
+    allow: list[str] | None = None,
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
     plan: bool = False,
@@ -61,6 +62,7 @@ def sweep(
         base: A checkpoint with tensors that these lack; for a command, a folder with config.json.
         newest: Patterns of tensors that come from the newest checkpoint of a merge.
         average: Patterns of running statistics of BatchNorm to merge.
+        allow: Classes of your own that checkpoints hold, as package.module.Class: imported, and passed over.
         metric: By which views are compared; default: the loss.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         plan: Only say how many evaluations that takes.
@@ -69,7 +71,9 @@ def sweep(
     with loading():
         # with torch, which takes seconds that --help does not wait for
         from pretrain_merge.offline import sweep as offline
+        from pretrain_merge.offline import users_code
 
+    users_code.allow(allow or ())
     options: dict[str, Any] = {
         "window": window, "views": views, "span": span, "intervals": intervals or (1, 2), "every": every,
         "start": start, "merge_every": merge_every, "breaks": breaks, "lr_tolerance": lr_tolerance, "steps": steps,
