@@ -4,14 +4,14 @@ This module knows the command's options and where its results go. What they show
 """
 
 import json as json_format
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain_merge.cli.merges_table import print_merges
 from pretrain_merge.cli.results import console_beside, write_picture, write_result
 from pretrain_merge.cli.run_names import folder_of, run_names
-from pretrain_merge.errors import ConfigError, printable
+from pretrain_merge.errors import CheckpointError, ConfigError, printable
 from pretrain_merge.files import untrusted
 from pretrain_merge.records import MergeRecord, metric_names, plots, read_run
 from pretrain_merge.records.modes import Mode, mode_of
@@ -49,14 +49,17 @@ def report(
         raise ConfigError(f"picture: is of one run, and {len(runs)} are named. Name one, or overlay them with --html.")
     console = console_beside(json)
     names = run_names(runs)
-    records = {run: read_run.read_run(run, name=name, needs_recipes=False) for run in runs}
-    metric, others = _metric(metric, list(records.values()))
+    records, left_out = _read(runs, name)
+    runs = list(records)
+    metric, others = _metric(metric, {names[run]: items for run, items in records.items()})
     for run in runs:
         title = names[run] if len(runs) > 1 else None
         print_merges(
             console, records[run], metric, mode or mode_of(metric), title=title, at_most=None if all else _ROWS,
             all_rows="--all prints every one", all_views="--html shows them",
         )  # fmt: skip
+    for reason in left_out:
+        console.print(f"Left out: {printable(reason)}", soft_wrap=True, markup=False)
     if others:
         note = f"Shown is {metric}. --metric shows another one: {', '.join(others)}."
         console.print(printable(note), soft_wrap=True, markup=False)
@@ -74,16 +77,37 @@ def report(
         write_result(json, json_format.dumps([_plain(names[run], records[run]) for run in runs], indent=1) + "\n")
 
 
-def _metric(wanted: str | None, runs: Sequence[Sequence[MergeRecord]]) -> tuple[str, list[str]]:
-    """The metric that is shown, as the records call it; and where nobody named it, what else there is."""
-    measured = [dict.fromkeys(key for item in items for key in item.raw) for items in runs]
-    known = list(dict.fromkeys(key for keys in measured for key in keys))
-    if wanted is not None:
-        # else as it was typed, so that the error names what the user wrote
-        return metric_names.found(wanted, known) or wanted, []
-    common = [key for key in known if all(key in keys for keys in measured)]
-    shown = metric_names.to_show(common or known) or "val_loss"
-    return shown, [key for key in known if key != shown]
+def _read(runs: Sequence[Path], name: str) -> tuple[dict[Path, list[MergeRecord]], list[str]]:
+    """The records of each run, and why some of several were left out: a pattern also finds those without a merge."""
+    records: dict[Path, list[MergeRecord]] = {}
+    refused: list[CheckpointError] = []
+    for run in runs:
+        try:
+            records[run] = read_run.read_run(run, name=name, needs_recipes=False)
+        except CheckpointError as error:
+            refused.append(error)
+    if not records:
+        raise refused[0]
+    return records, list(map(str, refused))
+
+
+def _metric(wanted: str | None, runs: Mapping[str, Sequence[MergeRecord]]) -> tuple[str, list[str]]:
+    """The metric that is shown, as the records call it; and where nobody named it, what else all of them have.
+
+    Raises:
+        ConfigError: One of several runs did not measure it.
+    """
+    measured = {run: dict.fromkeys(key for item in items for key in item.raw) for run, items in runs.items()}
+    known = list(dict.fromkeys(key for keys in measured.values() for key in keys))
+    common = [key for key in known if all(key in keys for keys in measured.values())]
+    # else as it was typed, so that the error names what the user wrote
+    shown = (metric_names.to_show(common or known) if wanted is None else metric_names.found(wanted, known)) or wanted
+    shown = shown or "val_loss"
+    if len(runs) > 1 and shown not in common:
+        each = "; ".join(f"{run}: {', '.join(keys) or 'nothing'}" for run, keys in measured.items())
+        told = f"--metric takes {' or '.join(common)}" if common else "name those that measured the same"
+        raise ConfigError(f"metric: {shown!r} was not measured by all {len(runs)} runs ({each}). Of these {told}.")
+    return shown, [key for key in common if key != shown] if wanted is None else []
 
 
 def _page(

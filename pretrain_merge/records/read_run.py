@@ -96,9 +96,11 @@ def _source(path: Path, name: str) -> Path:
     for pattern in (f"{glob.escape(name)}/merges.jsonl", "merges.jsonl", "metrics.csv", "*.wandb"):
         if found := sorted(path.glob(pattern)):
             return found[-1]
-    # `lightning_logs` for `lightning_logs/version_0`; not deeper, where a folder may hold all the world
-    below = [item.parent for item in sorted({*path.glob("*/merges.jsonl"), *path.glob("*/*/merges.jsonl")})]
-    below = below or sorted(path.glob("**/*.wandb"))
+    # a folder of `lightning_logs`, or of `wandb`; not deeper, where a folder may hold all the world
+    below = [item.parent for depth in (1, 2, 3) for item in sorted(path.glob(f"{'*/' * depth}merges.jsonl"))]
+    if not below:
+        found = [item for depth in (1, 2) for item in sorted(path.glob(f"{'*/' * depth}*.wandb"))]
+        below = [item for item in found if not item.parent.is_symlink()]  # W&B's `latest-run` is one of the others
     # of several runs none is guessed
     if len(below) == 1 and below[0].suffix == ".wandb":
         return below[0]

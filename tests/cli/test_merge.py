@@ -113,6 +113,17 @@ def test_a_class_of_the_users_own_is_imported_only_where_it_is_named(monkeypatch
     assert config.rate == 3e-4
 
 
+def test_a_class_of_a_script_is_allowed_by_the_name_that_it_has_for_others(monkeypatch, tmp_path, of_own_class):
+    made = types.ModuleType("__main__")
+    exec("import dataclasses\n" + OWN.partition("touch()")[2], made.__dict__)
+    monkeypatch.setattr(sys.modules["__main__"], "Config", made.Config, raising=False)
+    path = writers.lightning(tmp_path, 200, {"w": torch.ones(2)}, hyper_parameters={"config": made.Config(1e-3)})
+    with pytest.raises(SystemExit, match=r"--allow SCRIPT\.Config"):
+        call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain")
+    call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain", "--allow", "own_train.Config")
+    assert (tmp_path / "plain").is_dir()
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("nowhere.Config", "is not there"), ("json.dumps", "is a function"), ("x", "is not there")]
 )

@@ -233,6 +233,14 @@ def test_of_several_wandb_runs_in_a_folder_none_is_guessed(tmp_path):
         read_run(tmp_path)
 
 
+def test_a_folder_of_folders_of_runs_is_not_read_by_the_one_wandb_run_in_it(tmp_path):
+    append_record(tmp_path / "a" / "lightning_logs" / "version_0" / "merges.jsonl", RECORDS[0])
+    (tmp_path / "b" / "offline-run-b").mkdir(parents=True)
+    (tmp_path / "b" / "offline-run-b" / "run-b.wandb").touch()
+    with pytest.raises(CheckpointError, match=r"Runs in it: .*version_0\. Name one of these"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "said"), [("no", "does not exist"), ("a.csv.gz", "is a file of another kind")])
 def test_a_path_that_is_no_run_says_what_it_is(tmp_path, name, said):
     (tmp_path / "a.csv.gz").touch()

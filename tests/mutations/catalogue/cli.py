@@ -17,4 +17,25 @@ FAULTS = (
         "        if True:",
         "tests/cli/test_report.py",
     ),
+    Fault(
+        "of an option that is given twice the last counts alone",
+        "cli/arguments.py",
+        "lists.setdefault(name, []).extend(",
+        "lists[name] = (",
+        "tests/cli/test_merge.py",
+    ),
+    Fault(
+        "a loss below 0 is a target",
+        "cli/forecast.py",
+        "math.isfinite(target) and target > 0.0",
+        "math.isfinite(target)",
+        "tests/cli/test_forecast.py",
+    ),
+    Fault(
+        "a report looks for val_loss alone",
+        "cli/report.py",
+        "(metric_names.to_show(common or known) if wanted",
+        '("val_loss" if wanted',
+        "tests/cli/test_main.py",
+    ),
 )
