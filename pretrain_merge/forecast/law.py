@@ -5,7 +5,7 @@
     M       loss of the mean over the last D steps
     G       trend of the raw loss at the middle of that mean, minus M: how far the raw model lies above the river
     J       Jensen's gap of the halves of the mean: how much noise is left in it; r = J / G
-    F       how much further the merged loss falls until the anneal's end, by a line in t^-1/2 through its last quarter
+    F       how much further the merged loss falls until the anneal's end, by lines in t^-1/2 through its means of late
     left, gain    what a shape leaves and gains beside a linear anneal, by `quadratic`
 
 The identity of WSM (arXiv 2507.17634) says that M is a linear decay replayed on recorded updates. A real decay differs:
@@ -15,6 +15,7 @@ relative to M, so the law does not change with the unit of the loss or of the st
 count is the calibration's business.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,9 @@ def read(curves: Curves, steps: float, shape: str, kind: str, *, after: float = 
     base = curves.merged(span, curves.step)
     gap = curves.raw_at(curves.step - span / 2) - base
     noise = max(gap, 0.0)
-    halves, moved = _halves(curves, span)
-    is_reduced = not np.isfinite(halves)
+    # of one mean alone a half would be made up from the whole
+    halves, moved = curves.halves_above_whole(span) if len(curves.spans) > 1 else (math.nan, math.nan)
+    is_reduced = not math.isfinite(halves)
     if is_reduced:  # the noise's memory may as well be twice as long as usual, or none
         halves = moved = noise * typical_ratio(span)
     ratio = float(np.clip(halves / max(gap, _LEAST_GAP * base), *_RATIO))
@@ -109,11 +111,3 @@ def read(curves: Curves, steps: float, shape: str, kind: str, *, after: float = 
         unlike=unlike / base,
         is_reduced=is_reduced,
     )
-
-
-def _halves(curves: Curves, span: float) -> tuple[float, float]:
-    """Jensen's gap now, averaged with its mean of late, and how far the two are apart; NaN where halves are unknown."""
-    if len(curves.spans) < 2:  # a half would be made up from the whole
-        return float("nan"), float("nan")
-    now, mean = curves.halves_above_whole(span, curves.step), curves.late_halves_above_whole(span)
-    return (now + mean) / 2, abs(now - mean)

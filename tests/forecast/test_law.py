@@ -69,11 +69,11 @@ def test_a_linear_nowcast_is_read_where_the_mean_lies_and_nothing_is_extrapolate
 def test_a_forecast_follows_the_merged_curve_to_where_the_anneal_gets():
     merged = river(4000 - 150) + 0.1 * left(np.arange(301))
     fallen = river(4000 - 150) - river(4000 + 150)  # the river of the test is a line in t^-1/2
-    assert term("kappa", kind="forecast") == pytest.approx(-fallen / merged, rel=1e-3)
+    assert term("kappa", kind="forecast") == pytest.approx(-fallen / merged, rel=3e-3)
     later = river(4000 - 150) - river(4500 + 150)
     known = Curves(read_history(run(4000), "val_loss"))
     waited = read(known, 300, "linear", "forecast", after=500)
-    assert waited.terms[TERMS.index("kappa")] == pytest.approx(-later / merged, rel=1e-3)
+    assert waited.terms[TERMS.index("kappa")] == pytest.approx(-later / merged, rel=3e-3)
     assert waited.end == 4800
 
 
