@@ -25,6 +25,7 @@ from pretrain_merge.merging.rolling_merger import RollingMerger
 from pretrain_merge.parameters import whole_sizes
 from pretrain_merge.records import FORECAST, MergeRecord, metric_names
 from pretrain_merge.records.disk_use import bytes_text
+from pretrain_merge.records.modes import change
 from pretrain_merge.stores.choose import likely_store
 from pretrain_merge.stores.store import slot_dtype
 
@@ -245,7 +246,7 @@ def _sizes(module: Any, live: Mapping[str, torch.Tensor], dtype: str | None) -> 
 
 def _beside(value: float, raw: float) -> str:
     # a share of nothing, or of what overflows, is left out
-    return f"{value:.5g} ({value / raw - 1:+.1%})" if raw and math.isfinite(value / raw) else f"{value:.5g}"
+    return f"{value:.5g}" if (share := change(value, raw)) is None else f"{value:.5g} ({share:+.1%})"
 
 
 def _forecasts(record: MergeRecord) -> list[str]:

@@ -15,6 +15,7 @@ from pretrain_merge.callbacks.auto_spans import HALF, further, is_followed, lead
 from pretrain_merge.config import Forecast, MergeConfig, Settings, View, num_in_full_window
 from pretrain_merge.errors import ForecastError
 from pretrain_merge.forecast import Calibration, RunHistory, forecast_of, spans
+from pretrain_merge.forecast.metrics import which_loss
 from pretrain_merge.merging.best_span import nested
 from pretrain_merge.records import FORECAST, Expected, MergeRecord, metric_names
 from pretrain_merge.runtime import ranks
@@ -178,9 +179,8 @@ def _halved(own: Sequence[View], config: MergeConfig) -> list[View]:
 
 
 def _refuse_no_loss(record: MergeRecord) -> str:
-    losses = [name for name in record.raw if "loss" in name.lower()]
-    known = ", ".join(losses or record.raw) or "nothing"
-    raise ForecastError(
-        f"which metric is the loss is not clear: measured is {known}. Name one (forecast: {{now: {{kind: nowcast, "
-        f"metric: <name>}}}}), or ask for none (forecast: off)."
-    )
+    if not record.raw:
+        raise ForecastError("nothing was measured at this merge point. Wait for the next.")
+    why, candidates = which_loss(list(record.raw))
+    named = f" Name one (forecast: {{now: {{kind: nowcast, metric: {candidates[0]}}}}})," if candidates else ""
+    raise ForecastError(f"{why}{named} {'or ask' if named else 'Or ask'} for none (forecast: off).")

@@ -15,6 +15,7 @@ def export(
     out: str,
     base: str | None = None,
     optimizer: Literal["newest", "average", "drop"] = "newest",
+    allow: list[str] | None = None,
 ) -> None:
     """Write a merged folder, or any one checkpoint or snapshot, for Lightning, for Hugging Face, or plain.
 
@@ -25,9 +26,12 @@ def export(
         base: A Lightning checkpoint of the run: loops, hyperparameters and optimizer for ckpt, missing tensors for all;
             for hf, a folder with config.json.
         optimizer: Of a ckpt: the base's, the averaged one of `merge --optimizer average`, or none.
+        allow: Classes of your own that the base's hyperparameters hold, as package.module.Class: imported, and made.
     """
     # here, not above: `--help` must not wait for torch
     with loading():
+        from pretrain_merge.offline import users_code
         from pretrain_merge.offline.export import export_checkpoint
 
+    users_code.allow(allow or ())
     print(f"Exported: {export_checkpoint(folder, out, to=to, base=base, optimizer=optimizer)}")

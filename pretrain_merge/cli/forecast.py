@@ -5,15 +5,18 @@ This module knows the command's options and which lengths of anneal are worth a 
 """
 
 import json as json_format
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pretrain_merge.cadence import Share, parse_interval
 from pretrain_merge.cli.results import console_beside, write_picture, write_result
 from pretrain_merge.cli.run_names import folder_of, run_names
-from pretrain_merge.errors import ForecastError, printable
+from pretrain_merge.errors import ConfigError, ForecastError, printable
 from pretrain_merge.forecast import Calibration, Forecast, decide, find_metric, forecast_anneal, read_history
 from pretrain_merge.records import MergeRecord, plots, read_run, span_of
 from pretrain_merge.records.tables import as_text, expected_cell
@@ -26,20 +29,21 @@ Ask = Callable[[int], Answer]
 Row = tuple[int, Answer, Answer]  # length, ended now, starts now
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # of the steps so far: the lengths that the calibration covers
 _USUAL_SHARE = 0.1  # of the steps so far
+_FACTOR = re.compile(r"widened ([0-9.]+) times")
 _FAN = 24  # lengths in the picture
 
 
 def forecast(
     run: Path,
     *,
-    steps: int | Sequence[int] = (),
+    steps: int | str | Sequence[int | str] = (),
     shape: Literal["linear", "cosine", "1-sqrt", "1-square"] = "linear",
     metric: str | None = None,
     coverage: float = 0.9,
     target: float | None = None,
     calibration: Path | None = None,
-    every: int | None = None,
-    average: Literal["last", "block"] = "last",
+    every: int | str | None = None,
+    average: Literal["last", "block"] | None = None,
     name: str = "merge",
     picture: Path | None = None,
     json: Path | None = None,
@@ -50,18 +54,21 @@ def forecast(
 
     Args:
         run: A run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
-        steps: Length of the anneal, or several: '[200, 400]'; default: several, from 2% to 30% of the steps so far.
+        steps: Length of the anneal, once or several times: 200, 10% (of the steps so far), '8B tokens'; default: some
+            from 2% to 30% of the steps so far.
         shape: How the learning rate falls.
         metric: The loss to forecast; default: the only one with "loss" in its name, or the usual one among several.
         coverage: Share of truths that the intervals are to hold.
-        target: A loss to reach: also say how many steps of annealing from here that takes.
+        target: A loss to reach, above 0: also say how many steps of annealing from here that takes.
         calibration: A file that `Calibration.save` wrote; default: the calibration that ships.
-        every: Steps between snapshots, for a CSV or a W&B run, which do not say.
-        average: What a snapshot was, for these.
+        every: Distance between snapshots as in the run's configuration, for a CSV that does not say: 1000, 1%.
+        average: What a snapshot was, for a CSV, which never says; default: last.
         name: Prefix of the metrics.
         picture: Where the picture goes; default: forecast.png beside the records.
         json: Where the numbers go, too; - is standard output.
     """
+    if target is not None and not (math.isfinite(target) and target > 0.0):
+        raise ConfigError(f"target: {target} is not a loss to reach. Allowed: a number above 0. Leave it out for none.")
     console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
     # once, so that the table, the sentence and the picture are of the same metric
@@ -71,17 +78,18 @@ def forecast(
     ahead = _asking(partial(forecast_anneal, records, kind="forecast", **options))
     back = _asking(partial(forecast_anneal, records, kind="nowcast", **options))
     step = records[-1].step
-    lengths = [steps] if isinstance(steps, int) else steps or _usual_lengths(records[-1])
+    asked = [steps] if isinstance(steps, int | str) else steps
+    lengths = list(dict.fromkeys(_length(item, records[-1]) for item in asked)) or _usual_lengths(records[-1])
     rows = [(length, back(length), ahead(length)) for length in lengths]
     answers = [answer for _, *both in rows for answer in both]
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     # a table of dashes answers nothing; the reasons do
     if not found:
-        raise ForecastError("; ".join(dict.fromkeys(str(answer) for answer in answers)))
+        raise ForecastError(" ".join(dict.fromkeys(str(answer) for answer in answers)))
     say = partial(console.print, soft_wrap=True, markup=False)
     title = f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals"
     console.print(_table(rows, reference=_reference(records[-1], metric), title=title))
-    for line in [*_decisions(records, rows, options), *_remarks(answers)]:
+    for line in [*_decisions(records, rows, options), *_remarks(answers), *_unseen(records[-1])]:
         say(printable(line))
     # lengths that the calibration does not cover leave the fan, as they left the table
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
@@ -97,16 +105,42 @@ def forecast(
         write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")
 
 
+def _length(asked: int | str, newest: MergeRecord) -> int:
+    """Steps of an anneal that is as long as a user wrote.
+
+    Raises:
+        ConfigError: It is not a length, or counts what the run did not.
+    """
+    length = parse_interval(asked, key="steps")
+    if isinstance(length, Share):
+        return max(1, round(length.percent / 100.0 * newest.step))
+    if length.unit == "steps":
+        return length.amount
+    counted = newest.tokens if length.unit == "tokens" else newest.samples
+    if not counted:
+        raise ConfigError(f"steps: {length} cannot be told in steps, as the records count none. Name steps.")
+    return max(1, round(length.amount * newest.step / counted))
+
+
 def _remarks(answers: Sequence[Answer]) -> list[str]:
     """What the answers rest on, which intervals were widened and why, and why there is a dash (the first reason)."""
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     widened: dict[str, list[str]] = {}
     for item in found:
         for reason in item.widened:
-            widened.setdefault(reason, []).append(f"{item.kind} {item.steps}")
+            # one line for each reason, which widens every length by another factor
+            factor = _FACTOR.search(reason)
+            where = f"{item.kind} {item.steps}{f': {factor[1]} times' if factor else ''}"
+            widened.setdefault(_FACTOR.sub("widened", reason), []).append(where)
     said = [f"{reason} ({', '.join(where)})" for reason, where in widened.items()]
     refused = [f"–: {answer}" for answer in answers if isinstance(answer, ForecastError)]
     return [found[-1].basis.partition("; interval widened")[0], *said, *refused[:1]]
+
+
+def _unseen(newest: MergeRecord) -> list[str]:
+    """What the records cannot say."""
+    told = "the file holds no learning rates: this is of a run whose rate did not change over the merges that were read"
+    return [] if newest.lr else [told]
 
 
 def _asking(ask: Callable[..., Forecast]) -> Ask:

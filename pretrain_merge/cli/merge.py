@@ -29,6 +29,7 @@ def merge(
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     newest: list[str] | None = None,
     average: list[str] | None = None,
+    allow: list[str] | None = None,
     on_missing: Literal["error", "newest"] = "error",
     optimizer: Literal["drop", "newest", "average"] = "drop",
     largest_file: int = 5 * 10**9,
@@ -46,8 +47,9 @@ def merge(
         steps: Of the checkpoints, where neither content nor name says them: '[1000, 2500]'.
         base: A checkpoint with tensors that snapshots of a window lack: buffers and frozen weights.
         dtype: Of the merged tensors; default: as they are.
-        newest: Patterns of tensors to take from the newest checkpoint unmerged: '["*running_*"]'.
+        newest: Patterns of tensors to take from the newest checkpoint unmerged: "*running_*".
         average: Patterns of running statistics of BatchNorm to merge.
+        allow: Classes of your own that checkpoints hold, as package.module.Class: imported, and passed over.
         on_missing: A tensor that some checkpoints lack is an error, or comes from the newest.
         optimizer: What becomes of optimizer states of Lightning checkpoints.
         largest_file: Bytes after which the weights go on in another file.
@@ -57,7 +59,9 @@ def merge(
     """
     with loading():
         from pretrain_merge.offline import merge as offline
+        from pretrain_merge.offline import users_code
 
+    users_code.allow(allow or ())
     options: dict[str, Any] = {
         "steps": steps, "base": base, "dtype": dtype, "newest": newest or (), "average": average or (),
         "on_missing": on_missing, "optimizer": optimizer, "largest_file": largest_file, "device": device,

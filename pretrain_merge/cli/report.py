@@ -4,19 +4,17 @@ This module knows the command's options and where its results go. What they show
 """
 
 import json as json_format
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from pretrain_merge.cli.merges_table import print_merges
 from pretrain_merge.cli.results import console_beside, write_picture, write_result
 from pretrain_merge.cli.run_names import folder_of, run_names
-from pretrain_merge.errors import ConfigError, printable
+from pretrain_merge.errors import CheckpointError, ConfigError, printable
 from pretrain_merge.files import untrusted
-from pretrain_merge.records import MergeRecord, metric_names, plots, read_run, tables
+from pretrain_merge.records import MergeRecord, metric_names, plots, read_run
 from pretrain_merge.records.modes import Mode, mode_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _ROWS = 40  # a screen, and all merges of a run with the README's lines
 _CONFIG, _LARGEST_CONFIG = "merges.config.yaml", 2**16
@@ -25,7 +23,7 @@ _CONFIG, _LARGEST_CONFIG = "merges.config.yaml", 2**16
 def report(
     runs: list[Path],
     *,
-    metric: str = "val_loss",
+    metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
     all: bool = False,  # noqa: A002 - the option's name
     name: str = "merge",
@@ -37,7 +35,7 @@ def report(
 
     Args:
         runs: Each a run's folder, its merges.jsonl, a CSV of its metrics, or the .wandb file of an offline run.
-        metric: The metric to compare; val_loss is also val/loss.
+        metric: The metric to compare; val_loss is also val/loss. Default: the loss, else what was measured first.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         all: Print every merge; else the first, the best, the last, and some between.
         name: Prefix of the metrics, for a CSV or a W&B run.
@@ -51,13 +49,20 @@ def report(
         raise ConfigError(f"picture: is of one run, and {len(runs)} are named. Name one, or overlay them with --html.")
     console = console_beside(json)
     names = run_names(runs)
-    records = {run: read_run.read_run(run, name=name, needs_recipes=False) for run in runs}
-    known = dict.fromkeys(key for items in records.values() for key in items[-1].raw)
-    # else as it was typed, so that the error names what the user wrote
-    metric = metric_names.found(metric, known) or metric
+    records, left_out = _read(runs, name)
+    runs = list(records)
+    metric, others = _metric(metric, {names[run]: items for run, items in records.items()})
     for run in runs:
         title = names[run] if len(runs) > 1 else None
-        _print_table(console, records[run], metric, mode or mode_of(metric), title=title, every=all)
+        print_merges(
+            console, records[run], metric, mode or mode_of(metric), title=title, at_most=None if all else _ROWS,
+            all_rows="--all prints every one", all_views="--html shows them",
+        )  # fmt: skip
+    for reason in left_out:
+        console.print(f"Left out: {printable(reason)}", soft_wrap=True, markup=False)
+    if others:
+        note = f"Shown is {metric}. --metric shows another one: {', '.join(others)}."
+        console.print(printable(note), soft_wrap=True, markup=False)
     if len(runs) == 1:
         (run,) = runs
 
@@ -72,31 +77,37 @@ def report(
         write_result(json, json_format.dumps([_plain(names[run], records[run]) for run in runs], indent=1) + "\n")
 
 
-def _print_table(
-    console: "Console", records: Sequence[MergeRecord], metric: str, mode: Mode, *, title: str | None, every: bool
-) -> None:
-    """With as many views as the terminal has room for, the best of the newest merge first."""
-    from rich.measure import Measurement
+def _read(runs: Sequence[Path], name: str) -> tuple[dict[Path, list[MergeRecord]], list[str]]:
+    """The records of each run, and why some of several were left out: a pattern also finds those without a merge."""
+    records: dict[Path, list[MergeRecord]] = {}
+    refused: list[CheckpointError] = []
+    for run in runs:
+        try:
+            records[run] = read_run.read_run(run, name=name, needs_recipes=False)
+        except CheckpointError as error:
+            refused.append(error)
+    if not records:
+        raise refused[0]
+    return records, list(map(str, refused))
 
-    views = [view for view in plots.view_names(records) if any(metric in item.views.get(view, {}) for item in records)]
-    # where columns are left out, the best stay; shown in the order of the configuration
-    ranked = sorted(views, key=tables.rank(records, metric, mode))
-    for number in range(len(views), -1, -1):
-        columns = [view for view in views if view in ranked[: max(1, number)]]
-        table = tables.merges_table(
-            records, metric, mode=mode, title=title, views=views, columns=columns, at_most=None if every else _ROWS
-        )
-        # measured as if there were room: else it is as wide as it may be
-        unbounded = console.options.update(max_width=10_000)
-        if number <= 1 or Measurement.get(console, unbounded, table).maximum <= console.width:
-            break
-    rows, table.caption = table.caption, None
-    console.print(table)
-    if rows:
-        console.print(f"{rows}; --all prints every one.", soft_wrap=True, markup=False)
-    if hidden := [printable(view) for view in views if view not in columns]:
-        note = f"No room for {', '.join(hidden)}; best vs raw is of all. --html shows them."
-        console.print(note, soft_wrap=True, markup=False)
+
+def _metric(wanted: str | None, runs: Mapping[str, Sequence[MergeRecord]]) -> tuple[str, list[str]]:
+    """The metric that is shown, as the records call it; and where nobody named it, what else all of them have.
+
+    Raises:
+        ConfigError: One of several runs did not measure it.
+    """
+    measured = {run: dict.fromkeys(key for item in items for key in item.raw) for run, items in runs.items()}
+    known = list(dict.fromkeys(key for keys in measured.values() for key in keys))
+    common = [key for key in known if all(key in keys for keys in measured.values())]
+    # else as it was typed, so that the error names what the user wrote
+    shown = (metric_names.to_show(common or known) if wanted is None else metric_names.found(wanted, known)) or wanted
+    shown = shown or "val_loss"
+    if len(runs) > 1 and shown not in common:
+        each = "; ".join(f"{run}: {', '.join(keys) or 'nothing'}" for run, keys in measured.items())
+        told = f"--metric takes {' or '.join(common)}" if common else "name those that measured the same"
+        raise ConfigError(f"metric: {shown!r} was not measured by all {len(runs)} runs ({each}). Of these {told}.")
+    return shown, [key for key in common if key != shown] if wanted is None else []
 
 
 def _page(

@@ -36,6 +36,7 @@ def sweep(
     base: str | None = None,
     newest: list[str] | None = None,
     average: list[str] | None = None,
+    allow: list[str] | None = None,
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
     plan: bool = False,
@@ -61,6 +62,7 @@ def sweep(
         base: A checkpoint with tensors that these lack; for a command, a folder with config.json.
         newest: Patterns of tensors that come from the newest checkpoint of a merge.
         average: Patterns of running statistics of BatchNorm to merge.
+        allow: Classes of your own that checkpoints hold, as package.module.Class: imported, and passed over.
         metric: By which views are compared; default: the loss.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         plan: Only say how many evaluations that takes.
@@ -69,7 +71,9 @@ def sweep(
     with loading():
         # with torch, which takes seconds that --help does not wait for
         from pretrain_merge.offline import sweep as offline
+        from pretrain_merge.offline import users_code
 
+    users_code.allow(allow or ())
     options: dict[str, Any] = {
         "window": window, "views": views, "span": span, "intervals": intervals or (1, 2), "every": every,
         "start": start, "merge_every": merge_every, "breaks": breaks, "lr_tolerance": lr_tolerance, "steps": steps,
@@ -82,7 +86,7 @@ def sweep(
         found = offline.sweep_checkpoints(
             checkpoints, out, evaluate, metric=metric, mode=mode, progress=progress, **options
         )
-    _print_table(found, mode)
+    _print_table(found, mode, out)
     for line in _verdict(found.comparison):
         print(line)
     print(f"Go on: pretrain-merge forecast {shlex.quote(out)}")
@@ -94,7 +98,7 @@ def _verdict(comparison: "Comparison") -> list[str]:
     better = "better" if gain.mean > 0 else "worse"
     lines = [
         f"Best: {comparison.best}, whose {metric} is {gain.absolute} {better} than raw on average of {gain.num_points} "
-        f"merge points{_in_errors(gain.in_errors)}."
+        f"merge point{'s' if gain.num_points > 1 else ''}{_in_errors(gain.in_errors)}."
     ]
     if comparison.next:
         # a best of many views is best by luck, too
@@ -107,12 +111,17 @@ def _in_errors(number: float) -> str:
     return "" if math.isnan(number) else f", {abs(number):.1f} standard errors"
 
 
-def _print_table(found: Any, mode: Literal["min", "max"] | None) -> None:
+def _print_table(found: Any, mode: Literal["min", "max"] | None, out: str) -> None:
     # with rich, which comes with an extra
+    from pretrain_merge.cli.merges_table import print_merges
     from pretrain_merge.cli.results import console_beside
-    from pretrain_merge.records.tables import merges_table
+    from pretrain_merge.records.modes import mode_of
 
-    console_beside().print(merges_table(found.records, found.comparison.metric, mode=mode, at_most=_ROWS))
+    metric, report = found.comparison.metric, f"pretrain-merge report {shlex.quote(out)}"
+    print_merges(
+        console_beside(), found.records, metric, mode or mode_of(metric), at_most=_ROWS,
+        all_rows=f"{report} --all prints every one", all_views=f"{report} --html swept.html shows them",
+    )  # fmt: skip
 
 
 def _print_plan(plan: "SweepPlan") -> None:

@@ -17,7 +17,7 @@ def wandb_view(
     *,
     like: Path | None = None,
     runs: str | Sequence[str] = (),
-    metric: str = "val_loss",
+    metric: str | None = None,
     name: str = "merge",
     axis: Literal["tokens", "step"] | None = None,
     title: str | None = None,
@@ -30,19 +30,21 @@ def wandb_view(
         like: A run on this machine, as `report` takes it, whose views and forecasts get lines of their own; default:
             lines by a pattern, whatever the project's runs have.
         runs: Id of the run to show, the end of its address, or several: '[3xk2a9, 81hd6s]'; default: all.
-        metric: The metric to compare.
+        metric: The metric to compare; default: the loss of the run of `like`, else val_loss.
         name: Of the callback; prefix of its metrics.
         axis: What the charts are drawn against; default: tokens, unless the run of `like` counts none.
         title: Of the view.
         json: Write the view's content here and save nothing; - is standard output.
     """
-    from pretrain_merge.records import FORECAST, plots, read_run
+    from pretrain_merge.records import FORECAST, metric_names, plots, read_run
     from pretrain_merge.records.wandb_view import Names, workspace
 
     entity, _, rest = project.partition("/")
     if not entity or not rest or "/" in rest:
         raise ConfigError(f"project: {project!r} is not a project of W&B. Allowed: entity/project, as in its address.")
     records = read_run.read_run(like, name=name, needs_recipes=False) if like is not None else []
+    if metric is None:
+        metric = metric_names.to_show(records[-1].raw if records else ()) or "val_loss"
     forecasts = dict.fromkeys(key for record in records for key, known in record.forecasts.items() if metric in known)
     forecasts |= {
         key.removeprefix(f"{FORECAST}/"): None

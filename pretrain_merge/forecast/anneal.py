@@ -223,8 +223,7 @@ def _widened(reading: Reading, calibration: Calibration, shape: str) -> list[str
         f"widened {outside:.1f} times, being outside of the lengths calibrated on": outside > _WIDER,
         f"widened {below:.1f} times: halves of the mean lie below the whole, as no noise would have them": below
         > _WIDER,
-        f"widened {bend:.1f} times: the merged loss fell otherwise of late than before, as after a sudden drop": bend
-        > _BENT,
+        f"widened {bend:.1f} times: the merged loss of late is on no line, as after a sudden drop": bend > _BENT,
         "widened, since no means over half the length were measured (a view such as 'sma4'), which say how much noise "
         "the whole keeps": reading.is_reduced,
         f"widened, since no anneal calibrated on ended after step {calibration.latest:g}": (

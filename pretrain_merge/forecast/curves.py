@@ -14,11 +14,10 @@ from pretrain_merge.forecast.history import History
 from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 
 _TREND_FROM = 0.5  # of the steps so far: what lies before says little of the trend of the raw loss now
-_FALL_FROM, _BEND_FROM = 0.75, 0.5
+_LEAST_FROM = 0.5  # of the steps so far: what lies before says nothing of now
 _EXPONENT = 0.5
-_LEAST_ON_LINE = 4  # points of the last quarter
-_UNKNOWN_BEND = 1 / 3  # of the fall, where the run is too short to tell: about what it is in the suite
-HALVES_FROM = 0.7  # Jensen's gap moves slowly, its mean over these is less noisy
+_RECENCY = 10  # a point a tenth of the steps ago counts a third of the newest one; by 8 and 12 errors are as large
+_UNKNOWN_DOUBT = 1 / 3  # of the fall, where the run is too short to tell: about what it is in the suite
 SPANS_UP_TO = 1.05  # times the longest that was measured
 _SPANS_FROM = 0.45  # times the shortest
 
@@ -66,27 +65,32 @@ class Curves:
         """
         return float(self._merged_at(span, np.array([step]))[0])
 
-    def halves_above_whole(self, span: float, step: float) -> float:
+    def halves_above_whole(self, span: float) -> tuple[float, float]:
         """The mean loss of the means of both halves of a span, above that of the whole: Jensen's gap.
 
         To second order it is the squared distance of the halves in the metric of the Hessian: large while the noise
-        is remembered for longer than a half, near zero once it is averaged out.
-        """
-        return float(self._halves_above_whole(span, np.array([step]))[0])
+        is remembered for longer than a half, near zero once it is averaged out. It moves slowly and is noisy, so it is
+        averaged over the points of late. NaN where the newest means do not tell it.
 
-    def late_halves_above_whole(self, span: float) -> float:
-        """The mean of Jensen's gaps at the merge points of late, where they are known; NaN where none is."""
-        steps = self._history.steps
-        gaps = self._halves_above_whole(span, steps[np.searchsorted(steps, HALVES_FROM * self.step) :])
-        known = gaps[np.isfinite(gaps)]
-        return float(np.mean(known)) if len(known) else float("nan")
+        Returns:
+            The gap, and how far the newest one is from it.
+        """
+        steps = self._history.steps[np.searchsorted(self._history.steps, _LEAST_FROM * self.step) :]
+        halves = self._merged_at(span / 2, steps) + self._merged_at(span / 2, steps - span / 2)
+        gaps = halves / 2 - self._merged_at(span, steps)
+        known = np.isfinite(gaps)
+        if not known[-1]:
+            return float("nan"), float("nan")
+        mean = float(np.average(gaps[known], weights=self._recency(steps[known])))
+        return mean, abs(float(gaps[-1]) - mean)
 
     def fall(self, span: float, *, to: float) -> tuple[float, float]:
         """How much lower the loss of the mean over a span gets on its way, and how far that is in doubt.
 
         The merged loss is nearly a line in t^-1/2, t the middle of the mean (Chinchilla's exponents are near 1/2, too).
-        The line goes through the last quarter of training; the doubt is what the quarter before would say instead.
-        Through all of the last half it errs by a third more 10% ahead, and by half more beyond.
+        Means over a half and a quarter of the span follow the same way and see more of what was lately: one slope goes
+        through all of them, each at its own level. The doubt is how far a point lies off its line as a rule, carried
+        as far as the fall is: a run that bends, as after a sudden drop, is on no line.
 
         Args:
             span: Steps that the mean spans.
@@ -94,30 +98,28 @@ class Curves:
         """
         newest = self.step - span / 2
         way = 1.0 - (to / newest) ** -_EXPONENT
-        span = self._followed(span)
-        steps, losses = self._along(span)
-        if len(steps) < 2:
+        lines = [line for part in (span, span / 2, span / 4) if (line := self._line(part, newest))]
+        if not lines:
             alone = max(self._raw_slope, 0.0) / _EXPONENT * way
             return alone, abs(alone)
+        spread = sum(float(weights @ places**2) for weights, places, _ in lines)
+        slope = sum(float(weights @ (places * losses)) for weights, places, losses in lines) / spread
+        fall = slope * way
+        left = sum(float(weights @ (losses - slope * places) ** 2) for weights, places, losses in lines)
+        doubt = abs(way) * float(np.sqrt(left / spread))
+        num_points = sum(1.0 / float(weights @ weights) for weights, _, _ in lines)
+        is_told = num_points > len(lines) + 1  # a line goes through two points whatever they are
+        return fall, doubt if is_told else max(doubt, _UNKNOWN_DOUBT * abs(fall))
+
+    def _line(self, span: float, newest: float) -> tuple[Floats, Floats, Floats] | None:
+        """Weights, places and losses of a mean's points, around their averages; None where there are no two."""
+        steps, losses = self._along(span)
+        if len(steps) < 2:
+            return None
+        weights = self._recency(steps)
+        weights = weights / weights.sum()
         places = ((steps - span / 2) / newest) ** -_EXPONENT
-        first = min(int(np.searchsorted(steps, _FALL_FROM * self.step - 1e-9)), max(0, len(steps) - 3))
-        fall = _steepness(places[first:], losses[first:]) * way
-        from_ = int(np.searchsorted(steps, _BEND_FROM * self.step - 1e-9))
-        if first + 1 - from_ < 2:
-            return fall, abs(fall) * _UNKNOWN_BEND
-        before = _steepness(places[from_ : first + 1], losses[from_ : first + 1]) * way
-        return fall, abs(fall - before)
-
-    def _followed(self, span: float) -> float:
-        """This span, or the first of its halves whose means tell of a slope: enough of them lie in the last quarter.
-
-        Every mean follows the same way, half its span behind; of one that was hardly measured the slope was read as 0.
-        """
-        for half in (span, span / 2, span / 4, span / 8):
-            steps, _ = self._along(half)
-            if np.count_nonzero(steps >= _FALL_FROM * self.step - 1e-9) >= _LEAST_ON_LINE:
-                return half
-        return span
+        return weights, places - weights @ places, losses - weights @ losses
 
     def sampling_noise(self, span: float) -> float:
         """The share of `noise` that a finite number of snapshots adds to a mean over this span."""
@@ -148,9 +150,9 @@ class Curves:
         way = -(np.maximum(at - span / 2, 0.5) ** -_EXPONENT)
         return np.where(at < steps[0] - 1e-9, np.nan, np.interp(way, -((steps - span / 2) ** -_EXPONENT), losses))
 
-    def _halves_above_whole(self, span: float, at: Floats) -> Floats:
-        halves = self._merged_at(span / 2, at) + self._merged_at(span / 2, at - span / 2)
-        return halves / 2 - self._merged_at(span, at)
+    def _recency(self, steps: Floats) -> Floats:
+        """What a point counts beside the newest one."""
+        return (steps / self.step) ** _RECENCY
 
     def _along(self, span: float) -> tuple[Floats, Floats]:
         """The merged loss over one span at every merge point that says something of it.
@@ -159,7 +161,7 @@ class Curves:
         from.
         """
         if span not in self._known:
-            asked_from = min(HALVES_FROM * self.step - span, _BEND_FROM * self.step)
+            asked_from = _LEAST_FROM * self.step - span
             first = max(0, int(np.searchsorted(self._history.steps, asked_from)) - 1)
             steps, losses = self._history.steps[first:], self._measured(span, first)
             is_known = np.isfinite(losses)
@@ -191,9 +193,3 @@ class Curves:
         longest = spans[np.maximum(number - 1, 0), columns]
         is_near = (number > 0) & (_SPANS_FROM * spans[0] <= span) & (span <= SPANS_UP_TO * longest)
         return np.where(is_near, np.where(shorter < 0, below, found), np.nan)
-
-
-def _steepness(places: Floats, losses: Floats) -> float:
-    """Slope of the line of least squares."""
-    around = places - places.mean()
-    return float(around @ losses / (around @ around))

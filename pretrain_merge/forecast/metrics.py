@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,30 @@ def find_metric(records: Sequence[MergeRecord], wanted: str | None = None) -> st
         return metric_names.found(wanted, measured) or wanted
     name = metric_names.the_loss(measured)
     if name is None and measured:
-        losses = [metric for metric in measured if "loss" in metric.lower()]
+        why, candidates = which_loss(measured)
         raise ForecastError(
-            f"the records hold {', '.join(measured)}, of which {len(losses)} have 'loss' in their name. A forecast is "
-            f"of one loss: name it as `metric`."
+            f"{why} Name one: metric={candidates[0]!r} (--metric {shlex.quote(candidates[0])} on the command line)."
+            if candidates
+            else why
         )
     return name or "a loss"  # without records the refusal is about them
+
+
+def which_loss(measured: Sequence[str]) -> tuple[str, list[str]]:
+    """Why it is not clear which metric is the loss, and those that may be it.
+
+    Args:
+        measured: Names of metrics, of which none is `the_loss`.
+    """
+    candidates = [name for name in measured if not _NO_LOSS.search(name)]
+    candidates = [name for name in candidates if "loss" in name.lower()] or candidates
+    if not candidates:
+        return (
+            f"measured is {', '.join(measured)}, and a forecast is of a loss: smaller is better, and above 0. Log one "
+            f"in validation_step, as in self.log('val_loss', loss); the next merge measures it.",
+            [],
+        )
+    return f"which metric is the loss is not clear: measured is {', '.join(candidates)}.", candidates
 
 
 def refuse_what_is_not_a_loss(history: "History", metric: str) -> None:
@@ -80,4 +99,7 @@ def _refuse_bad_values(history: "History", metric: str) -> None:
     for index in np.flatnonzero(bad)[:1].tolist():
         values = (history.raw[index].item(), *(mean.loss for mean in history.means_at(index)))
         value = next(value for value in values if not (math.isfinite(value) and value > 0.0))
-        raise ForecastError(f"metric {metric!r} was {value!r}, and a loss is above 0 and finite. Name another metric.")
+        raise ForecastError(
+            f"metric {metric!r} was {value!r} at step {history.steps[index]:.0f}, and a loss is above 0 and finite. "
+            f"Name another metric, or a run that has not diverged."
+        )

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain_merge.parameters import plain_name
 from pretrain_merge.runtime.log import WarnOnce
+from pretrain_merge.tensor_names import plain_name
 
 _SAVED_BESIDE = ("config", "generation_config")
 _said = WarnOnce()  # every merged model of a run has the same to say

@@ -19,9 +19,10 @@ from pretrain_merge.merged_models.choosing import Which, chosen
 from pretrain_merge.merged_models.provenance import PROVENANCE, WITHDRAWN, read_provenance
 from pretrain_merge.merged_models.state import EXTRA_STATE, TORCH_DTYPES, local, memory, tensors_of
 from pretrain_merge.merged_models.whole_weights import WEIGHTS, Weights
-from pretrain_merge.parameters import all_tensors, is_sharded, plain_name
+from pretrain_merge.parameters import all_tensors, is_sharded
 from pretrain_merge.parameters.bits import as_integers, copy_of, from_integers, same_bits, write_back
 from pretrain_merge.runtime.log import logger
+from pretrain_merge.tensor_names import plain_name
 
 _LISTED = 5  # differences that a message names: another model has hundreds
 
@@ -209,7 +210,30 @@ def _refuse_other_model(folder: Path, module: nn.Module, wanted: Mapping[str, Te
             problems.append(f"{name}: {there[1]} {there[0]} in the file, {here[1]} {here[0]} here")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"{folder} does not fit {type(module).__name__}: {'; '.join(problems[:_LISTED])}{more}. Build the model "
-            f"with the configuration and dtype it was trained with."
+        remedy = _which_module(folder, module, wanted, saved) or (
+            "Build the model with the configuration and dtype it was trained with."
         )
+        raise CheckpointError(
+            f"{folder} does not fit {type(module).__name__}: {'; '.join(problems[:_LISTED])}{more}. {remedy}"
+        )
+
+
+def _which_module(folder: Path, module: nn.Module, wanted: Mapping[str, Tensor], saved: _Saved) -> str:
+    """What to load instead, where one side is a part of the other; empty: neither is."""
+    stored = {name: saved.kind(saved.ties.get(name, name)) for name in saved.stored() | set(saved.ties)}
+    here = {name: saved.kind_of(name, tensor) for name, tensor in wanted.items() if not is_lazy(tensor)}
+    # by shapes too: every model has a `weight` and a `bias` somewhere
+    if path := _path_of_part(stored, here):
+        return f"{folder} is of a module that has this one as {path!r}: load it into that module."
+    if path := _path_of_part(here, stored):
+        return f"{folder} is of the part {path!r} alone: load it into module.get_submodule({path!r})."
+    return ""
+
+
+def _path_of_part(whole: Mapping[str, object], part: Mapping[str, object]) -> str:
+    """Below which path one model has all that another is; empty: nowhere, or it is that one itself."""
+    some = min(part, default="")
+    paths = (name.removesuffix(f".{some}") for name in sorted(whole) if some and name.endswith(f".{some}"))
+    return next(
+        (path for path in paths if {f"{path}.{key}": kind for key, kind in part.items()}.items() <= whole.items()), ""
+    )

@@ -71,7 +71,8 @@ def agree(
         if merged and _BATCH_NORM.fullmatch(name) and not any(fnmatch(name, pattern) for pattern in average):
             raise UnsupportedModelError(
                 f"{name} is a running statistic of BatchNorm. The statistics of merged weights are neither the newest "
-                f"ones nor their mean. Choose: newest='*running_*' or average='*running_*', or count them anew."
+                f"ones nor their mean. Choose: newest=['*running_*'] or average=['*running_*'] (on the command line "
+                f"--newest '*running_*' or --average '*running_*'), or count them anew."
             )
         if merged:
             _refuse_mixed(name, sources, holders, dtype)

@@ -17,8 +17,9 @@ from pretrain_merge.offline import safetensors_format, torch_format, torch_objec
 from pretrain_merge.offline.decision import Optimizer
 from pretrain_merge.offline.files import Files, size_of
 from pretrain_merge.offline.mapped import MappedTensors
-from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.tensors import Source
 from pretrain_merge.offline.torch_archive import open_archive
+from pretrain_merge.tensor_names import plain_name
 
 _OPTIMIZER_FILE = "optimizer"
 _CALLBACK = "ModelMerging"  # begins the key of our own state among those of callbacks

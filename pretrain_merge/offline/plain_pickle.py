@@ -22,6 +22,7 @@ _OPERATIONS = (
     "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT",
 )  # fmt: skip
 _MODERN = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 keeps names of Python 2
+_LONGEST_NAME = 200  # in a message
 _LONGEST_KEY = 64  # items of a tuple, bits of a number
 
 
@@ -29,7 +30,15 @@ Persistent: TypeAlias = Callable[[Any], Any]
 
 
 class NotPlainError(ValueError):
-    """A name that is not in the list; whoever knows the file says of which."""
+    """A name that is not in the list; whoever knows the file says of which.
+
+    Attributes:
+        path: The name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path[:_LONGEST_NAME]
+        super().__init__(f"it names {self.path}, which is not run.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +119,7 @@ class _Unpickler(pickle._Unpickler):
             return self._names[path]
         if _allowed_by_user(path):
             return inert(path)
-        raise NotPlainError(f"it names {path[:200]}, which is not run.")
+        raise NotPlainError(path)
 
     def persistent_load(self, saved: Any) -> Any:
         if self._persistent is None:

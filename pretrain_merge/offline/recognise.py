@@ -14,7 +14,8 @@ from pretrain_merge.merged_models.provenance import PROVENANCE, without_checksum
 from pretrain_merge.offline import dcp_format, safetensors_format, torch_format
 from pretrain_merge.offline.doubles import without_doubles
 from pretrain_merge.offline.files import is_remote, join, list_folder, matching, size_of
-from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.tensors import Source
+from pretrain_merge.tensor_names import plain_name
 
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".bin", ".pth", ".pth.tar")
 _DCP_METADATA = ".metadata"

@@ -9,9 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# what torch.compile, FSDP and Fabric put into names; those of `parameters`, which takes as long to import as torch does
-ADDED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_forward_module"})
-
 
 @dataclass(frozen=True)
 class Dtype:
@@ -86,13 +83,6 @@ class Block:
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name as the model that is neither compiled nor wrapped has it."""
-    # anywhere in it: a submodule may be compiled or wrapped alone; by whole parts, since a user's may end like one
-    *path, last = name.split(".")
-    return ".".join([*(part for part in path if part not in ADDED), last])
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from pretrain_merge.offline.candidates import Bench, Candidate, Measured, number
 from pretrain_merge.offline.files import Files
 from pretrain_merge.offline.mapped import MappedTensors
 from pretrain_merge.offline.sums import Row, sum_rows
-from pretrain_merge.offline.tensors import Source, plain_name
+from pretrain_merge.offline.tensors import Source
 from pretrain_merge.offline.torch_memory import part_of
 from pretrain_merge.runtime.random_state import random_state_kept
+from pretrain_merge.tensor_names import plain_name
 
 _LISTED = 5
 _ONE_PROCESS: Mapping[str, Any] = {

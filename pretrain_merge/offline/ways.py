@@ -4,9 +4,7 @@ This module knows files of LightningCLI and names of functions. It runs what the
 """
 
 import importlib
-import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from pretrain_merge.offline.agreement import Output
 from pretrain_merge.offline.candidates import Bench, FolderBench, Program
 from pretrain_merge.offline.partial import fingerprint
 from pretrain_merge.offline.tensors import Source
+from pretrain_merge.offline.users_code import import_from_here
 from pretrain_merge.offline.validating import ModuleBench
 
 EvaluateLike: TypeAlias = str | Callable[[Path], Mapping[str, float]] | Sequence[Any]
@@ -81,7 +80,7 @@ def described(evaluate: EvaluateLike) -> Any:
 def _of_function(name: str) -> Any:
     """What a function of the user's returns. As with `python -m`, modules of the current folder can be named."""
     module_name, _, function_name = name.partition(":")
-    _import_from_here()
+    import_from_here()
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -123,7 +122,7 @@ def _of_config(path: Path) -> tuple[Any, Any, Mapping[str, Any]]:
     trainer = values.get("trainer")
     options = {key: trainer[key] for key in _KEPT if key in trainer} if isinstance(trainer, dict) else {}
     known = {key: values[key] for key in ("model", "data", "seed_everything") if values.get(key) is not None}
-    _import_from_here()
+    import_from_here()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -135,11 +134,6 @@ def _of_config(path: Path) -> tuple[Any, Any, Mapping[str, Any]]:
         raise ConfigError(f"evaluate: {path} is refused by LightningCLI, for the reason above. Mend it.") from error
     # not cli.trainer: its devices and strategy are the run's
     return cli.model, cli.datamodule, options
-
-
-def _import_from_here() -> None:
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def _names_classes(values: Mapping[str, Any]) -> bool:

@@ -11,7 +11,6 @@ from pretrain_merge.parameters.shards import (
     by_plain_name,
     is_sharded,
     named_parameters,
-    plain_name,
     reshard,
     whole_sizes,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "is_sharded",
     "mergeable_tensors",
     "named_parameters",
-    "plain_name",
     "reshard",
     "whole_sizes",
 ]

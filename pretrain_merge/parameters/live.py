@@ -20,11 +20,11 @@ from pretrain_merge.parameters.shards import (
     by_plain_name,
     is_plain,
     local_part,
-    plain_name,
     refuse_fsdp1,
     reshard,
     unwrapped,
 )
+from pretrain_merge.tensor_names import plain_name
 
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RESERVED = "__metadata__"  # of every safetensors file

@@ -14,7 +14,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.tensor import DTensor
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters.shards import all_tensors, is_plain, local_part, plain_name, reshard, unwrapped
+from pretrain_merge.parameters.shards import all_tensors, is_plain, local_part, reshard, unwrapped
+from pretrain_merge.tensor_names import plain_name
 
 
 class _Place(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from pretrain_merge.errors import UnsupportedModelError
-from pretrain_merge.parameters.shards import plain_name, unwrapped
+from pretrain_merge.parameters.shards import unwrapped
+from pretrain_merge.tensor_names import plain_name
 
 Modules = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pretrain_merge.errors import UnsupportedModelError
+from pretrain_merge.tensor_names import ADDED, plain_name
 
 try:  # a torch built without distributed has no FSDP modules to reshard or to refuse
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -20,19 +21,6 @@ except ImportError:  # pragma: no cover
 _PLAIN_TYPES = (nn.Parameter, Tensor, nn.Buffer)
 # name of the module inside, and class of the wrapper: of torch.compile (P14) and of Fabric
 _WRAPPERS = {"_orig_mod": "OptimizedModule", "_forward_module": "_FabricModule"}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` and Fabric put in.
-
-    >>> plain_name("model._orig_mod.layers.0.weight")
-    'model.layers.0.weight'
-    """
-    # asked of every name at every snapshot, and nearly none has one
-    if "_orig_mod." not in name and "_forward_module." not in name:
-        return name
-    *path, last = name.split(".")  # by whole parts: a user's `my_orig_mod` is another name
-    return ".".join([*(part for part in path if part not in _WRAPPERS), last])
 
 
 def by_plain_name(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -47,7 +35,7 @@ def by_plain_name(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor
         if found.setdefault(name, tensor) is not tensor:
             raise UnsupportedModelError(
                 f"two tensors are both called {name!r} without what torch.compile and Fabric put into names "
-                f"({', '.join(_WRAPPERS)}). Allowed: names that differ without these. Rename the submodule that bears "
+                f"({', '.join(ADDED)}). Allowed: names that differ without these. Rename the submodule that bears "
                 f"such a name."
             )
     return plain

@@ -39,6 +39,16 @@ def the_loss(measured: Iterable[str]) -> str | None:
     return names[0] if len(names) == 1 else next(iter(usual), None)
 
 
+def to_show(measured: Iterable[str]) -> str | None:
+    """The metric of a run that somebody looks at who named none: the loss, else the first that was measured.
+
+    >>> to_show(["val_acc", "val_loss"]), to_show(["val_acc", "val_f1"]), to_show([])
+    ('val_loss', 'val_acc', None)
+    """
+    names = list(measured)
+    return the_loss(names) or next(iter(names), None)
+
+
 def measured_name(key: str, wanted: str, measured: Iterable[str]) -> str:
     """The measured name that a key of the configuration means.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pretrain_merge.errors import printable
 from pretrain_merge.records.disk_use import Use, bytes_text
-from pretrain_merge.records.modes import Mode, is_better
+from pretrain_merge.records.modes import Mode, change, is_better
 from pretrain_merge.records.record import Expected, MergeRecord, gaps_closed
 from pretrain_merge.records.thinning import evenly
 
@@ -207,7 +207,7 @@ def _interval(expected: Expected | None) -> str:
 
 
 def _change(value: float, raw: float) -> str:
-    return f"{value / raw - 1:+.1%}" if raw and math.isfinite(value / raw) else "–"
+    return "–" if (share := change(value, raw)) is None else f"{share:+.1%}"
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pretrain_merge.errors import ConfigError, MissingDependencyError, printable
 from pretrain_merge.records import Expected, MergeRecord
 from pretrain_merge.records.metric_names import did_you_mean
-from pretrain_merge.records.modes import Mode, is_better, mode_of
+from pretrain_merge.records.modes import Mode, change, is_better, mode_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,8 +165,7 @@ def _row(record: MergeRecord, metric: str, views: Sequence[str], columns: Sequen
         str(record.step),
         f"{raw:.4f}",
         *(_cell(values.get(view), raw, is_best=view == best, mode=mode) for view in columns),
-        # there is no share of a raw of 0, nor of one so small that the quotient overflows
-        f"{values[best] / raw - 1:+.1%}" if best and raw and math.isfinite(values[best] / raw) else "",
+        f"{share:+.1%}" if best and (share := change(values[best], raw)) is not None else "",
     ]
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_merge.errors import CheckpointError, UnsupportedModelError
-from pretrain_merge.parameters import by_plain_name, plain_name, reshard
+from pretrain_merge.parameters import by_plain_name, reshard
 from pretrain_merge.parameters.shards import local_part
+from pretrain_merge.tensor_names import plain_name
 
 WEIGHT, BUFFER, SCALER, STATE = "weight/", "buffer/", "scaler/", "state/"
 

@@ -197,7 +197,7 @@ def test_where_no_loss_is_measured_nobody_is_bothered_and_nothing_more_is_measur
     assert not [
         record for record in caplog.records if record.levelno >= logging.WARNING and "forecast" in record.message
     ]
-    assert any("forecast: which metric is the loss is not clear: measured is acc." in text for text in caplog.messages)
+    assert any("forecast: measured is acc, and a forecast is of a loss" in text for text in caplog.messages)
 
 
 def test_a_csv_gives_the_means_back_that_a_forecast_reads(tmp_path):

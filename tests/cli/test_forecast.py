@@ -1,6 +1,9 @@
 """`pretrain-merge forecast`: a table, a fan chart and an answer, from each kind of file that a run leaves."""
 
+import dataclasses
 import json
+import re
+import shlex
 import sys
 
 import pytest
@@ -127,8 +130,74 @@ def test_if_nothing_can_be_answered_the_reasons_are_the_error(folder):
         forecast(folder, metric="other")
 
 
-def test_an_export_without_the_distance_of_snapshots_is_an_error(tmp_path):
+def test_a_csv_whose_file_says_the_interval_needs_no_option_and_says_what_it_lacks(folder, tmp_path, capsys):
     logger = CSVLogger(tmp_path)
-    Tracker().publish([logger], RUN[-1])
-    with pytest.raises(ConfigError, match="every"):
-        forecast(tmp_path / "lightning_logs" / "version_0")
+    for item in RUN:
+        Tracker().publish([logger], item)
+    forecast(tmp_path / "lightning_logs" / "version_0", steps=[200])
+    said = capsys.readouterr().out
+    assert cell(steps=200, kind="forecast") in said
+    assert "the file holds no learning rates" in " ".join(said.split())
+    forecast(folder, steps=[200])
+    assert "holds no learning rates" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_target_that_no_loss_reaches_is_refused(folder, target):
+    with pytest.raises(ConfigError, match=r"target: .* is not a loss to reach\. Allowed: a number above 0"):
+        forecast(folder, target=target)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["--steps", "200", "--steps", "300"], (200, 300)),
+        (["--steps", "10%", "--steps=15%"], (200, 300)),
+        (["--steps", "200 steps"], (200,)),
+        (["--steps", "[200, 10%]"], (200,)),
+    ],
+)
+def test_lengths_are_numbers_or_shares_of_the_steps_so_far_as_often_as_there_are(
+    folder, capsys, monkeypatch, words, steps
+):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", "forecast", str(folder), *words])
+    cli.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows[:-2]] == [str(length) for length in steps]
+
+
+@pytest.mark.parametrize("word", ["0", "-3", "nan", "abc", "0%", "200%", "1e99", "", "8B tokens"])
+def test_a_length_that_is_none_is_refused_by_its_option(folder, monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", "forecast", str(folder), f"--steps={word}"])
+    with pytest.raises(SystemExit, match=r"^ConfigError: steps: "):
+        cli.main()
+
+
+def of_metrics(folder, **values):
+    for item in RUN:
+        named = {name: item.raw["val_loss"] * value for name, value in values.items()}
+        views = dict.fromkeys(item.views, named)
+        append_record(folder / "merges.jsonl", dataclasses.replace(item, raw=named, views=views))
+    return folder
+
+
+def test_of_several_losses_the_remedy_that_is_named_works(tmp_path, capsys):
+    run = of_metrics(tmp_path, **{"lm loss": 1.0, "aux_loss": 0.1})
+    with pytest.raises(ForecastError) as caught:
+        forecast(run)
+    remedy = re.search(r"\((--metric .*?) on the command line\)", str(caught.value))[1]
+    assert shlex.split(remedy) == ["--metric", "lm loss"]
+    forecast(run, metric="lm loss")
+    assert "lm loss after" in capsys.readouterr().out
+
+
+def test_a_run_without_a_loss_is_told_to_log_one(tmp_path):
+    with pytest.raises(ForecastError, match=r"measured is val_acc, and a forecast is of a loss.*self\.log\('val_loss'"):
+        forecast(of_metrics(tmp_path, val_acc=0.1))
+
+
+def test_a_reason_to_widen_is_said_once_with_each_lengths_factor(folder, capsys):
+    forecast(folder, steps=[700, 800])
+    said = " ".join(capsys.readouterr().out.split()).split("interval widened")[1:]
+    assert sum("being outside of the lengths calibrated on" in line for line in said) == 1
+    assert re.search(r"\(.*forecast 700: [0-9.]+ times, forecast 800: [0-9.]+ times\)", said[0])

@@ -126,11 +126,34 @@ def test_the_best_view_is_the_largest_of_a_metric_that_should_be_large(metric, m
     assert ("red" in cells[3]) == (mode is None)
 
 
+def test_a_metric_below_0_that_falls_has_fallen():
+    measured = MergeRecord("merge", 1, 0, 0, 4, 0.1, {"val_loss": -2.0}, {"sma": {"val_loss": -2.5}})
+    table = merges_table([measured], "val_loss")
+    assert [next(iter(column.cells)) for column in table.columns][2:] == ["[bold green]-2.5000[/]", "-25.0%"]
+
+
 def test_a_view_that_is_not_a_number_is_never_the_best():
     nan = float("nan")
     table = merges_table([record(1, 2.0, sma=nan, sma4=2.1), record(2, 2.0, sma=nan)], "val_loss")
     assert [next(iter(column.cells)) for column in table.columns][2:] == ["[red]nan[/]", "[red]2.1000[/]", "+5.0%"]
     assert list(table.columns[-1].cells)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("measured", "shown", "others"),
+    [
+        ({"val_acc": 0.5}, "val_acc", ""),
+        ({"acc": 0.5, "val/loss": 2.0, "f1": 0.4}, "val/loss", "acc, f1"),
+        ({"lm_loss": 2.0, "aux_loss": 1.0}, "lm_loss", "aux_loss"),
+    ],
+)
+def test_a_report_shows_the_loss_or_what_there_is_and_names_others(monkeypatch, capsys, run, measured, shown, others):
+    (run / "merges.jsonl").unlink()
+    append_record(run / "merges.jsonl", MergeRecord("merge", 10, 0, 0, 4, 0.1, measured, {"sma": measured}))
+    call(monkeypatch, "report", run)
+    printed = capsys.readouterr().out
+    assert f"{measured[shown]:.4f}" in printed
+    assert (f"Shown is {shown}. --metric shows another one: {others}." in printed) == bool(others)
 
 
 def test_a_report_reads_what_a_logger_wrote(monkeypatch, capsys, tmp_path):

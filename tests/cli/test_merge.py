@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -51,6 +52,84 @@ def test_options_stand_anywhere_and_are_spelled_as_in_a_shell_or_as_in_python(mo
 def test_a_view_is_a_name_a_mapping_or_a_list(monkeypatch, places, view, coefficients):
     call(monkeypatch, "merge", *places, "--view", view, "--out", "out")
     assert read("out")[1]["coefficients"] == pytest.approx(coefficients)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--newest", "a.*", "--newest", "b.*"],
+        ["--newest=a.*", "--newest=b.*"],
+        ["--newest", "[a.*, b.*]"],
+        ["--newest", '["a.*", "b.*"]'],
+        ["--newest", "[ab].*"],  # a pattern by itself
+    ],
+)
+def test_patterns_are_plain_words_as_often_as_there_are(monkeypatch, places, options):
+    call(monkeypatch, "merge", *places, "--out", "out", *options)
+    assert {"a.weight", "b.weight"} <= set(read("out")[1]["copied"])
+
+
+def test_numbers_of_a_list_are_plain_words_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x", "y"):
+        torch.save({"w": torch.ones(2)}, f"{name}.pt")
+    call(monkeypatch, "merge", "x.pt", "y.pt", "--out", "out", "--steps", "10", "--steps", "20")
+    assert read("out")[1]["steps"] == [10, 20]
+
+
+OWN = """
+import dataclasses, pathlib
+pathlib.Path("imported").touch()
+@dataclasses.dataclass
+class Config:
+    rate: float
+"""
+
+
+@pytest.fixture
+def of_own_class(monkeypatch, tmp_path):
+    """A Lightning checkpoint whose hyperparameters hold a dataclass of the script that trained it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_train", raising=False)
+    monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", set())
+    (tmp_path / "own_train.py").write_text(OWN)
+    made = types.ModuleType("own_train")
+    exec("import dataclasses\n" + OWN.partition("touch()")[2], made.__dict__)  # as a run of the script did
+    monkeypatch.setitem(sys.modules, "own_train", made)
+    path = writers.lightning(tmp_path, 100, {"w": torch.ones(2)}, hyper_parameters={"config": made.Config(3e-4)})
+    monkeypatch.delitem(sys.modules, "own_train")
+    return path.name
+
+
+def test_a_class_of_the_users_own_is_imported_only_where_it_is_named(monkeypatch, tmp_path, of_own_class):
+    with pytest.raises(SystemExit, match=r"own_train\.Config, which is not run.*--allow own_train\.Config"):
+        call(monkeypatch, "merge", of_own_class, "--out", "merged")
+    assert not (tmp_path / "imported").exists()
+    call(monkeypatch, "merge", of_own_class, "--out", "merged", "--allow", "own_train.Config")
+    call(monkeypatch, "export", "merged", "--to", "ckpt", "--base", of_own_class, "--out", "out.ckpt", "--allow",
+         "own_train.Config")  # fmt: skip
+    assert (tmp_path / "imported").exists()
+    config = torch.load("out.ckpt", weights_only=False)["hyper_parameters"]["config"]
+    assert config.rate == 3e-4
+
+
+def test_a_class_of_a_script_is_allowed_by_the_name_that_it_has_for_others(monkeypatch, tmp_path, of_own_class):
+    made = types.ModuleType("__main__")
+    exec("import dataclasses\n" + OWN.partition("touch()")[2], made.__dict__)
+    monkeypatch.setattr(sys.modules["__main__"], "Config", made.Config, raising=False)
+    path = writers.lightning(tmp_path, 200, {"w": torch.ones(2)}, hyper_parameters={"config": made.Config(1e-3)})
+    with pytest.raises(SystemExit, match=r"--allow SCRIPT\.Config"):
+        call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain")
+    call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain", "--allow", "own_train.Config")
+    assert (tmp_path / "plain").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere.Config", "is not there"), ("json.dumps", "is a function"), ("x", "is not there")]
+)
+def test_what_is_no_class_is_not_allowed(monkeypatch, of_own_class, name, said):
+    with pytest.raises(SystemExit, match=rf"^ConfigError: allow: '{name}' {said}.*package\.module\.Class"):
+        call(monkeypatch, "merge", of_own_class, "--out", "merged", "--allow", name)
 
 
 def test_a_plan_says_what_would_happen_and_does_nothing(monkeypatch, capsys, places, tmp_path):

@@ -57,6 +57,30 @@ def test_several_runs_are_told_apart_by_the_ends_of_their_paths(monkeypatch, cap
         call(monkeypatch, "report", *runs, "--picture", tmp_path / "a.png")
 
 
+def test_of_several_runs_those_without_a_merge_are_left_out_with_the_reason(monkeypatch, capsys, tmp_path):
+    runs = [written(tmp_path / "one" / "version_0", falling_run(3)), tmp_path / "two" / "version_0"]
+    runs[1].mkdir(parents=True)
+    (runs[1] / "merges.run.json").touch()
+    call(monkeypatch, "report", *runs)
+    printed = capsys.readouterr().out
+    assert "Left out: " in printed
+    assert "is of a run that has not merged" in printed
+    with pytest.raises(SystemExit, match="is of a run that has not merged"):
+        call(monkeypatch, "report", runs[1], runs[1])
+
+
+def test_runs_that_measured_different_things_are_told_apart_before_anything_is_shown(monkeypatch, capsys, tmp_path):
+    runs = [
+        written(tmp_path / metric / "run", [at(100, raw={metric: 2.0, "val_f1": 1.0}, views={})])
+        for metric in ("val_loss", "val_acc")
+    ]
+    call(monkeypatch, "report", *runs)
+    assert "Shown" not in capsys.readouterr().out  # val_f1, which both have
+    with pytest.raises(SystemExit, match=r"'val_acc' was not measured by all 2 runs.*Of these --metric takes val_f1"):
+        call(monkeypatch, "report", *runs, "--metric", "val_acc")
+    assert capsys.readouterr().out == ""
+
+
 def test_json_has_the_records_as_they_are(monkeypatch, capsys, tmp_path):
     call(monkeypatch, "report", written(tmp_path, falling_run(3)), "--json", "-")
     (run,) = json.loads(capsys.readouterr().out)

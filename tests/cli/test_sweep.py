@@ -58,6 +58,23 @@ print(json.dumps({"val_loss": struct.unpack("<f", open(sys.argv[1] + "/model.saf
     assert json.loads((tmp_path / "swept/sweep.json").read_text())["best"] == "sma2"
 
 
+def test_a_table_fits_the_terminal_and_the_report_that_shows_the_rest_is_named(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "evaluate.py").write_text("print('{\"val_loss\": 1.0}')")
+    views = ", ".join(f"{{name: a-rather-long-name-{index}, kind: sma, last: {index + 2}}}" for index in range(3))
+    call(
+        "sweep", ".", "--evaluate", f"{sys.executable} -S evaluate.py", "--out", "swept", "--views", f"[{views}]",
+        "--intervals", "1", "--merge-every", "400",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    assert not any("…" in line for line in table)
+    assert "No room for a-rather-long-name-" in printed
+    assert "of 1 merge point." in printed
+    assert "pretrain-merge report swept --html swept.html shows them" in printed
+
+
 def test_a_plan_evaluates_nothing(call, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     call("sweep", ".", "--evaluate", "not-there", "--out", "swept", "--plan")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness.models import LIGHTNING_REMARKS, Regression, TiedModel, documents, same_bits, trainer, weights
+from harness.models import LIGHTNING_REMARKS, Regression, TiedModel, documents, rows, same_bits, trainer, weights
 from torch import Tensor, nn
 
 from pretrain_merge import ModelMerging, load_merged
@@ -47,6 +47,22 @@ def test_another_model_is_refused_with_what_differs_and_left_as_it_was(other, pi
     for piece in [*pieces, "does not fit", type(module).__name__, "Build the model with the configuration"]:
         assert piece in str(error.value)
     assert same_bits(weights(module), before)
+
+
+def test_a_part_of_the_model_is_told_which_module_the_weights_are_of(tmp_path):
+    merging = ModelMerging(window=2, every=2, save={"at_end": True})
+    whole = Regression()
+    trainer(tmp_path, merging, max_steps=4).fit(whole, rows(), rows())
+    saved = tmp_path / "merged" / "step-00000004-sma"
+    with pytest.raises(CheckpointError, match=r"of a module that has this one as 'net': load it into that module"):
+        load_merged(whole.net, saved)
+    wrapper = nn.Module()
+    wrapper.model = nn.ModuleDict({"inner": whole})
+    with pytest.raises(
+        CheckpointError, match=r"of the part 'model\.inner' alone: load it into module\.get_submodule\('model\.inner'\)"
+    ):
+        load_merged(wrapper, saved)
+    load_merged(wrapper.get_submodule("model.inner"), saved)
 
 
 def test_a_folder_that_is_no_merged_model_is_refused(tmp_path):

@@ -377,12 +377,3 @@ def test_checkpoints_of_compiled_and_plain_models_are_of_one_model(tmp_path):
     compiled = writers.lightning(tmp_path, 2, {"net._orig_mod.w": torch.zeros(2), "net._orig_mod.v": torch.ones(1)})
     merge_checkpoints([plain, compiled], tmp_path / "out")
     assert read(tmp_path / "out")[0]["net.w"].tolist() == [0.5, 0.5]
-
-
-def test_the_names_that_are_made_plain_are_those_of_training():
-    from pretrain_merge.offline.tensors import ADDED, plain_name
-    from pretrain_merge.parameters import shards
-
-    assert set(shards._WRAPPERS) <= ADDED
-    for name in ("a._orig_mod.w", "_forward_module.b._orig_mod.w", "my_orig_mod.w", "_orig_mod", "w"):
-        assert plain_name(name) == shards.plain_name(name)

@@ -58,9 +58,30 @@ FAULTS = (
     Fault(
         "a span that was measured at one point alone falls on no more",
         "forecast/curves.py",
-        "span = self._followed(span)",
-        "span = 1.0 * span",
+        "for part in (span, span / 2, span / 4) if",
+        "for part in (span,) if",
         "tests/forecast/test_curves.py",
+    ),
+    Fault(
+        "points of long ago tell of the slope as much as those of now",
+        "forecast/curves.py",
+        "_RECENCY = 10",
+        "_RECENCY = 0",
+        "tests/forecast/test_curves.py",
+    ),
+    Fault(
+        "a line through two points is told for sure",
+        "forecast/curves.py",
+        "is_told = num_points > len(lines) + 1",
+        "is_told = num_points > 0",
+        "tests/forecast/test_curves.py",
+    ),
+    Fault(
+        "the noise in the mean counts as much however short the anneal",
+        "forecast/law.py",
+        "halves * share / (share + _SMALL)",
+        "halves",
+        "tests/forecast/test_law.py",
     ),
     Fault(
         "a long run is not thinned, so a forecast costs more at each merge",
@@ -100,8 +121,8 @@ FAULTS = (
     Fault(
         "a sudden drop of the loss is not noticed",
         "forecast/curves.py",
-        "return fall, abs(fall - before)",
-        "return fall, 0.0 * before",
+        "doubt = abs(way) * float(np.sqrt(left / spread))",
+        "doubt = 0.0 * left",
         _FORECAST,
     ),
     Fault(
@@ -145,5 +166,12 @@ FAULTS = (
         'record.average == "last" and recipe.steps[-2] != before',
         "False",
         "tests/offline/test_sweep.py",
+    ),
+    Fault(
+        "an accuracy is named as the loss to forecast",
+        "forecast/metrics.py",
+        "if not _NO_LOSS.search(name)]",
+        "if True]",
+        "tests/cli/test_forecast.py",
     ),
 )

@@ -1,4 +1,4 @@
-"""Faults of the modules that stand alone: cadences, learning-rate schedules, errors."""
+"""Faults of the modules that stand alone: cadences, learning-rate schedules, errors, names of tensors."""
 
 from tests.mutations.catalogue.fault import Fault
 
@@ -60,5 +60,19 @@ FAULTS = (
         'return printable(super().__str__(), keep="\\n")',
         "return super().__str__()",
         "tests/attacks/test_terminal.py",
+    ),
+    Fault(
+        "a part of a name that ends as a wrapper's is cut off",
+        "tensor_names.py",
+        'return ".".join([*(part for part in path if part not in ADDED), last])',
+        'return name.replace("_orig_mod.", "").replace("_forward_module.", "")',
+        "tests/test_tensor_names.py",
+    ),
+    Fault(
+        "names keep what compile added",
+        "tensor_names.py",
+        "if part not in ADDED",
+        "if True",
+        "tests/test_tensor_names.py",
     ),
 )

@@ -148,4 +148,11 @@ FAULTS = (
         'if path.name in self.withdrawn], "")',
         "tests/merged_models/test_withdrawn.py",
     ),
+    Fault(
+        "names alone make a model a part of another",
+        "merged_models/loading.py",
+        "if path := _path_of_part(stored, here):",
+        "if path := _path_of_part(dict.fromkeys(stored), dict.fromkeys(here)):",
+        "tests/merged_models/test_loading.py",
+    ),
 )

@@ -82,8 +82,8 @@ FAULTS = (
     Fault(
         "a class that is in no list is looked up",
         "offline/plain_pickle.py",
-        '        raise NotPlainError(f"it names',
-        '        return Name(path, super().find_class(module, name))\n        raise NotPlainError(f"it names',
+        "        raise NotPlainError(path)",
+        "        return Name(path, super().find_class(module, name))\n        raise NotPlainError(path)",
         _CRAFTED_FILES,
     ),
     Fault(
@@ -267,5 +267,19 @@ FAULTS = (
         "        agreement.check_writable(outputs | states)\n",
         "",
         _MERGE,
+    ),
+    Fault(
+        "a class is let through that nobody named",
+        "offline/plain_pickle.py",
+        "        raise NotPlainError(path)",
+        "        return inert(path)",
+        "tests/cli/test_merge.py",
+    ),
+    Fault(
+        "a script's class is not let through by its name",
+        "offline/users_code.py",
+        'add_safe_globals([found, (found, f"__main__.{attribute}")])',
+        "add_safe_globals([found])",
+        "tests/cli/test_merge.py",
     ),
 )

@@ -20,13 +20,6 @@ FAULTS = (
         _LIVE,
     ),
     Fault(
-        "a part of a name that ends as a wrapper's is cut off",
-        "parameters/shards.py",
-        'return ".".join([*(part for part in path if part not in _WRAPPERS), last])',
-        'return name.replace("_orig_mod.", "").replace("_forward_module.", "")',
-        _LIVE,
-    ),
-    Fault(
         "only parameters that the module lists itself are looked for where they were",
         "parameters/places.py",
         "set(map(id, all_tensors(self._module)))",
@@ -80,13 +73,6 @@ FAULTS = (
         "parameters/live.py",
         'if statistics and batch_norm == "refuse":',
         "if False:",
-        _LIVE,
-    ),
-    Fault(
-        "names keep what compile added",
-        "parameters/shards.py",
-        "if part not in _WRAPPERS",
-        "if True",
         _LIVE,
     ),
     Fault(
