@@ -224,7 +224,9 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(every, tmp_path):
     def count(frame: Any, event: str, called: Any) -> None:
         if "pretrain_merge" in frame.f_code.co_filename and event == "call":
             calls.append(frame.f_code.co_name)
-        elif "pretrain_merge" in frame.f_code.co_filename and isinstance(getattr(called, "__self__", None), Tensor):
+        elif "pretrain_merge" in frame.f_code.co_filename and isinstance(
+            getattr(called, "__self__", None), torch.Tensor
+        ):
             questions.append(called.__name__)
 
     class Counted(ModelMerging):
@@ -244,7 +246,7 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(every, tmp_path):
     trainer(tmp_path, callback, max_steps=29, max_epochs=-1).fit(Regression(), rows(), rows(4, seed=1))
     # steps 22 to 28: of a share of 20% the 18th is a point, and the 22nd; losses are read at each tenth
     quiet = steps[22:28]
-    assert min(quiet) <= 16  # and no question to torch, which would count as a hundred
+    assert min(quiet) <= 17  # and no question to torch, which would count as a hundred
     assert quiet.count(min(quiet)) >= 4  # the same wherever nothing is due
 
 

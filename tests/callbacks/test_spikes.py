@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,7 +221,7 @@ def test_lightnings_loss_of_automatic_optimization_is_a_copy_that_nobody_wrote_i
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             given.append((outputs["loss"], self.loss))
 
-    trainer(tmp_path, max_steps=2).fit(Static(), rows())
+    trainer(tmp_path, max_steps=2).fit(Static(), rows(), rows(4, seed=1))
     assert len(given) == 2
     for ours, users in given:
         assert ours.untyped_storage().data_ptr() != users.untyped_storage().data_ptr()

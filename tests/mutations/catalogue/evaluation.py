@@ -202,7 +202,7 @@ FAULTS = (
     Fault(
         "of many mappings together only the sizes are compared",
         "evaluation/memento/together.py",
-        "            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))\n",
+        "            and all(map(is_, of_all(map(dict.values, dicts)), self._values))\n",
         "",
         _MEMENTO_OF_OBJECTS,
     ),
