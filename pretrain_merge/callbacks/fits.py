@@ -63,12 +63,15 @@ class Fits:
 
     def begin(self, trainer: Any, module: Any) -> None:
         """Begin a run, or go on with one; makes the merge that its checkpoint owes."""
+        # the Trainer's counters go on, and what they counted so far was the steps of a model that is gone
+        is_new_model = self.last_run is not None and self.last_run.module is not module and trainer.ckpt_path is None
         if self.last_run is not None:
             # its window may be large, and the new run takes one of its own
             self.last_run.release()
             self.last_run = None
         fit = self._fit_of(trainer, module)
-        self.run = self.last_run = Rehearsal(fit) if trainer.fast_dev_run else Run(fit, self.state)
+        run_of = Rehearsal if trainer.fast_dev_run else partial(Run, plain=self.state, is_new_model=is_new_model)
+        self.run = self.last_run = run_of(fit)
         self._borrowed.callback(self.run.close)
         self.run.catch_up()
         phase, self._phase_to_come = self._phase_to_come, None

@@ -21,6 +21,7 @@ from pretrain_merge.callbacks.metric_check import MetricCheck
 from pretrain_merge.callbacks.resuming import find_state
 from pretrain_merge.callbacks.run_folder import refuse_remote_folder
 from pretrain_merge.config import AUTO, MergeConfig, parse_settings, read, refuse_misfits
+from pretrain_merge.evaluation import evaluate
 from pretrain_merge.records import MergeRecord
 from pretrain_merge.runtime.log import WarnOnce
 
@@ -195,6 +196,8 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
         """Look at the model once it is configured and on its device, and refuse what cannot be merged exactly."""
         refusals.refuse_model(pl_module, trainer.optimizers, self.config)
         refusals.refuse_other_configs(self.config)
+        if self.config.validate:
+            evaluate.refuse_given_loaders(trainer, stateful_data=self.config.stateful_data)
         self._metric_check.begin(trainer)
         self._fits.watch(trainer, pl_module)
 
@@ -208,6 +211,9 @@ class ModelMerging(*CALLBACKS):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a run, or go on with one: P13 lets nothing be restored before."""
+        if self.config.validate:
+            data, notices = self.config.stateful_data, self._notices
+            evaluate.refuse_loaders_of_hooks(trainer, pl_module, stateful_data=data, notices=notices)
         self._fits.begin(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:

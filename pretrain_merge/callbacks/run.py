@@ -45,6 +45,7 @@ class Run:
     Args:
         fit: The call.
         plain: Our state in the checkpoint, or of the `fit` before; empty where there is none.
+        is_new_model: Whether what the Trainer counted so far were the steps of another model.
 
     Attributes:
         clock: Counts steps, samples and tokens, and knows the rate of each step.
@@ -59,7 +60,7 @@ class Run:
     clock: Clock
     merger: RollingMerger
 
-    def __init__(self, fit: Fit, plain: Mapping[str, Any]) -> None:
+    def __init__(self, fit: Fit, plain: Mapping[str, Any], *, is_new_model: bool = False) -> None:
         self._fit, self.module = fit, fit.module
         self.last_record: MergeRecord | None = None
         # P32: the module's own hook runs after ours, and may clip or project
@@ -78,7 +79,8 @@ class Run:
             self._window = self.merger.window  # for each step, and through properties it takes calls
             # P36: before the first step, or what is frozen then would be missed
             self.merger.watch(fit.module, fit.trainer.optimizers)
-            self.merger.resume_from(state.progress)
+            begins = is_new_model and state.progress.step > 0
+            self.merger.resume_from(state.progress, begins="the fit before was of another model" if begins else "")
             share, counters = evaluate.data_share(fit.trainer), (state.progress, state.pending, state.lr)
             self.clock = Clock(fit.settings.cadences, fit.tokens_per_batch, *counters, share=share)
             steps = optimizer_steps(fit.trainer, fit.module, self.clock)

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
 from pretrain_merge import parameters
 from pretrain_merge.errors import EvaluationError
 from pretrain_merge.evaluation import isolation, reduction
-from pretrain_merge.evaluation.loaders import RepeatedLoaders
+from pretrain_merge.evaluation.loaders import RepeatedLoaders, refuse_loaders
 from pretrain_merge.evaluation.lockstep import Lockstep
 from pretrain_merge.evaluation.memento import Memento
 from pretrain_merge.evaluation.reduction import How, Part
@@ -117,6 +118,29 @@ def isolated(
             return reduction.over_ranks(parts)
 
         yield measure
+
+
+def refuse_given_loaders(trainer: Any, *, stateful_data: str) -> None:
+    """Before anything is read: refuse loaders given to `fit` that a merge could not read without a trace.
+
+    Raises:
+        EvaluationError: One of them is such.
+    """
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    # what a hook returns is not known yet, and asking calls the user's code
+    if trainer.enable_validation and not source.is_module():
+        given = getattr(source.instance, "flattened", None) or tree_flatten(source.instance)[0]
+        refuse_loaders(given, stateful_data=stateful_data)
+
+
+def refuse_loaders_of_hooks(trainer: Any, module: Any, *, stateful_data: str, notices: WarnOnce) -> None:
+    """Before the first step: refuse those that hooks return, which Lightning has mostly asked by now. Collective.
+
+    Raises:
+        EvaluationError: One of them is such.
+    """
+    with random_state_kept():
+        _repeated_data(trainer, module, stateful_data, notices)
 
 
 def data_share(trainer: Any) -> float:

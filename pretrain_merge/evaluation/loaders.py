@@ -6,6 +6,7 @@ generators is put back by whoever iterates (`memento`); the loader's own persist
 
 import copy
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -33,16 +34,15 @@ class RepeatedLoaders:
         stateful_data: "refuse" loaders that carry a position of their own, or "iterate" them.
 
     Raises:
-        EvaluationError: A loader carries a position of its own and `stateful_data` is "refuse".
+        EvaluationError: A loader can be read only once, or carries a position of its own and `stateful_data` is
+            "refuse".
     """
 
     def __init__(self, combined: Any, max_batches: Sequence[float], *, stateful_data: str = "refuse") -> None:
         self.max_batches = tuple(max_batches)
         self._combined = combined
         self._fingerprints = Fingerprints()
-        if stateful_data == "refuse":
-            for index, loader in enumerate(combined.flattened):
-                _refuse_stateful(index, loader)
+        refuse_loaders(combined.flattened, stateful_data=stateful_data)
 
     @property
     def loaders(self) -> list[Any]:
@@ -127,6 +127,29 @@ def _without_persistent_workers(loader: Any) -> Iterable[Any]:
     # through __dict__: DataLoader forbids assigning these after construction
     vars(own).update(_iterator=None, persistent_workers=False)
     return own
+
+
+def refuse_loaders(loaders: Iterable[Any], *, stateful_data: str) -> None:
+    """Refuse what cannot be read for a merge without a trace; nothing is read of it.
+
+    Raises:
+        EvaluationError: One can be read only once, or carries a position of its own and `stateful_data` is "refuse".
+    """
+    for index, loader in enumerate(loaders):
+        _refuse_one_shot(index, loader)
+        if stateful_data == "refuse":
+            _refuse_stateful(index, loader)
+
+
+def _refuse_one_shot(index: int, loader: Any) -> None:
+    # Python's own iterators (generators, zip, map, itertools) go on where they stopped; a class may begin anew
+    if hasattr(loader, "__next__") and type(loader).__module__ in sys.stdlib_module_names:
+        raise EvaluationError(
+            f"validation loader {index} is an iterator ({type(loader).__name__}), which can be read only once: raw and "
+            f"merged weights could not be measured on the same batches, and what a merge reads the run's own "
+            f"validation would lack. Give validation what starts over at each iteration: a DataLoader, or an object "
+            f"whose __iter__ is a generator function."
+        )
 
 
 def _refuse_stateful(index: int, loader: Any) -> None:

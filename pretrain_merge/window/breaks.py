@@ -13,6 +13,7 @@ from pretrain_merge.window.block_mean import BlockMean
 from pretrain_merge.window.window import Window
 
 _IN_A_ROW = 10  # a few falls are a schedule of steps, whose stretches may yet be long
+_MOST_SAID = 10  # of changes after a stretch at a constant rate: a schedule of steps may make one in each epoch
 
 
 class Breaks:
@@ -39,6 +40,7 @@ class Breaks:
         self._notices = notices
         self.segment_lr: tuple[float, ...] = ()
         self._num_falls = 0  # breaks in a row by a rate that fell, without a merge between
+        self._num_stretches = 0  # that were long enough to be merged, and that another rate ended
         self.phase = ""
         self.num_refused = self.num_spikes = 0
 
@@ -53,7 +55,10 @@ class Breaks:
             if self.segment_lr:
                 self._say_if_it_decays(now, lr)
                 changed = f"learning rate changed from {_listed(self.segment_lr)} to {_listed(lr)}"
-                self.at(now, changed, said_as="lr")
+                # where the rate moves at every step this is said once; after a stretch at one rate it is news
+                is_news = self._window.num_valid > 1 and self._num_stretches < _MOST_SAID
+                self._num_stretches += is_news
+                self.at(now, changed, said_as=f"lr {self._num_stretches}" if is_news else "lr")
             # also from the first rate that is known on, which ends nothing
             self.segment_lr = lr
 

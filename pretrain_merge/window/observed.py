@@ -95,9 +95,16 @@ class ObservedWindow:
         """The live tensors that merges are written into, by name; of sharded parameters the shards."""
         return self._capture.trained.tensors(self._modules.as_one(module))
 
-    def resume_from(self, progress: Progress) -> None:
-        """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump."""
+    def resume_from(self, progress: Progress, *, begins: str = "") -> None:
+        """Counters at which a resumed run starts, so that what lies behind it is not taken for a jump.
+
+        Args:
+            progress: The counters.
+            begins: Why what was counted so far is not of this model, so that shares of the run count from here.
+        """
         self._progress = progress
+        if begins:
+            self._breaks.at(progress, begins)
         self._capture.resume_from(progress)
 
     def observe(

@@ -122,6 +122,21 @@ def test_a_second_model_of_one_trainer_is_another_run(tmp_path, caplog):
     assert [record.step for record in read_records(tmp_path / "merges.1.jsonl")] == [4, 6]
 
 
+def test_shares_of_a_second_model_count_its_own_steps(tmp_path):
+    merging = ModelMerging(window=8, every="20%", span=0.5, forecast=None)
+    own = trainer(tmp_path, merging, ModelCheckpoint(tmp_path / "kept"), max_steps=20)
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    first = read_records(tmp_path / "merges.jsonl")
+    own.fit_loop.epoch_loop.max_steps = 40
+    own.fit(Regression(), rows(), rows(4, seed=1))
+    second = read_records(tmp_path / "merges.jsonl")
+    assert [record.step - 20 for record in second] == [record.step for record in first]
+    assert [record.recipes["sma"].steps for record in second if "sma" in record.recipes] == [
+        tuple(step + 20 for step in record.recipes["sma"].steps) for record in first if "sma" in record.recipes
+    ]
+    assert {record.since for record in second} == {20}
+
+
 def test_a_change_of_the_working_directory_moves_nothing(tmp_path, monkeypatch):
     class Moves(pl.Callback):
         def on_train_batch_end(self, run: Any, *_: Any) -> None:

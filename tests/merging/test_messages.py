@@ -69,6 +69,23 @@ def test_every_break_of_a_warm_up_is_said_once_and_only_if_it_cost_something(cap
     ]
 
 
+def breaks_said(caplog):
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [int(text.removeprefix("break at step ").partition(" ")[0]) for text in said if "break at" in text]
+
+
+def test_a_rate_that_is_changed_by_hand_after_a_warm_up_is_said(caplog):
+    rates(
+        RollingMerger(window=10, every=2), lambda step: 0.1 * min(1.0, step / 5) if step < 20 else 0.05 * (step // 20)
+    )
+    assert breaks_said(caplog) == [3, 20, 40, 60]
+
+
+def test_a_schedule_of_many_steps_is_not_said_at_each(caplog):
+    rates(RollingMerger(window=10, every=1), lambda step: 0.99 ** (step // 5), range(1, 201))
+    assert breaks_said(caplog) == list(range(5, 56, 5))
+
+
 def test_two_reasons_are_two_notices(caplog):
     merging = RollingMerger(window=10, every=2)
     rates(merging, lambda step: 0.1, range(1, 11))

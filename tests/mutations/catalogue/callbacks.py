@@ -10,6 +10,13 @@ _SPIKE_RECOVERY = "tests/callbacks/test_spike_recovery.py"
 
 FAULTS = (
     Fault(
+        "shares of a second model count the steps of the first",
+        "callbacks/run.py",
+        "begins = is_new_model and state.progress.step > 0",
+        "begins = False",
+        "tests/callbacks/test_run_folder.py",
+    ),
+    Fault(
         "a run's folder that is a link to a scratch disk is refused",
         "callbacks/run_folder.py",
         "return atomic.named_by_user(trainer.strategy.broadcast(_lightnings(trainer)))",

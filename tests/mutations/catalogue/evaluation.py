@@ -11,6 +11,20 @@ _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
 FAULTS = (
     Fault(
+        "what can be read only once is refused after it was read",
+        "evaluation/evaluate.py",
+        "if trainer.enable_validation and not source.is_module():",
+        "if False:",
+        "tests/callbacks/test_refusals.py",
+    ),
+    Fault(
+        "what hooks give to be read once is refused at the first merge",
+        "evaluation/evaluate.py",
+        "    with random_state_kept():\n        _repeated_data(",
+        "    if False:\n        _repeated_data(",
+        "tests/callbacks/test_refusals.py",
+    ),
+    Fault(
         "a chain stays in the part that a hook read on to",
         "evaluation/memento/positions.py",
         "            self.item.__setstate__(self.seen[2])\n",
