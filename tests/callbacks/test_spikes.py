@@ -215,11 +215,11 @@ def test_lightnings_loss_of_automatic_optimization_is_a_copy_that_nobody_wrote_i
 
     class Static(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.loss = super().training_step(batch, batch_idx)
-            return self.loss
+            self.own_loss = super().training_step(batch, batch_idx)
+            return self.own_loss
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            given.append((outputs["loss"], self.loss))
+            given.append((outputs["loss"], self.own_loss))
 
     trainer(tmp_path, max_steps=2).fit(Static(), rows(), rows(4, seed=1))
     assert len(given) == 2
