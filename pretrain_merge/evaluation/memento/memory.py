@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+_TEXT: Any = io.StringIO  # typeshed does not know how it is copied
 SAMPLE = 256  # elements of an array that is too large to be copied, and only watched
 
 
@@ -68,7 +69,7 @@ class BufferState(BytesState):
     def __init__(self, item: Any) -> None:
         self.item, self.place = item, _place(item)
         # what it makes of the ends of lines
-        self.ends = io.StringIO.__getstate__(item)[1] if self._is_text and self.place is not None else None
+        self.ends = _TEXT.__getstate__(item)[1] if self._is_text and self.place is not None else None
         self.nbytes = len(self._content())
         self.saved: Any = None
         self.sample = b""
@@ -101,7 +102,7 @@ class BufferState(BytesState):
             item.seek(self.place)
         elif self._is_text:
             io.StringIO.__init__(item, "", self.ends)  # which opens it again
-            io.StringIO.__setstate__(item, (self.saved, self.ends, self.place, None))
+            _TEXT.__setstate__(item, (self.saved, self.ends, self.place, None))
         else:
             io.BytesIO.__init__(item, self.saved)
             io.BytesIO.seek(item, self.place)
