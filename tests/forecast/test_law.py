@@ -92,8 +92,22 @@ def test_a_long_anneal_gains_in_proportion_to_its_share_of_training(shape):
 def test_what_the_halves_keep_is_large_where_the_noise_is_remembered():
     close = reading(40, every=5, merge_every=20, spans=(3, 5, 9))
     oracle = 0.1 * (left(np.arange(21)) - left(np.arange(41)))
-    assert close.terms[TERMS.index("aJ")] * close.base == pytest.approx(oracle, rel=0.15)
-    assert term("aJ") < 0.5 * close.terms[TERMS.index("aJ")]
+    assert close.terms[TERMS.index("aJ")] * close.base == pytest.approx(oracle * counted(40 / 4000), rel=0.15)
+    assert term("aJ") / counted(300 / 4000) < 0.5 * close.terms[TERMS.index("aJ")] / counted(40 / 4000)
+
+
+def counted(share):
+    """Of what the halves keep, by an anneal that is this share of the steps until its end."""
+    return 1 / (1 + 0.01 / share)
+
+
+def test_what_the_halves_keep_counts_half_for_an_anneal_of_a_hundredth():
+    options = {"every": 5, "merge_every": 20, "spans": (3, 5, 9)}
+    soon, late = (
+        read(Curves(read_history(run(4000, **options), "val_loss")), 40, "linear", "forecast", after=after).terms[0]
+        for after in (0, 4000)
+    )
+    assert late / soon == pytest.approx(counted(40 / 8040) / counted(40 / 4040))
 
 
 @pytest.mark.parametrize("options", [{"spans": (8,)}, {"spans": (8, 16), "last": 400}])
@@ -101,7 +115,7 @@ def test_without_a_mean_over_half_the_length_the_usual_memory_stands_for_it_and_
     reduced = reading(350, **options)
     assert reduced.is_reduced
     usual = reduced.gap * typical_ratio(350)
-    assert reduced.terms[TERMS.index("aJ")] == pytest.approx(usual)
+    assert reduced.terms[TERMS.index("aJ")] == pytest.approx(usual * counted(350 / reduced.end))
     assert reduced.doubts[DOUBTS.index("halves")] == pytest.approx(usual)
     assert not reading(350).is_reduced
 
