@@ -15,6 +15,7 @@ import threading
 import types
 from collections import deque
 from contextlib import ExitStack
+from csv import DictReader
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
@@ -290,12 +291,37 @@ def test_a_configuration_of_configparser_is_put_back():
     assert config["train"]["lr"] == "1"
 
 
+class DataFrame:
+    """As pandas has it, which need not be installed."""
+
+    __module__ = "pandas.core.frame"
+
+    def __init__(self):
+        self._mgr = types.SimpleNamespace(blocks=(types.SimpleNamespace(values=np.zeros((1, 1))),))
+
+    @property
+    def shape(self):
+        return self._mgr.blocks[0].values.shape
+
+    def add_row(self):
+        self._mgr.blocks = (types.SimpleNamespace(values=np.zeros((1, self.shape[1] + 1))),)
+
+
+def test_numbers_of_a_data_frame_are_put_back():
+    module = nn.Module()
+    module.table = DataFrame()
+    kept(module, lambda module: module.table._mgr.blocks[0].values.__iadd__(1))
+    assert module.table._mgr.blocks[0].values == 0
+
+
 SEEN = {
     "another thread's flag": (threading.Event, threading.Event.set),
     "a semaphore": (threading.Semaphore, threading.Semaphore.release),
     "mapped memory": (lambda: mmap.mmap(-1, 8), lambda item: item.write(b"a")),
     "a reader of CSV": (lambda: csv.reader(["a", "b", "c", "d"]), next),
     "a hash": (hashlib.sha256, lambda item: item.update(b"a")),
+    "a reader of CSV by names": (lambda: DictReader(["a", "1", "2", "3"]), next),
+    "a data frame": (DataFrame, lambda item: item.add_row()),
     "a decimal context": (decimal.Context, lambda item: setattr(item, "prec", item.prec + 1)),
     "an iterator of NumPy": (lambda: np.zeros(4).flat, next),
 }
@@ -338,3 +364,12 @@ def test_an_islice_says_what_becomes_of_it(caplog):
     kept(module, lambda module: next(module.first))
     assert list(module.first) == [0, 1, 2]  # of five, since two were counted
     assert [text for text in caplog.messages if "ends sooner by that many" in text and "may differ" in text]
+
+
+def test_what_refuses_to_tell_where_it_is_breaks_no_merge():
+    module = nn.Module()
+    exhausted = np.nditer(np.zeros(1))
+    list(exhausted)
+    module.held = [exhausted, DictReader(["a"]), ElementTree.Element("a")]
+    del module.held[1].reader
+    kept(module, lambda _: None)

@@ -33,6 +33,7 @@ from pretrain_merge.evaluation.memento.positions import (
     IterationState,
     IteratorState,
     OwnState,
+    blocks_of_table,
     does_not_tell,
     draws,
 )
@@ -62,6 +63,8 @@ def enter_for(cls: Any) -> "_Enter":
         return _enter_bytes
     if kinds.is_buffer(cls):
         return _enter_buffer
+    if kinds.is_table(cls):
+        return _enter_table
     if issubclass(cls, threading.local):
         return _enter_local
     if not kinds.kind_of(cls).is_state:
@@ -144,6 +147,13 @@ def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
 def _enter_buffer(memento: "Memento", index: int, item: Any) -> None:
     memento.add(index, BufferState(item))
     _enter_object(memento, index, item)
+
+
+def _enter_table(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, CountState(item))
+    # numbers are put back where they lie; columns and rows that are new are said
+    values = (block.values for block in blocks_of_table(item))
+    memento.reach(index, [array for array in values if type(array) is np.ndarray and not array.dtype.hasobject])
 
 
 def _enter_itself(account: Any, memento: "Memento", index: int, item: Any) -> None:

@@ -48,6 +48,7 @@ _LIVING = frozenset(
         "sqlite3", "mmap", "tempfile", "signal", "sched", "contextvars", "_contextvars", "http", "urllib",
         "ftplib", "smtplib", "socketserver", "zipfile", "tarfile", "gzip", "bz2", "lzma", "shelve", "dbm",
         "gc", "inspect", "traceback", "importlib", "os", "sys", "nt", "posix", "cProfile", "profile", "tracemalloc",
+        "imaplib", "poplib", "nntplib", "telnetlib", "xmlrpc", "codecs", "csv", "fileinput", "mailbox", "wave",
     }
 )  # fmt: skip
 # those that write into their owner's attributes at any time: the owner is left alone with them
@@ -185,6 +186,12 @@ def is_buffer(cls: type) -> bool:
     """A file in memory, which nothing outside Python's objects knows."""
     mro = type.__dict__["__mro__"].__get__(cls)
     return io.StringIO in mro or io.BytesIO in mro
+
+
+def is_table(cls: type) -> bool:
+    """A data frame or a series, without importing what may not be installed."""
+    mro = type.__dict__["__mro__"].__get__(cls)
+    return any(_top(base) == "pandas" and base.__name__ in ("DataFrame", "Series") for base in mro)
 
 
 def own_account(cls: type) -> Any:

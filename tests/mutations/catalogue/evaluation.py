@@ -25,6 +25,13 @@ FAULTS = (
         _MEMENTO_KINDS,
     ),
     Fault(
+        "a data frame grows unsaid",
+        "evaluation/memento/graph.py",
+        "    if kinds.is_table(cls):\n        return _enter_table\n",
+        "",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
         "an element of XML stays as a hook left it",
         "evaluation/memento/graph.py",
         "if chosen is None and (account := kinds.own_account(cls)):",
