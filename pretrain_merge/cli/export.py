@@ -26,12 +26,13 @@ def export(
         base: A Lightning checkpoint of the run: loops, hyperparameters and optimizer for ckpt, missing tensors for all;
             for hf, a folder with config.json.
         optimizer: Of a ckpt: the base's, the averaged one of `merge --optimizer average`, or none.
-        allow: Classes of your own that the base's hyperparameters hold, as package.module.Class: imported, and made.
+        allow: Classes of your own that the base's hyperparameters hold, as package.module.Class: for ckpt imported and
+            made, since they are written again.
     """
     # here, not above: `--help` must not wait for torch
     with loading():
         from pretrain_merge.offline import users_code
         from pretrain_merge.offline.export import export_checkpoint
 
-    users_code.allow(allow or ())
+    users_code.allow(allow or (), are_made=to == "ckpt")
     print(f"Exported: {export_checkpoint(folder, out, to=to, base=base, optimizer=optimizer)}")

@@ -49,7 +49,7 @@ def merge(
         dtype: Of the merged tensors; default: as they are.
         newest: Patterns of tensors to take from the newest checkpoint unmerged: "*running_*".
         average: Patterns of running statistics of BatchNorm to merge.
-        allow: Classes of your own that checkpoints hold, as package.module.Class: imported, and passed over.
+        allow: Classes of your own that checkpoints hold, as package.module.Class: passed over, never imported.
         on_missing: A tensor that some checkpoints lack is an error, or comes from the newest.
         optimizer: What becomes of optimizer states of Lightning checkpoints.
         largest_file: Bytes after which the weights go on in another file.

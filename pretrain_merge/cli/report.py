@@ -56,7 +56,7 @@ def report(
         title = names[run] if len(runs) > 1 else None
         print_merges(
             console, records[run], metric, mode or mode_of(metric), title=title, at_most=None if all else _ROWS,
-            all_rows="--all prints every one", all_views="--html shows them",
+            all_rows="--all prints every one", all_views="--html run.html shows them",
         )  # fmt: skip
     for reason in left_out:
         console.print(f"Left out: {printable(reason)}", soft_wrap=True, markup=False)

@@ -62,7 +62,7 @@ def sweep(
         base: A checkpoint with tensors that these lack; for a command, a folder with config.json.
         newest: Patterns of tensors that come from the newest checkpoint of a merge.
         average: Patterns of running statistics of BatchNorm to merge.
-        allow: Classes of your own that checkpoints hold, as package.module.Class: imported, and passed over.
+        allow: Classes of your own that checkpoints hold, as package.module.Class: passed over, never imported.
         metric: By which views are compared; default: the loss.
         mode: Whether its smallest value is the best or its largest; default: as its name tells.
         plan: Only say how many evaluations that takes.

@@ -5,6 +5,7 @@ which the caller adds what its user can do. A run's folder may be one that other
 link, or something else than a file, is refused and never followed.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -114,6 +115,8 @@ def draft(target: Path, *, outlives_run: bool = True, batch: Batch | None = None
     Raises:
         OSError: The disk refuses, or the target is a link or something else than a file. No draft is left.
     """
+    if not target.name:  # `.` and `/`
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     path = temporary_beside(target)
     # exclusive: nothing that lies there already, such as a link to something that lives, is opened; its mode is the
     # user's umask

@@ -72,13 +72,11 @@ def open_archive(path: str, files: Files, start: int, length: int) -> Archive:
             f"be loaded and saved once more."
         ) from error
     except plain_pickle.NotPlainError as error:
-        # what a script defines has another module for everybody else
-        known = error.path.replace("__main__.", "SCRIPT.")
         raise CheckpointError(
             f"{path} is not plain data: {error} Tensors, numbers, text, lists and dicts are read, as with "
-            f"weights_only=True. Load it where you trust it and save its state dict alone; or, if you trust the class, "
-            f"let it through: --allow {known} on the command line, "
-            f"torch.serialization.add_safe_globals in Python."
+            f"weights_only=True. If you trust that class, let it through: --allow {error.path} on the command line, "
+            f"torch.serialization.add_safe_globals in Python. Or load the file where you trust it, and save its state "
+            f"dict alone."
         ) from error
     except CheckpointError:  # a file that ends too early
         raise

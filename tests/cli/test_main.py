@@ -165,6 +165,13 @@ def test_a_report_reads_what_a_logger_wrote(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "report.png").exists()
 
 
+@pytest.mark.parametrize("option", ["--picture", "--html", "--json"])
+def test_a_folder_is_no_place_for_a_result(monkeypatch, run, option):
+    monkeypatch.chdir(run)
+    with pytest.raises(SystemExit, match=r"^CheckpointError: cannot write \.: Is a directory\. Name a file"):
+        call(monkeypatch, "report", run, option, ".")
+
+
 @pytest.mark.parametrize("command", ["report", "forecast"])
 def test_a_run_without_a_merge_says_so(monkeypatch, tmp_path, command):
     (tmp_path / "merges.jsonl").touch()

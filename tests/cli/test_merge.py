@@ -12,6 +12,7 @@ from offline.writers import read, tensors
 from pretrain_merge.cli.main import main
 from pretrain_merge.cli.merge import read_mergekit
 from pretrain_merge.errors import ConfigError
+from pretrain_merge.offline import plain_pickle
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def of_own_class(monkeypatch, tmp_path):
     """A Lightning checkpoint whose hyperparameters hold a dataclass of the script that trained it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_train", raising=False)
+    monkeypatch.setattr(plain_pickle, "_passed_over", set())
     monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", set())
     (tmp_path / "own_train.py").write_text(OWN)
     made = types.ModuleType("own_train")
@@ -106,6 +108,7 @@ def test_a_class_of_the_users_own_is_imported_only_where_it_is_named(monkeypatch
         call(monkeypatch, "merge", of_own_class, "--out", "merged")
     assert not (tmp_path / "imported").exists()
     call(monkeypatch, "merge", of_own_class, "--out", "merged", "--allow", "own_train.Config")
+    assert not (tmp_path / "imported").exists()  # what is passed over needs no import
     call(monkeypatch, "export", "merged", "--to", "ckpt", "--base", of_own_class, "--out", "out.ckpt", "--allow",
          "own_train.Config")  # fmt: skip
     assert (tmp_path / "imported").exists()
@@ -118,10 +121,14 @@ def test_a_class_of_a_script_is_allowed_by_the_name_that_it_has_for_others(monke
     exec("import dataclasses\n" + OWN.partition("touch()")[2], made.__dict__)
     monkeypatch.setattr(sys.modules["__main__"], "Config", made.Config, raising=False)
     path = writers.lightning(tmp_path, 200, {"w": torch.ones(2)}, hyper_parameters={"config": made.Config(1e-3)})
-    with pytest.raises(SystemExit, match=r"--allow SCRIPT\.Config"):
-        call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain")
-    call(monkeypatch, "export", path, "--to", "safetensors", "--out", "plain", "--allow", "own_train.Config")
-    assert (tmp_path / "plain").is_dir()
+    with pytest.raises(SystemExit, match=r"--allow __main__\.Config"):
+        call(monkeypatch, "merge", path, "--out", "merged")
+    call(monkeypatch, "merge", path, "--out", "merged", "--allow", "__main__.Config")
+    export = ["export", "merged", "--to", "ckpt", "--base", path, "--out", "out.ckpt", "--allow"]
+    with pytest.raises(SystemExit, match=r"one of a script train\.py is train\.Class"):
+        call(monkeypatch, *export, "__main__.Other")
+    call(monkeypatch, *export, "own_train.Config")
+    assert (tmp_path / "out.ckpt").exists()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_a_class_of_a_script_is_allowed_by_the_name_that_it_has_for_others(monke
 )
 def test_what_is_no_class_is_not_allowed(monkeypatch, of_own_class, name, said):
     with pytest.raises(SystemExit, match=rf"^ConfigError: allow: '{name}' {said}.*package\.module\.Class"):
-        call(monkeypatch, "merge", of_own_class, "--out", "merged", "--allow", name)
+        call(monkeypatch, "export", of_own_class, "--to", "ckpt", "--out", "out.ckpt", "--allow", name)
 
 
 def test_a_plan_says_what_would_happen_and_does_nothing(monkeypatch, capsys, places, tmp_path):
