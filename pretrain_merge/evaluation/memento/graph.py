@@ -11,8 +11,8 @@ from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from itertools import count, cycle, islice
-from types import FunctionType, GeneratorType, MappingProxyType, MethodType
+from itertools import count, islice
+from types import FunctionType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
@@ -25,13 +25,17 @@ from torch.nn.parameter import is_lazy
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
 from pretrain_merge.evaluation.memento.kinds import VALUES
-from pretrain_merge.evaluation.memento.memory import BytesState
+from pretrain_merge.evaluation.memento.memory import BufferState, BytesState
 from pretrain_merge.evaluation.memento.positions import (
+    LOOKED_AT,
     CacheState,
     CountState,
     GeneratorState,
     IterationState,
     IteratorState,
+    OwnState,
+    blocks_of_table,
+    does_not_tell,
     draws,
 )
 from pretrain_merge.evaluation.memento.tensors import PLAIN, TensorState
@@ -58,6 +62,10 @@ def enter_for(cls: Any) -> "_Enter":
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
         return _enter_bytes
+    if kinds.is_buffer(cls):
+        return _enter_buffer
+    if kinds.is_table(cls):
+        return _enter_table
     if issubclass(cls, threading.local):
         return _enter_local
     if not kinds.kind_of(cls).is_state:
@@ -68,6 +76,8 @@ def enter_for(cls: Any) -> "_Enter":
         set: _enter_set, deque: _enter_deque,
     }  # fmt: skip
     chosen = next((function for base, function in by_base.items() if issubclass(cls, base)), None)
+    if chosen is None and (account := kinds.own_account(cls)):
+        chosen = partial(_enter_itself, account)
     if chosen is None:
         return _enter_object
 
@@ -133,6 +143,25 @@ def _enter_generator(memento: "Memento", index: int, item: Any) -> None:
 def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
     memento.add(index, BytesState(item))
     _enter_object(memento, index, item)
+
+
+def _enter_buffer(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, BufferState(item))
+    _enter_object(memento, index, item)
+
+
+def _enter_table(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, CountState(item))
+    # numbers are put back where they lie; columns and rows that are new are said
+    values = (block.values for block in blocks_of_table(item))
+    memento.reach(index, [array for array in values if type(array) is np.ndarray and not array.dtype.hasobject])
+
+
+def _enter_itself(account: Any, memento: "Memento", index: int, item: Any) -> None:
+    state = OwnState(item, account)
+    memento.add(index, state)
+    said = state.said
+    memento.reach(index, said.values() if isinstance(said, dict) else said)
 
 
 def _enter_local(memento: "Memento", index: int, item: Any) -> None:
@@ -233,6 +262,8 @@ def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
 
 def _enter_simple(memento: "Memento", index: int, item: Any) -> None:
     state, referred = _SIMPLE[type(item)]
+    if state is IterationState and does_not_tell(item):
+        memento.leave(index, f"Python does not tell how far a {type(item).__name__} is")
     if state is not None:
         memento.add(index, state(item))
     memento.reach(index, referred(item))
@@ -263,10 +294,10 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     ),
     # what has no position but that of what it goes through
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
-    enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
     **dict.fromkeys(map(type, (iter(set()), iter(deque()), reversed(deque()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, itertools.repeat, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    **dict.fromkeys((count, itertools.repeat, *LOOKED_AT), (CountState, _nothing)),
+    enumerate: (CountState, _reduced),
     # a function that is called until it returns a certain value has no position; what it holds may
     type(iter(int, 0)): (None, _reduced),
     type(itertools.tee(())[0]): (IterationState, _nothing),

@@ -93,8 +93,8 @@ class Memento:
             path = self._path(index)
             self._notices.warn(
                 f"not put back: {path}",
-                f"{path} was changed by a hook while a merge was evaluated, and stays changed: {error}. The run is not "
-                f"what it would be without merging; let the hook ask pretrain_merge.is_evaluating_merge() first.",
+                f"{path} was changed by a hook while a merge was evaluated, and stays changed: {error}. The run may "
+                f"differ from one without merging; let the hook ask pretrain_merge.is_evaluating_merge() first.",
             )
 
     def _walk(self, roots: list[Any]) -> None:
