@@ -79,6 +79,12 @@ def reshape(item):
     item.flags.writeable = False
 
 
+def begun():
+    item = io.BytesIO(b"abcd")
+    item.read(1)
+    return item
+
+
 def give_attribute(item):
     item.num = getattr(item, "num", 0) + 1
 
@@ -128,7 +134,7 @@ KINDS = {
         lambda item: item.__getstate__()[:3],
     ),
     "bytes in memory": (
-        lambda: io.BytesIO(b"abc"),
+        begun,
         lambda item: (item.read(1), item.truncate(2)),
         lambda item: (item.getvalue(), item.tell()),
     ),
