@@ -68,6 +68,13 @@ class Progress:
         """The counter of one unit."""
         return self.step if unit == "steps" else self.samples if unit == "samples" else self.tokens
 
+    def next_step(self) -> "Progress":
+        """The counters after one more step, of which nothing else is counted yet."""
+        # these are counts already, and to check them again would be half of what a step costs on which nothing is due
+        after = object.__new__(Progress)
+        vars(after).update(step=self.step + 1, samples=self.samples, tokens=self.tokens)
+        return after
+
     def followed_by(self, given: "Progress | int") -> "Progress":
         """The counters after a further step; an integer is a number of steps.
 

@@ -14,7 +14,6 @@ from pretrain_merge.cadence import Cadence, Progress, Upcoming
 from pretrain_merge.errors import ProgressError
 from pretrain_merge.runtime import ranks
 
-_CONTAINERS = (dict, list, tuple)  # `dict | list | tuple` would be made anew by each question
 TokensPerBatch = int | str | Callable[[Any], int]
 
 
@@ -30,6 +29,8 @@ class Clock:
         share: Data-parallel replicas per rank: below 1 where several ranks read the same data.
 
     Attributes:
+        has_stepped: Whether an optimizer stepped since the last batch ended, or was said to: a gradient scaler may skip
+            a step, which then counts.
         num_batches: How many it has seen.
         num_steps: In how many of them an optimizer stepped.
         progress: Totals over all ranks.
@@ -48,12 +49,14 @@ class Clock:
     ) -> None:
         units = {quantity.unit for cadence in cadences for quantity in (cadence.every, cadence.start)}
         self._required = units - {"steps"}
+        self._asks_tokens = "tokens" in self._required or not isinstance(tokens_per_batch, str)
         self._snapshots = Upcoming(cadences[0])
         self._tokens_per_batch = tokens_per_batch
         self._fixed_tokens = tokens_per_batch if isinstance(tokens_per_batch, int) else 0
         self._key = tokens_per_batch if isinstance(tokens_per_batch, str) else None
-        self._stepped = False
-        self._local = {"samples": 0, "tokens": 0} | dict(pending or {})
+        self.has_stepped = False
+        counted = pending or {}
+        self._samples, self._tokens = counted.get("samples", 0), counted.get("tokens", 0)  # not yet in `progress`
         self._lr = {int(index): tuple(rates) for index, rates in (lr or {}).items()}
         self._failure: ProgressError | None = None
         self._share = share
@@ -69,11 +72,7 @@ class Clock:
     @property
     def pending(self) -> dict[str, int]:
         """Samples and tokens of this rank that are not yet in `progress`."""
-        return dict(self._local)
-
-    def step_comes(self) -> None:
-        """Call where Lightning says that an optimizer steps: a gradient scaler may skip the step, which then counts."""
-        self._stepped = True
+        return {"samples": self._samples, "tokens": self._tokens}
 
     def optimizer_steps(self, place: int, optimizer: Any) -> None:
         """Call when an optimizer has stepped, before schedulers move its rate (P28), or when it is about to.
@@ -82,7 +81,7 @@ class Clock:
             place: Among the optimizers of the run.
             optimizer: Its rate is that of this step.
         """
-        self._stepped = True
+        self.has_stepped = True
         # parameter-free optimizers have no rate, and those with relative steps have None
         rates = []
         for group in optimizer.param_groups:  # not a comprehension, which is a call, and this is asked at every step
@@ -110,26 +109,34 @@ class Clock:
             ProgressError: A cadence counts samples or tokens and this batch does not tell them.
         """
         self.num_batches += 1
-        local, samples, tokens = self._local, 0, self._fixed_tokens
+        samples, tokens, first, kind = 0, self._fixed_tokens, None, type(batch)
         try:
-            # the simple answers of nearly every batch without further calls, each of which costs every step its time
-            if isinstance(batch, _CONTAINERS):
-                first = next(iter(batch.values() if isinstance(batch, dict) else batch), None)
-                samples = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
-                found = batch.get(self._key) if isinstance(batch, dict) else None
-                tokens = found.numel() if isinstance(found, Tensor) else tokens
-            local["samples"] += samples or self._counted("samples", batch, _num_samples)
+            # the simple answers of nearly every batch without further calls, each of which costs every step its time;
+            # and by exact types: torch has a say in what is an instance of a tensor
+            if kind is dict:
+                found = batch.get(self._key)
+                if type(found) is Tensor:
+                    tokens = found.numel()
+                first = next(iter(batch.values()), None)
+            elif (kind is list or kind is tuple) and batch:
+                first = batch[0]
+            # not `len`, which takes three times as long where torch's code is no longer in a cache
+            if type(first) is Tensor and not first.is_nested and (shape := first.shape):
+                samples = shape[0]
+            self._samples += samples or self._counted("samples", batch, _num_samples)
             # indexing a tensor by text makes torch complain on stderr, and no cadence asks
-            if tokens or "tokens" in self._required or self._key is None or hasattr(batch, "keys"):
-                local["tokens"] += tokens or self._counted("tokens", batch, self._num_tokens)
+            if tokens:
+                self._tokens += tokens
+            elif self._asks_tokens or (kind is not list and kind is not tuple and hasattr(batch, "keys")):
+                self._tokens += self._counted("tokens", batch, self._num_tokens)
         except ProgressError as error:
             self._failure = self._failure or error  # raised where all ranks are
-        if not self._stepped:
+        if not self.has_stepped:
             return None
-        self._stepped = False
+        self.has_stepped = False
         self.num_steps += 1
         before = self.progress
-        after = Progress(before.step + 1, before.samples, before.tokens)
+        after = before.next_step()
         # a step cadence needs other counters only where a snapshot will carry them, so a reduction every step is saved
         upcoming = self._snapshots
         is_quiet = after.step in upcoming.quiet and since is upcoming.since
@@ -139,11 +146,11 @@ class Clock:
         return after
 
     def _with_totals(self, progress: Progress) -> Progress:
-        counts = [self._local["samples"], self._local["tokens"], int(self._failure is not None)]
+        counts = [self._samples, self._tokens, int(self._failure is not None)]
         samples, tokens, num_failed = ranks.sum_over_ranks(counts)
         if num_failed:
             raise self._failure or ProgressError("another rank could not count its batch; its message says why.")
-        self._local = {"samples": 0, "tokens": 0}
+        self._samples = self._tokens = 0
         return replace(
             progress,
             samples=progress.samples + round(samples * self._share),

@@ -10,10 +10,13 @@ from pretrain_merge.parameters import named_parameters
 
 
 class CountsSteps(Protocol):
-    """Whoever is told of steps."""
+    """Whoever is told of steps.
 
-    def step_comes(self) -> None:
-        """An optimizer is about to step, or a gradient scaler skips the step."""
+    Attributes:
+        has_stepped: Set where an optimizer is about to step, or a gradient scaler skips the step.
+    """
+
+    has_stepped: bool
 
     def optimizer_steps(self, place: int, optimizer: Any) -> None:
         """An optimizer has stepped, or one that torch does not know is about to."""
@@ -46,7 +49,7 @@ def optimizer_steps(trainer: Any, module: Any, clock: CountsSteps) -> Iterator[C
 
     def announced(optimizer: Any) -> None:
         if isinstance(optimizer, Optimizer):
-            clock.step_comes()
+            clock.has_stepped = True  # not a call: what a step costs on which nothing is due is its number of calls
         else:  # torch will not tell
             stepped(optimizer)
 

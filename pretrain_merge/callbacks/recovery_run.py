@@ -61,7 +61,7 @@ class RecoveryRun:
         self._phase_since = 0  # what the loss was before this step says nothing of what it is now
         self._high_since: int | None = None  # first step of the reads in a row that told of a spike
         self.recoveries: tuple[Recovery, ...] = ()
-        self._stepped, self._had_loss = False, False
+        self.has_stepped, self._had_loss = False, False
         self._loss = TrainingLoss()
         if state:
             self._go_on(state)
@@ -79,13 +79,9 @@ class RecoveryRun:
 
     # what `optimizer_steps` tells
 
-    def step_comes(self) -> None:
-        """An optimizer steps."""
-        self._stepped = True
-
     def optimizer_steps(self, place: int, optimizer: Any) -> None:
         """An optimizer has stepped."""
-        self._stepped = True
+        self.has_stepped = True
 
     # what the hooks ask for
 
@@ -110,13 +106,13 @@ class RecoveryRun:
             DivergenceError: It diverged once more than there are attempts.
         """
         self._loss.add(outputs)
-        if not self._stepped:
+        if not self.has_stepped:
             return
         loss = self._loss.take()
         self._refuse_no_loss(loss)
         self._step += 1
         self._detector.observe(self._step, loss)
-        self._stepped = False
+        self.has_stepped = False
         if self._step % READ_EVERY == 0 or self._step % self._settings.every == 0:
             self._look(self._detector.read(self._step))
         if self._step % self._settings.every == 0 and self._is_calm:

@@ -111,7 +111,7 @@ class Run:
         """After a batch: count it, and observe the step once its weights are final; at a merge point, publish."""
         has_stepped = self.clock.batch_ends(batch, since=self._window.since) is not None
         if has_stepped and not self._may_change_weights_after_us:
-            self._observe(self._loss.take_with(outputs))
+            self._observe(self._loss.take_with(outputs, is_copy=self.module.automatic_optimization))
         else:
             self._loss.add(outputs)
             self._is_unobserved = has_stepped
@@ -232,10 +232,11 @@ class Run:
             self._observe(self._loss.take())
         advance_end(*arguments)
 
-    def _observe(self, loss: Tensor | None) -> None:
-        before = self.merger.progress
-        is_snapshot = self.merger.observe(self.module, self.clock.progress, lr=self.clock.lr)
-        damage = self.merger.judge(before, loss)
+    def _observe(self, loss: Tensor | float | None) -> None:
+        merger, clock = self.merger, self.clock
+        before = merger.progress
+        is_snapshot = merger.observe(self.module, clock.progress, lr=clock.lr)
+        damage = merger.judge(before, loss, is_copy=True)
         if damage is not None:
             self._withdraw(damage)
         if is_snapshot:  # without one nothing is due

@@ -30,6 +30,7 @@ Row = tuple[int, Answer, Answer]  # length, ended now, starts now
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # of the steps so far: the lengths that the calibration covers
 _USUAL_SHARE = 0.1  # of the steps so far
 _FACTOR = re.compile(r"widened ([0-9.]+) times")
+_FEW = 3  # merge points, below which no run is forecast
 _FAN = 24  # lengths in the picture
 
 
@@ -85,7 +86,10 @@ def forecast(
     found = [answer for answer in answers if isinstance(answer, Forecast)]
     # a table of dashes answers nothing; the reasons do
     if not found:
-        raise ForecastError(" ".join(dict.fromkeys(str(answer) for answer in answers)))
+        reasons = list(dict.fromkeys(str(answer) for answer in answers))
+        # waiting helps no run that has ended
+        shorter = ["A run that has ended needs a shorter `every`, or `merge_every`, to have more."]
+        raise ForecastError(" ".join(reasons + (shorter if len(records) < _FEW else [])))
     say = partial(console.print, soft_wrap=True, markup=False)
     title = f"{metric} after a {shape} anneal, as of step {step}, with {coverage:.0%} intervals"
     console.print(_table(rows, reference=_reference(records[-1], metric), title=title))

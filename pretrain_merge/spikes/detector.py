@@ -106,19 +106,20 @@ class SpikeDetector:
         # of the newest `within` steps: whether its loss and its norm were out of bounds, and the median before it
         self._judged: deque[tuple[bool, bool | None, float]] = deque(maxlen=self._within)
 
-    def observe(self, step: int, loss: _Number | None, gradient_norm: _Number | None = None) -> None:
+    def observe(
+        self, step: int, loss: _Number | None, gradient_norm: _Number | None = None, *, is_copy: bool = False
+    ) -> None:
         """Note what a step gave, without waiting for the device.
 
         Args:
             step: Its number; steps that are left out count as ones of which nothing is known.
             loss: Training loss of this rank, one number of any floating dtype on any device; None: there was none.
             gradient_norm: Norm of the gradient before clipping, likewise; None: not known.
+            is_copy: Nobody writes into the memory of `loss` any more: it is kept as it is.
         """
         if self._newest is not None and step > self._newest + 1:
             self._skip_to(step - 1)
-        # the number itself where a call would only read it, as at nearly every step on a CPU
-        number = loss.item() if isinstance(loss, Tensor) and loss.is_cpu else _kept(loss)
-        self._unread.append([number, None if gradient_norm is None else _kept(gradient_norm)])
+        self._unread.append([loss if is_copy else _kept(loss), None if gradient_norm is None else _kept(gradient_norm)])
         self._newest = step
 
     def read(self, step: int) -> Onset | None:

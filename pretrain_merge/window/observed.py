@@ -135,7 +135,12 @@ class ObservedWindow:
         # questions whose answer is nearly always the same are asked here: what a step costs on which nothing is due is
         # its number of calls, and their code is no longer in a cache when a training step has run
         one = module if module is self._modules.one else self._modules.as_one(module)
-        before, after = self._progress, self._progress.followed_by(progress)
+        before = self._progress
+        is_next = type(progress) is Progress and progress.step > before.step
+        if is_next and progress.samples >= before.samples and progress.tokens >= before.tokens:
+            after = progress
+        else:
+            after = before.followed_by(progress)
         if self._stored.num_swaps:
             self._capture.refuse_merged_weights(after)
         self._progress = after
@@ -151,17 +156,30 @@ class ObservedWindow:
         return self._snapshot_is_new
 
     def judge(
-        self, before: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None = None
+        self,
+        before: Progress,
+        loss: Tensor | float | None,
+        gradient_norm: Tensor | float | None = None,
+        *,
+        is_copy: bool = False,
     ) -> Damage | None:
         """See whether the loss of the step that was observed last is part of a spike, as `observe` does with `loss`.
 
         Every rank calls it at every step, also one that has no loss there.
 
+        Args:
+            before: Counters of the step before.
+            loss: As of `observe`.
+            gradient_norm: As of `observe`.
+            is_copy: Nobody writes into the memory of `loss` any more, so that it need not be copied.
+
         Returns:
             What is not to be trusted any more, where it is.
         """
         # after the capture: a snapshot that was taken in the middle of a spike is dropped with the others
-        damage = self._spikes.judge(before, self._progress, loss, gradient_norm) if self._spikes is not None else None
+        if self._spikes is None:
+            return None
+        damage = self._spikes.judge(before, self._progress, loss, gradient_norm, is_copy=is_copy)
         if damage is not None:
             self._snapshot_is_new = False
         return damage

@@ -50,14 +50,27 @@ class SpikeBreaks:
         self._detector = SpikeDetector()
 
     def judge(
-        self, before: Progress, now: Progress, loss: Tensor | float | None, gradient_norm: Tensor | float | None
+        self,
+        before: Progress,
+        now: Progress,
+        loss: Tensor | float | None,
+        gradient_norm: Tensor | float | None,
+        *,
+        is_copy: bool,
     ) -> Damage | None:
         """Look at a step. All ranks meet at one step in ten.
+
+        Args:
+            before: Counters of the step before.
+            now: Its counters.
+            loss: See `SpikeDetector.observe`.
+            gradient_norm: Likewise.
+            is_copy: Likewise.
 
         Returns:
             What is not to be trusted, where the segment ended here.
         """
-        self._detector.observe(now.step, loss, gradient_norm)
+        self._detector.observe(now.step, loss, gradient_norm, is_copy=is_copy)
         if before.step // READ_EVERY == now.step // READ_EVERY:
             return None
         return self.read(now)

@@ -219,10 +219,15 @@ def test_a_url_for_a_folder_of_ours_is_refused(key):
 @pytest.mark.parametrize("every", [1000, "20%"])
 def test_a_step_on_which_nothing_is_due_takes_few_calls(every, tmp_path):
     calls: list[str] = []
+    questions: list[str] = []  # to torch
 
-    def count(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and "pretrain_merge" in frame.f_code.co_filename:
+    def count(frame: Any, event: str, called: Any) -> None:
+        if "pretrain_merge" in frame.f_code.co_filename and event == "call":
             calls.append(frame.f_code.co_name)
+        elif "pretrain_merge" in frame.f_code.co_filename and isinstance(
+            getattr(called, "__self__", None), torch.Tensor
+        ):
+            questions.append(called.__name__)
 
     class Counted(ModelMerging):
         def on_before_optimizer_step(self, *arguments: Any) -> None:
@@ -232,15 +237,16 @@ def test_a_step_on_which_nothing_is_due_takes_few_calls(every, tmp_path):
         def on_train_batch_end(self, *arguments: Any) -> None:
             super().on_train_batch_end(*arguments)
             sys.setprofile(None)
-            steps.append(len(calls))
+            steps.append(len(calls) + 100 * len(questions))
             calls.clear()
+            questions.clear()
 
     steps: list[int] = []
     callback = Counted(window=9, every=every, merge_every=10**6)
     trainer(tmp_path, callback, max_steps=29, max_epochs=-1).fit(Regression(), rows(), rows(4, seed=1))
     # steps 22 to 28: of a share of 20% the 18th is a point, and the 22nd; losses are read at each tenth
     quiet = steps[22:28]
-    assert min(quiet) <= 20
+    assert min(quiet) <= 17  # and no question to torch, which would count as a hundred
     assert quiet.count(min(quiet)) >= 4  # the same wherever nothing is due
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,39 @@ def test_the_loss_of_a_step_is_that_of_its_batches(outputs, loss):
         step.add(output)
     assert step.take() == loss
     assert step.take() is None
+
+
+def test_a_loss_that_is_nobody_elses_is_kept_and_any_other_read():
+    loss = torch.tensor(2.0)
+    assert TrainingLoss().take_with({"loss": loss}, is_copy=True) is loss
+    read = TrainingLoss().take_with({"loss": loss}, is_copy=False)
+    loss.mul_(3.0)
+    assert read == 2.0
+    assert TrainingLoss().take_with({"loss": None}, is_copy=True) is None
+
+
+def test_a_callback_that_writes_into_the_loss_after_us_is_noticed_at_the_next_step():
+    step, taken = TrainingLoss(), []
+    for number in (1.0, 2.0, 3.0):
+        loss = torch.tensor(number)
+        taken.append(step.take_with({"loss": loss}, is_copy=True))
+        loss.mul_(100.0)
+    assert taken[1:] == [2.0, 3.0]
+
+
+def test_lightnings_loss_of_automatic_optimization_is_a_copy_that_nobody_wrote_into(tmp_path):
+    given: list[tuple[Any, Any]] = []
+
+    class Static(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.own_loss = super().training_step(batch, batch_idx)
+            return self.own_loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            given.append((outputs["loss"], self.own_loss))
+
+    trainer(tmp_path, max_steps=2).fit(Static(), rows(), rows(4, seed=1))
+    assert len(given) == 2
+    for ours, users in given:
+        assert ours.untyped_storage().data_ptr() != users.untyped_storage().data_ptr()
+        assert (ours._version, ours.requires_grad) == (0, False)

@@ -191,6 +191,12 @@ def test_of_several_losses_the_remedy_that_is_named_works(tmp_path, capsys):
     assert "lm loss after" in capsys.readouterr().out
 
 
+def test_a_run_that_ended_after_one_merge_is_told_more_than_to_wait(tmp_path):
+    append_record(tmp_path / "merges.jsonl", RUN[-1])
+    with pytest.raises(ForecastError, match=r"Wait for more\. A run that has ended needs a shorter `every`"):
+        forecast(tmp_path)
+
+
 def test_a_run_without_a_loss_is_told_to_log_one(tmp_path):
     with pytest.raises(ForecastError, match=r"measured is val_acc, and a forecast is of a loss.*self\.log\('val_loss'"):
         forecast(of_metrics(tmp_path, val_acc=0.1))

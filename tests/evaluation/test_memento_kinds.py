@@ -1,14 +1,23 @@
 """Kinds of state that a hook may move and a memento was blind to once: each is back, or said to have stayed."""
 
 import configparser
+import csv
 import ctypes
+import decimal
+import hashlib
+import io
 import itertools
+import json
 import logging
+import mmap
 import sys
 import threading
 import types
 from collections import deque
+from contextlib import ExitStack
+from csv import DictReader
 from typing import Any, ClassVar
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,7 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from pretrain_merge.evaluation.memento import Memento
+from pretrain_merge.evaluation.memento import Memento, positions
 from pretrain_merge.runtime.log import WarnOnce
 
 
@@ -112,6 +121,31 @@ KINDS = {
         lambda item: item.draw(),
         lambda item: (item.num_generated, item.quasi.tolist()),
     ),
+    "text in memory": (io.StringIO, lambda item: item.write("a\n"), lambda item: (item.getvalue(), item.tell())),
+    "text in memory with ends of lines": (
+        lambda: io.StringIO("a\nb", newline="\r\n"),
+        lambda item: item.read() + str(item.write("\n")),
+        lambda item: item.__getstate__()[:3],
+    ),
+    "bytes in memory": (
+        lambda: io.BytesIO(b"abc"),
+        lambda item: (item.read(1), item.truncate(2)),
+        lambda item: (item.getvalue(), item.tell()),
+    ),
+    "bytes in memory that are closed": (lambda: io.BytesIO(b"abc"), io.BytesIO.close, lambda item: item.closed),
+    "text in memory that is closed": (lambda: io.StringIO("abc"), io.StringIO.close, lambda item: item.closed),
+    "an element of XML": (
+        lambda: ElementTree.fromstring("<run lr='1'>text<row/></run>"),
+        lambda item: (item.set("lr", "2"), item.append(ElementTree.Element("new")), setattr(item, "text", "other")),
+        ElementTree.tostring,
+    ),
+    "what an element of XML holds": (
+        lambda: ElementTree.ElementTree(ElementTree.fromstring("<run><row/></run>")),
+        lambda item: item.getroot()[0].set("a", "1"),
+        lambda item: ElementTree.tostring(item.getroot()),
+    ),
+    "what is done at the end": (ExitStack, lambda item: item.callback(int), lambda item: len(item._exit_callbacks)),
+    "an encoder of JSON": (json.JSONEncoder, lambda item: setattr(item, "indent", 2), lambda item: item.indent),
     "the memory of a tensor": (
         lambda: torch.zeros(2).untyped_storage(),
         lambda item: item.__setitem__(0, item[0] + 1),
@@ -226,7 +260,7 @@ LOST = {
     "an iterator of a set": lambda: iter({1, 2, 3}),
     "an iterator of a deque": lambda: iter(deque([1, 2, 3])),
 }
-if sys.version_info >= (3, 12):  # where Python does not tell any more how far these are
+if sys.version_info >= (3, 14):  # where Python does not tell any more how far these are
     LOST = {name: make for name, make in LOST.items() if name not in ("an islice", "a product", "permutations")}
     GONE_THROUGH = {name: make for name, make in GONE_THROUGH.items() if "chain" not in name}
 
@@ -255,3 +289,87 @@ def test_a_configuration_of_configparser_is_put_back():
     module.config = config
     kept(module, lambda _: config["train"].__setitem__("lr", "2"))
     assert config["train"]["lr"] == "1"
+
+
+class DataFrame:
+    """As pandas has it, which need not be installed."""
+
+    __module__ = "pandas.core.frame"
+
+    def __init__(self):
+        self._mgr = types.SimpleNamespace(blocks=(types.SimpleNamespace(values=np.zeros((1, 1))),))
+
+    @property
+    def shape(self):
+        return self._mgr.blocks[0].values.shape
+
+    def add_row(self):
+        self._mgr.blocks = (types.SimpleNamespace(values=np.zeros((1, self.shape[1] + 1))),)
+
+
+def test_numbers_of_a_data_frame_are_put_back():
+    module = nn.Module()
+    module.table = DataFrame()
+    kept(module, lambda module: module.table._mgr.blocks[0].values.__iadd__(1))
+    assert module.table._mgr.blocks[0].values == 0
+
+
+SEEN = {
+    "another thread's flag": (threading.Event, threading.Event.set),
+    "a semaphore": (threading.Semaphore, threading.Semaphore.release),
+    "mapped memory": (lambda: mmap.mmap(-1, 8), lambda item: item.write(b"a")),
+    "a reader of CSV": (lambda: csv.reader(["a", "b", "c", "d"]), next),
+    "a hash": (hashlib.sha256, lambda item: item.update(b"a")),
+    "a reader of CSV by names": (lambda: DictReader(["a", "1", "2", "3"]), next),
+    "a data frame": (DataFrame, lambda item: item.add_row()),
+    "a decimal context": (decimal.Context, lambda item: setattr(item, "prec", item.prec + 1)),
+    "an iterator of NumPy": (lambda: np.zeros(4).flat, next),
+}
+
+
+@pytest.mark.parametrize(("make", "move"), SEEN.values(), ids=SEEN)
+def test_what_others_share_or_nobody_can_set_back_is_said_to_have_moved(make, move, caplog):
+    module = nn.Module()
+    module.held = make()
+    kept(module, lambda _: None)
+    assert not caplog.messages
+    kept(module, lambda module: move(module.held))
+    assert [text.partition(":")[0] for text in caplog.messages] == [
+        "module.held was changed by a hook while a merge was evaluated, and stays changed"
+    ]
+
+
+def test_a_file_in_memory_that_is_too_large_keeps_its_place(caplog, monkeypatch):
+    monkeypatch.setattr("pretrain_merge.evaluation.memento.memento.MOST_BYTES", 2)
+    module = nn.Module()
+    module.rows = io.BytesIO(b"abcdef")
+    kept(module, lambda module: module.rows.read(2))
+    assert module.rows.tell() == 0
+    assert not caplog.messages
+    kept(module, lambda module: module.rows.seek(0, 2) and module.rows.write(b"g"))
+    assert [text for text in caplog.messages if text.startswith("module.rows was changed by a hook")]
+
+
+def test_where_python_does_not_tell_how_far_a_product_is_that_is_said_at_once(caplog, monkeypatch):
+    monkeypatch.setattr(positions, "_TELLS", False)
+    module = nn.Module()
+    module.pairs = itertools.product([1, 2], [3, 4])
+    kept(module, lambda _: None)
+    assert [text for text in caplog.messages if "module.pairs (Python does not tell how far a product is)" in text]
+
+
+def test_an_islice_says_what_becomes_of_it(caplog):
+    module, numbers = nn.Module(), iter(range(9))
+    module.first = itertools.islice(numbers, 5)
+    kept(module, lambda module: next(module.first))
+    assert list(module.first) == [0, 1, 2]  # of five, since two were counted
+    assert [text for text in caplog.messages if "ends sooner by that many" in text and "may differ" in text]
+
+
+def test_what_refuses_to_tell_where_it_is_breaks_no_merge():
+    module = nn.Module()
+    exhausted = np.nditer(np.zeros(1))
+    list(exhausted)
+    module.held = [exhausted, DictReader(["a"]), ElementTree.Element("a")]
+    del module.held[1].reader
+    kept(module, lambda _: None)

@@ -5,6 +5,7 @@ This module knows memory, of the host and of devices. What is plain, and where a
 
 import ctypes
 from collections.abc import Sequence
+from itertools import repeat
 from operator import eq
 from typing import Any
 
@@ -34,7 +35,8 @@ class HostBlock:
     def __init__(self, states: Sequence[TensorState]) -> None:
         self._states = states
         self._memories = [state.memory for state in states if state.memory is not None]  # all: they are plain
-        self._find()
+        self._addresses = list(map(Tensor.data_ptr, self._memories))
+        self._views = list(map(_memory_at, self._addresses, [state.nbytes for state in states], repeat(_WRITABLE)))
         self._saved = list(map(bytearray, self._views))
 
     @property

@@ -3,7 +3,7 @@
 This module knows functions and classes, of users only: libraries are not searched. It has no bounds and writes nothing.
 """
 
-from collections.abc import Iterator
+from functools import lru_cache
 from types import CellType, CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ def enter_function(memento: "Memento", index: int, item: Any) -> None:
     if cells:
         memento.add(index, names.cell_state(cells))
     # only what the code names: a script's globals hold data sets and other models, too
-    named = set(_names(item.__code__))
+    named = _names(item.__code__)
     # `config.level` names `level`, too, so the same names are looked up in the user's modules that are named
     waiting, met = [item.__globals__], memento.namespaces
     while waiting:
@@ -57,9 +57,8 @@ def enter_class(memento: "Memento", index: int, item: Any) -> None:
     memento.reach(index, (type(item), *item.__bases__))
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        # of functions and comprehensions inside: they name globals of the same module
-        if type(constant) is CodeType:
-            yield from _names(constant)
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> frozenset[str]:
+    # of functions and comprehensions inside, too: they name globals of the same module
+    inside = [_names(constant) for constant in code.co_consts if type(constant) is CodeType]
+    return frozenset(code.co_names).union(*inside)

@@ -11,8 +11,8 @@ from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from itertools import count, cycle, islice
-from types import FunctionType, GeneratorType, MappingProxyType, MethodType
+from itertools import count, islice
+from types import FunctionType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
@@ -24,16 +24,21 @@ from torch.nn.parameter import is_lazy
 
 from pretrain_merge.evaluation.memento import kinds, names, states
 from pretrain_merge.evaluation.memento.code import enter_class, enter_function
-from pretrain_merge.evaluation.memento.memory import BytesState
+from pretrain_merge.evaluation.memento.kinds import VALUES
+from pretrain_merge.evaluation.memento.memory import BufferState, BytesState
 from pretrain_merge.evaluation.memento.positions import (
+    LOOKED_AT,
     CacheState,
     CountState,
     GeneratorState,
     IterationState,
     IteratorState,
+    OwnState,
+    blocks_of_table,
+    does_not_tell,
     draws,
 )
-from pretrain_merge.evaluation.memento.tensors import TensorState
+from pretrain_merge.evaluation.memento.tensors import PLAIN, TensorState
 from pretrain_merge.parameters.shards import local_part
 
 if TYPE_CHECKING:
@@ -57,6 +62,10 @@ def enter_for(cls: Any) -> "_Enter":
         return _enter_generator
     if kinds.is_shared_memory(cls) or issubclass(cls, bytearray | array):
         return _enter_bytes
+    if kinds.is_buffer(cls):
+        return _enter_buffer
+    if kinds.is_table(cls):
+        return _enter_table
     if issubclass(cls, threading.local):
         return _enter_local
     if not kinds.kind_of(cls).is_state:
@@ -67,6 +76,8 @@ def enter_for(cls: Any) -> "_Enter":
         set: _enter_set, deque: _enter_deque,
     }  # fmt: skip
     chosen = next((function for base, function in by_base.items() if issubclass(cls, base)), None)
+    if chosen is None and (account := kinds.own_account(cls)):
+        chosen = partial(_enter_itself, account)
     if chosen is None:
         return _enter_object
 
@@ -134,6 +145,25 @@ def _enter_bytes(memento: "Memento", index: int, item: Any) -> None:
     _enter_object(memento, index, item)
 
 
+def _enter_buffer(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, BufferState(item))
+    _enter_object(memento, index, item)
+
+
+def _enter_table(memento: "Memento", index: int, item: Any) -> None:
+    memento.add(index, CountState(item))
+    # numbers are put back where they lie; columns and rows that are new are said
+    values = (block.values for block in blocks_of_table(item))
+    memento.reach(index, [array for array in values if type(array) is np.ndarray and not array.dtype.hasobject])
+
+
+def _enter_itself(account: Any, memento: "Memento", index: int, item: Any) -> None:
+    state = OwnState(item, account)
+    memento.add(index, state)
+    said = state.said
+    memento.reach(index, said.values() if isinstance(said, dict) else said)
+
+
 def _enter_local(memento: "Memento", index: int, item: Any) -> None:
     # this thread's part: it is the one that runs hooks
     memento.reach(index, [threading.local.__getattribute__(item, "__dict__")])
@@ -156,9 +186,10 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
     # without memory there is nothing to copy, and to ask for its place raises
     if item.is_meta or is_lazy(item):
         return
+    is_plain = type(item) in PLAIN
     # by memory and not by identity: `parameter.data` and views of it are other objects
     is_merged = place_of(item) in memento.merged
-    is_sharded = isinstance(item, DTensor)
+    is_sharded = not is_plain and isinstance(item, DTensor)
     state = TensorState(item, has_values=not is_merged and not is_sharded)
     memento.add(index, state)
     if is_sharded:
@@ -172,7 +203,7 @@ def _enter_tensor(memento: "Memento", index: int, item: Any) -> None:
 
 def place_of(tensor: Tensor) -> Any:
     """The memory of a tensor on this rank, by which it is told from others."""
-    local = local_part(tensor)
+    local = tensor if type(tensor) in PLAIN else local_part(tensor)
     # an empty tensor's place is 0, which all empty ones share
     return local.untyped_storage().data_ptr() if local.layout == torch.strided and local.numel() else id(tensor)
 
@@ -192,23 +223,22 @@ def _enter_object(memento: "Memento", index: int, item: Any) -> bool:
     kind = kinds.kind_of(cls)
     if not kind.is_state:
         return False
-    found: list[Any] = []
-    if kind.has_dict:
-        found.append(states.AttributesState(item, may_own=kind.may_own))
+    found: list[Any] = [states.AttributesState(item, may_own=kind.may_own)] if kind.has_dict else []
     if kind.is_script:  # its tensors and attributes are kept outside of Python
         found.append(names.PlacesState(item, item._concrete_type.get_attributes(), getattr, setattr))
     if kind.slots:
         found.append(names.slots_state(item, kind.slots))
     # values are sorted out here, once for what follows: they are nine of ten attributes
-    values = [value for state in found for value in state.values if type(value) not in kinds.VALUES]
+    values = [value for state in found for value in state.values if type(value) not in VALUES]
     # half of it would be put back under a thread that writes the other half
-    if not kind.may_own and (worker := _worker_in(values)):
+    if values and not kind.may_own and (worker := _worker_in(values)):
         if kind.is_said:
             memento.leave(index, f"owns a {worker}")
         return False
     for state in found:
         memento.add(index, state)
-    memento.reach(index, values)
+    if values:
+        memento.reach(index, values)
     # counters that hooks keep in class attributes: only of the user's own classes
     if kind.is_users:
         memento.reach(index, [type(item)])
@@ -219,7 +249,7 @@ def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
     """The name of what runs beside us, among attributes or in a short list that is one of them."""
     for value in values:  # not a function for each: an object has a dozen, and nearly all are values
         kind: Any = type(value)
-        if kind in kinds.VALUES:
+        if kind in VALUES:
             continue
         if kind in _SHORT and not is_nested:
             few = islice(value.values() if kind is dict else value, _FEW)
@@ -232,6 +262,8 @@ def _worker_in(values: Iterable[Any], *, is_nested: bool = False) -> str | None:
 
 def _enter_simple(memento: "Memento", index: int, item: Any) -> None:
     state, referred = _SIMPLE[type(item)]
+    if state is IterationState and does_not_tell(item):
+        memento.leave(index, f"Python does not tell how far a {type(item).__name__} is")
     if state is not None:
         memento.add(index, state(item))
     memento.reach(index, referred(item))
@@ -262,10 +294,10 @@ _SIMPLE: dict[type, tuple[Callable[[Any], states.State] | None, Callable[[Any], 
     ),
     # what has no position but that of what it goes through
     **dict.fromkeys((zip, map, filter), (None, _reduced)),
-    enumerate: (CountState, _reduced),
     **dict.fromkeys(map(type, (iter({}), iter({}.values()), iter({}.items()))), (CountState, _nothing)),
     **dict.fromkeys(map(type, (iter(set()), iter(deque()), reversed(deque()))), (CountState, _nothing)),
-    **dict.fromkeys((count, cycle, itertools.repeat, GeneratorType, np.random.SeedSequence), (CountState, _nothing)),
+    **dict.fromkeys((count, itertools.repeat, *LOOKED_AT), (CountState, _nothing)),
+    enumerate: (CountState, _reduced),
     # a function that is called until it returns a certain value has no position; what it holds may
     type(iter(int, 0)): (None, _reduced),
     type(itertools.tee(())[0]): (IterationState, _nothing),

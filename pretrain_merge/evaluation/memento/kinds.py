@@ -7,6 +7,7 @@ says of itself: a user's `__getattr__`, `__class__` or `__eq__` may do anything.
 import datetime
 import decimal
 import fractions
+import io
 import pathlib
 import re
 import sys
@@ -46,7 +47,8 @@ _LIVING = frozenset(
         "_asyncio", "socket", "_socket", "ssl", "_ssl", "io", "_io", "selectors", "select", "logging",
         "sqlite3", "mmap", "tempfile", "signal", "sched", "contextvars", "_contextvars", "http", "urllib",
         "ftplib", "smtplib", "socketserver", "zipfile", "tarfile", "gzip", "bz2", "lzma", "shelve", "dbm",
-        "gc", "inspect", "traceback", "importlib",
+        "gc", "inspect", "traceback", "importlib", "os", "sys", "nt", "posix", "cProfile", "profile", "tracemalloc",
+        "imaplib", "poplib", "nntplib", "telnetlib", "xmlrpc", "codecs", "csv", "fileinput", "mailbox", "wave",
     }
 )  # fmt: skip
 # those that write into their owner's attributes at any time: the owner is left alone with them
@@ -134,11 +136,13 @@ def kind_of(cls: type) -> Kind:
     mro = type.__dict__["__mro__"].__get__(cls)  # past a metaclass
     if is_shared_memory(cls):
         return Kind(is_state=True)
+    if is_buffer(cls):
+        return Kind(is_state=True, has_dict=True)
     works = any(_top(base) in _WORKING and base.__name__ not in _WAITING for base in mro)
     lives = works or any(map(_lives, mro))
     # modules own streams and locks, and are what hooks aim at first
     always = any(base in mro for base in _KEPT_ALWAYS)
-    if is_ours(module_of(cls)) or (not always and (lives or _is_value(cls, mro) or not all(map(_may_be_state, mro)))):
+    if is_ours(module_of(cls)) or (not always and (lives or _is_value(mro) or not all(map(_may_be_state, mro)))):
         return Kind(is_state=False, lives=lives, works=works)
     is_users = not is_library(module_of(cls))
     return Kind(
@@ -178,6 +182,31 @@ def is_shared_memory(cls: type) -> bool:
     )
 
 
+def is_buffer(cls: type) -> bool:
+    """A file in memory, which nothing outside Python's objects knows."""
+    mro = type.__dict__["__mro__"].__get__(cls)
+    return io.StringIO in mro or io.BytesIO in mro
+
+
+def is_table(cls: type) -> bool:
+    """A data frame or a series, without importing what may not be installed."""
+    mro = type.__dict__["__mro__"].__get__(cls)
+    return any(_top(base) == "pandas" and base.__name__ in ("DataFrame", "Series") for base in mro)
+
+
+def own_account(cls: type) -> Any:
+    """How a class of Python's own that is made in C gives an object's state to whoever copies it; None: not at all.
+
+    Other libraries are not asked: theirs may take long, as that of a tokenizer does.
+    """
+    for base in type.__dict__["__mro__"].__get__(cls):
+        if _top(base) in sys.stdlib_module_names and base.__module__ != "builtins":
+            for name in ("__getstate__", "__reduce__"):
+                if type(method := vars(base).get(name)) is types.MethodDescriptorType:
+                    return method
+    return None
+
+
 @cache
 def is_library(module: str) -> bool:
     """Whether a module is Python's or an installed library, whose own globals and class attributes are not searched."""
@@ -204,9 +233,8 @@ def _top(cls: type) -> str:
     return module_of(cls).partition(".")[0]
 
 
-def _is_value(cls: type, mro: tuple[type, ...]) -> bool:
-    is_stdlib = _top(cls) in sys.stdlib_module_names and _top(cls) not in _PLAIN_STDLIB
-    return is_stdlib or any(base in mro for base in (np.generic, BaseException))
+def _is_value(mro: tuple[type, ...]) -> bool:
+    return any(base in mro for base in (np.generic, BaseException))
 
 
 def _lives(base: type) -> bool:

@@ -93,18 +93,15 @@ class Memento:
             path = self._path(index)
             self._notices.warn(
                 f"not put back: {path}",
-                f"{path} was changed by a hook while a merge was evaluated, and stays changed: {error}. The run is not "
-                f"what it would be without merging; let the hook ask pretrain_merge.is_evaluating_merge() first.",
+                f"{path} was changed by a hook while a merge was evaluated, and stays changed: {error}. The run may "
+                f"differ from one without merging; let the hook ask pretrain_merge.is_evaluating_merge() first.",
             )
 
     def _walk(self, roots: list[Any]) -> None:
         self.reach(-1, roots)
-        index = 0
-        while index < len(self._objects):  # it grows: breadth first, so that what is far away is what is left
-            item = self._objects[index]
-            kind: Any = type(item)
-            enter_for(kind)(self, index, item)
-            index += 1
+        # it grows meanwhile: breadth first, so that what is far away is what is left
+        for index, item in enumerate(self._objects):
+            enter_for(type(item))(self, index, item)
         del self._seen
 
     def reach(self, parent: int, items: Iterable[Any]) -> None:
@@ -154,7 +151,7 @@ class Memento:
 
     def _keep_memory(self) -> None:
         """Copies, smallest first: a run's counters and buffers, and not twice the state of a large optimizer."""
-        of_memory = [state for state, _ in self._states if isinstance(state, BytesState | TensorState)]
+        of_memory = [state for state, _ in self._states if isinstance(state, (BytesState, TensorState))]
         total = 0
         plain: list[TensorState] = []
         # a large one taken first would leave no room for the many small counters

@@ -4,10 +4,12 @@ This module knows NumPy, `array`, `bytearray` and what other processes share. It
 """
 
 import ctypes
+import io
 from typing import Any
 
 import numpy as np
 
+_TEXT: Any = io.StringIO  # typeshed does not know how it is copied
 SAMPLE = 256  # elements of an array that is too large to be copied, and only watched
 
 
@@ -57,6 +59,65 @@ class BytesState:
             item.frombytes(saved)
         else:
             ctypes.memmove(_address(item), saved, self.nbytes)
+
+
+class BufferState(BytesState):
+    """A file in memory, `io.StringIO` or `io.BytesIO`: what is written in it, and the place in it."""
+
+    __slots__ = ("ends", "place")
+
+    def __init__(self, item: Any) -> None:
+        self.item, self.place = item, _place(item)
+        # what it makes of the ends of lines
+        self.ends = _TEXT.__getstate__(item)[1] if self._is_text and self.place is not None else None
+        self.nbytes = len(self._content())
+        self.saved: Any = None
+        self.sample = b""
+
+    def keep(self) -> bool:
+        """Copy it; what was read from and never written to shares its bytes."""
+        self.saved = self._content()
+        return False
+
+    def watch(self) -> None:
+        """Too large to be copied: its place is put back all the same."""
+        self.nbytes = len(self._content())
+
+    def is_same(self) -> bool:
+        """Place first, which moves with whatever is read or written."""
+        if _place(self.item) != self.place:
+            return False
+        now = self._content()
+        return len(now) == self.nbytes if self.saved is None else bool(now == self.saved)
+
+    def put_back(self) -> None:
+        """The same content, also of one that was closed, and the same place; raises where it is too large."""
+        item = self.item
+        if self.saved is None and (item.closed or len(self._content()) != self.nbytes):
+            self.watch()
+            raise ValueError(f"{self.nbytes:,} bytes are too many to be copied at each merge")
+        if self.place is None:
+            io.IOBase.close(item)
+        elif self.saved is None:
+            item.seek(self.place)
+        elif self._is_text:
+            io.StringIO.__init__(item, "", self.ends)  # which opens it again
+            _TEXT.__setstate__(item, (self.saved, self.ends, self.place, None))
+        else:
+            io.BytesIO.__init__(item, self.saved)
+            io.BytesIO.seek(item, self.place)
+
+    @property
+    def _is_text(self) -> bool:
+        return isinstance(self.item, io.StringIO)
+
+    def _content(self) -> Any:
+        kind: Any = io.StringIO if self._is_text else io.BytesIO
+        return b"" if self.item.closed else kind.getvalue(self.item)
+
+
+def _place(item: Any) -> int | None:
+    return None if item.closed else int(item.tell())
 
 
 def _num_bytes(item: Any) -> int:

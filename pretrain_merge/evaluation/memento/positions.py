@@ -4,12 +4,16 @@ This module knows how each is asked, and how those that can be are set back. It 
 """
 
 import copy
+import csv
 import gc
+import hashlib
 import itertools
+import mmap
 import random
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import GeneratorType
 from typing import Any, cast
 
@@ -17,7 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain_merge.evaluation.memento.kinds import is_table
+from pretrain_merge.evaluation.memento.memory import SAMPLE
+
 _HOLD_A_NUMBER = "it cannot be set back; hold a number instead, or the list that it goes through"
+_COUNTED = (
+    "it counts what is taken, and though what it goes through is set back, it ends sooner by that many or skips "
+    "them; hold a number instead, or the list"
+)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
@@ -101,6 +112,9 @@ def _index(iterator: Any) -> Any:
     return reduced[2] if len(reduced) > 2 else None
 
 
+_TELLS = sys.version_info < (3, 14)  # how far one of `itertools` is
+
+
 class IterationState:
     """How far one of `itertools` is. What it goes through has a position of its own, which is put back by itself."""
 
@@ -118,26 +132,78 @@ class IterationState:
         if issubclass(type(self.item), itertools.chain) and len(self.seen) > 2:
             self.item.__setstate__(self.seen[2])
         if not self.is_same():
-            raise ValueError(_HOLD_A_NUMBER)
+            raise ValueError(_COUNTED if issubclass(type(self.item), itertools.islice) else _HOLD_A_NUMBER)
+
+
+_COUNTING = (
+    itertools.islice, itertools.product, itertools.permutations, itertools.combinations,
+    itertools.combinations_with_replacement,
+)  # fmt: skip
+
+
+def does_not_tell(item: Any) -> bool:
+    """Whether it counts what was taken from it and Python gives nobody the number."""
+    return not _TELLS and issubclass(type(item), _COUNTING)
 
 
 def _iteration(item: Any) -> tuple[Any, ...]:
-    # since 3.12 Python warns whoever asks, and since 3.14 it does not tell; what they refer to changes with most
     kind: Any = type(item)
-    if sys.version_info < (3, 12) and kind.__reduce__ is not object.__reduce__:
-        return tuple(item.__reduce__())
-    return tuple(gc.get_referents(item))
+    if _TELLS and kind.__reduce__ is not object.__reduce__:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # since 3.12 Python warns whoever asks
+            return tuple(item.__reduce__())
+    return tuple(gc.get_referents(item))  # which changes with most of them
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """By identity, but for the tuples and numbers that are made for each answer."""
-    if type(a) is tuple and type(b) is tuple:
+    """By identity, but for containers, numbers and texts that are made for each answer."""
+    if a is b:
+        return True
+    kind: Any = type(a)
+    if kind is not type(b):
+        return False
+    if kind in (tuple, list):
         return len(a) == len(b) and all(map(_alike, a, b))
-    return a is b or (type(a) is int and type(b) is int and a == b)
+    if kind is dict:
+        return _alike(list(a.items()), list(b.items()))
+    return kind in (int, str) and bool(a == b)
+
+
+class OwnState:
+    """What an object of Python's own C classes says of itself when it is copied: an XML element, a decimal context.
+
+    Args:
+        item: The object.
+        method: By which its class says it, past a user's subclass.
+    """
+
+    __slots__ = ("item", "method", "said")
+
+    def __init__(self, item: Any, method: Any) -> None:
+        self.item, self.method = item, method
+        self.said = self._say()
+
+    def is_same(self) -> bool:
+        """By identity of what it refers to, whose own changes are kept by other states."""
+        return _alike(self._say(), self.said)
+
+    def put_back(self) -> None:
+        """By its own means, if it has any."""
+        if set_back := vars(self.method.__objclass__).get("__setstate__"):
+            set_back(self.item, self.said)
+        if not self.is_same():
+            raise ValueError("it cannot be set back; hold in its place what it is made of")
+
+    def _say(self) -> Any:
+        try:
+            return self.method(self.item)
+        # a time zone that was read from a file refuses to be copied
+        except Exception:
+            return ()
 
 
 class CountState:
-    """Where something stands that can be seen to move and not be set back.
+    """Where something stands that can be seen to move and not be set back: counts, turns, hashes, other threads' flags.
 
     `itertools.count` and `cycle`, a running generator, an iterator of a dict, the number that `enumerate` is at,
     and how many seeds were spawned from one.
@@ -154,21 +220,32 @@ class CountState:
 
     def put_back(self) -> None:
         """Not possible."""
-        raise ValueError(_HOLD_A_NUMBER)
+        self.seen = _seen(self.item)  # said once, not at every pass
+        raise ValueError(_HOLD_A_NUMBER if hasattr(type(self.item), "__next__") else "it cannot be set back")
 
 
 def _seen(item: Any) -> Any:
-    if type(item) is GeneratorType:
-        # the instruction it waits at tells two turns of one loop apart only with its variables
-        frame = item.gi_frame
-        return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
-    if type(item) is np.random.SeedSequence:
-        return item.n_children_spawned
-    if type(item) is enumerate:
-        return item.__reduce__()[1][1]
-    if type(item) is itertools.cycle:
-        return _turns(item)
+    look = _LOOKS.get(type(item))
+    if look is not None:
+        try:
+            return look(item)
+        # one of NumPy's does not say where it is once it is at its end
+        except Exception:
+            return None
+    if is_table(type(item)):
+        return item.shape, *blocks_of_table(item)  # which are compared by identity
     return item.__length_hint__() if hasattr(type(item), "__length_hint__") else repr(item)
+
+
+def blocks_of_table(item: Any) -> tuple[Any, ...]:
+    """Where the columns of a data frame lie; nothing where its library keeps them in another way."""
+    return tuple(getattr(getattr(item, "_mgr", None), "blocks", ()))
+
+
+def _turn(generator: Any) -> Any:
+    # the instruction it waits at tells two turns of one loop apart only with its variables
+    frame = generator.gi_frame
+    return frame and (frame.f_lasti, tuple(map(id, frame.f_locals.values())))
 
 
 def _turns(item: "itertools.cycle[Any]") -> Any:
@@ -180,6 +257,31 @@ def _turns(item: "itertools.cycle[Any]") -> Any:
         except TypeError:  # since 3.14 it does not tell
             return None
     return len(known), through.__length_hint__() if any(repeats) else None
+
+
+def _place_in_file(item: Any) -> Any:
+    """Of memory that is a file's: the place in it, and some of its bytes."""
+    return None if item.closed else (item.tell(), item[:: len(item) // SAMPLE | 1])
+
+
+# what is asked of each type to see whether it moved; of all others how long they are, or how they are written
+_LOOKS: dict[type, Callable[[Any], Any]] = {
+    GeneratorType: _turn,
+    itertools.cycle: _turns,
+    enumerate: lambda item: item.__reduce__()[1][1],
+    np.random.SeedSequence: lambda item: item.n_children_spawned,
+    np.flatiter: lambda item: item.index,
+    np.nditer: lambda item: item.iterindex,
+    np.memmap: lambda item: item.flags.writeable and item.flat[:: item.size // SAMPLE | 1].tobytes(),
+    mmap.mmap: _place_in_file,
+    # other threads may wait for these, so that they are looked at only
+    threading.Event: lambda item: item.is_set(),
+    **dict.fromkeys((threading.Semaphore, threading.BoundedSemaphore), lambda item: item._value),
+    type(csv.reader(())): lambda item: item.line_num,
+    csv.DictReader: lambda item: item.reader.line_num,
+    **{type(hashlib.new(name)): lambda item: item.hexdigest() for name in ("sha256", "blake2b", "md5")},
+}
+LOOKED_AT = tuple(_LOOKS)
 
 
 class CacheState:

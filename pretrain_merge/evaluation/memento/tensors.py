@@ -5,6 +5,7 @@ no objects around it, and no merging.
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from pretrain_merge.evaluation.memento.states import State
 from pretrain_merge.parameters import bits
 
 _HOOKS = tuple(getattr(Tensor, name).__get__ for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
-_OF_BACKWARD, _OF_ACCUMULATION = _HOOKS
+_NO_HOOKS = (None, None)  # one for all: what a collector of garbage looks through costs each of its turns
+# exact types, whose attributes are torch's own: no class of a user's can stand before them
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+# a descriptor's `__get__` takes five times as long as the attribute
 _WHERE: tuple[Any, ...] = (
-    Tensor.data_ptr, Tensor.size, Tensor.stride, vars(torch._C.TensorBase)["requires_grad"].__get__, *_HOOKS,
+    Tensor.data_ptr, attrgetter("shape"), Tensor.stride, attrgetter("requires_grad"), attrgetter("_backward_hooks"),
+    attrgetter("_post_accumulate_grad_hooks"),
 )  # fmt: skip
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 # of whole bytes, so that any of them is read as such; torch compares integers of 8 bytes fastest
 _DTYPES = frozenset(
     {
@@ -56,8 +60,8 @@ class TensorState:
         self.item, self.has_values = item, has_values
         self.requires_grad = item.requires_grad
         # dictionaries that the first hook makes, and that C++ holds, too
-        self.hooks = (_OF_BACKWARD(item), _OF_ACCUMULATION(item))
-        self.nbytes = item.numel() * item.element_size() if has_values else 0
+        self.hooks = hooks_of(item)
+        self.nbytes = item.numel() * item.itemsize if has_values else 0
         self.copy: Tensor | None = None
         self.sample: Tensor | None = None
         self.memory: Tensor | None = None
@@ -124,7 +128,10 @@ class TensorState:
     def _watch_memory(self) -> bool:
         """Note where it lies; whether it is plain memory without gaps whose values are kept here."""
         item = self.item
-        self.version = None if item.is_inference() else item._version
+        try:
+            self.version = item._version
+        except RuntimeError:  # made in inference mode, where writes are not counted
+            self.version = None
         if not _is_plain(item) or _lacks_memory(item):
             return False
         self.place, self.memory = _place(item), item.detach()
@@ -134,7 +141,7 @@ class TensorState:
 
     def _new_hooks(self) -> Iterator[Any]:
         """Of kinds that the tensor had none of; those of a dictionary that was there are kept by a state of its own."""
-        return (now for was, get in zip(self.hooks, _HOOKS, strict=True) if not was and (now := get(self.item)))
+        return (now for was, now in zip(self.hooks, hooks_of(self.item), strict=True) if not was and now)
 
     def _has_sample(self) -> bool:
         if self.sample is None or self.item.is_inference() or self.item._version != self.version:
@@ -155,20 +162,25 @@ class Tensors:
     def __init__(self, states: Sequence[tuple[TensorState, int]]) -> None:
         self.states: Sequence[tuple[State, int]] = states
         self._items = [state.item for state, _ in states]
-        self._was = self._now()
+        # what each of them noted: nothing of it is read a second time
+        noted = [(*state.place, state.requires_grad, *state.hooks) for state, _ in states]
+        self._was = [list(column) for column in zip(*noted, strict=True)]
 
     def is_same(self) -> bool:
         """Of all of them. One of them at a time touches more memory than it compares."""
-        return self._now() == self._was
+        return [list(map(get, self._items)) for get in _WHERE] == self._was
 
-    def _now(self) -> tuple[list[Any], ...]:
-        return tuple(list(map(get, self._items)) for get in _WHERE)
+
+def hooks_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What is called with its gradient: when that is computed, and when it is accumulated."""
+    if type(tensor) in PLAIN:
+        hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        return _NO_HOOKS if hooks == _NO_HOOKS else hooks
+    return tuple(get(tensor) for get in _HOOKS)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    )
+    return type(tensor) in PLAIN and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def is_released(tensor: Tensor) -> bool:
@@ -185,7 +197,7 @@ def _extent(tensor: Tensor) -> int:
     num_elements = tensor.numel()
     if num_elements and not tensor.is_contiguous():
         num_elements = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
-    return int((tensor.storage_offset() + num_elements) * tensor.element_size()) if num_elements else 0
+    return (tensor.storage_offset() + num_elements) * tensor.itemsize if num_elements else 0
 
 
 def _place(tensor: Tensor) -> Any:

@@ -14,6 +14,8 @@ from pretrain_merge.evaluation.memento.tensors import Tensors, TensorState
 
 # One of them changes at nearly every pass (the Trainer's own attributes), and then all of its group are asked.
 _TOGETHER = 32
+# Larger mappings are compared by themselves as fast, and what a group notes of them would be as large as they are.
+_LARGE = 1000
 _attributes_of: Callable[[Any, str], Any] = object.__getattribute__
 
 
@@ -21,7 +23,7 @@ class Mappings:
     """States of mappings whose keys and values are compared in one go, without a loop of Python's own.
 
     Args:
-        states: With the index of the object that each is of; all of kind `dict`.
+        states: With the index of the object that each is of; of kind `dict` and not large.
     """
 
     __slots__ = ("_classes", "_dicts", "_keys", "_owned", "_owners", "_sizes", "_values", "states")
@@ -30,9 +32,8 @@ class Mappings:
         self.states: Sequence[tuple[State, int]] = states
         self._dicts = [state.item for state, _ in states]
         self._sizes = [len(state.values) for state, _ in states]
-        # the states' own lists, not copies: a mapping may have a million keys
-        self._keys = [state.keys for state, _ in states]
-        self._values = [state.values for state, _ in states]
+        self._keys = list(chain.from_iterable([state.keys for state, _ in states]))
+        self._values = list(chain.from_iterable([state.values for state, _ in states]))
         attributes = [state for state, _ in states if isinstance(state, AttributesState)]
         self._owners = [state.owner for state in attributes]
         self._owned = [state.item for state in attributes]
@@ -43,8 +44,8 @@ class Mappings:
         dicts, owners, of_all = self._dicts, self._owners, chain.from_iterable
         return (
             list(map(dict.__len__, dicts)) == self._sizes
-            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))
-            and all(map(is_, of_all(map(dict.__iter__, dicts)), of_all(self._keys)))
+            and all(map(is_, of_all(map(dict.values, dicts)), self._values))
+            and all(map(is_, of_all(map(dict.__iter__, dicts)), self._keys))
             and all(map(is_, map(_attributes_of, owners, repeat("__dict__")), self._owned))
             and all(map(is_, map(type, owners), self._classes))
         )
@@ -56,7 +57,7 @@ def groups_of(states: Sequence[tuple[State, int]]) -> tuple[list[Mappings | Tens
     tensors: list[tuple[TensorState, int]] = []
     others: list[tuple[State, int]] = []
     for state, index in states:
-        if isinstance(state, DictState) and state.kind is dict:
+        if isinstance(state, DictState) and state.kind is dict and len(state.keys) < _LARGE:
             mappings.append((state, index))
         elif isinstance(state, TensorState) and state.is_plain:
             tensors.append((state, index))

@@ -11,6 +11,55 @@ _CHECKPOINTS_STAY_RAW = "tests/callbacks/test_checkpoints_stay_raw.py"
 
 FAULTS = (
     Fault(
+        "a file in memory stays as a hook left it",
+        "evaluation/memento/kinds.py",
+        "return io.StringIO in mro or io.BytesIO in mro",
+        "return False",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "a file in memory is put back at another place",
+        "evaluation/memento/memory.py",
+        "            io.BytesIO.seek(item, self.place)\n",
+        "            pass\n",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "a data frame grows unsaid",
+        "evaluation/memento/graph.py",
+        "    if kinds.is_table(cls):\n        return _enter_table\n",
+        "",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "an element of XML stays as a hook left it",
+        "evaluation/memento/graph.py",
+        "if chosen is None and (account := kinds.own_account(cls)):",
+        "if chosen is None and (account := None):",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "another thread's flag moves unsaid",
+        "evaluation/memento/positions.py",
+        "    threading.Event: lambda item: item.is_set(),\n",
+        "",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "an iteration of which Python tells nothing moves unsaid",
+        "evaluation/memento/positions.py",
+        "return not _TELLS and issubclass(type(item), _COUNTING)",
+        "return False",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "an islice is said to be as other iterations are",
+        "evaluation/memento/positions.py",
+        "raise ValueError(_COUNTED if",
+        "raise ValueError(_HOLD_A_NUMBER if",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
         "what can be read only once is refused after it was read",
         "evaluation/evaluate.py",
         "if trainer.enable_validation and not source.is_module():",
@@ -34,7 +83,7 @@ FAULTS = (
     Fault(
         "a cycle moves unseen",
         "evaluation/memento/positions.py",
-        "    if type(item) is itertools.cycle:\n        return _turns(item)\n",
+        "    itertools.cycle: _turns,\n",
         "",
         "tests/evaluation/test_memento_bounds.py",
     ),
@@ -174,7 +223,7 @@ FAULTS = (
     Fault(
         "where one of many tensors lies is not looked at",
         "evaluation/memento/tensors.py",
-        "        return self._now() == self._was",
+        "        return [list(map(get, self._items)) for get in _WHERE] == self._was",
         "        return True",
         _MEMENTO_OF_TENSORS,
     ),
@@ -188,7 +237,7 @@ FAULTS = (
     Fault(
         "what owns a thread is rolled back under it",
         "evaluation/memento/graph.py",
-        "    if not kind.may_own and (worker",
+        "    if values and not kind.may_own and (worker",
         "    if False and (worker",
         _MEMENTO_BOUNDS,
     ),
@@ -202,7 +251,7 @@ FAULTS = (
     Fault(
         "of many mappings together only the sizes are compared",
         "evaluation/memento/together.py",
-        "            and all(map(is_, of_all(map(dict.values, dicts)), of_all(self._values)))\n",
+        "            and all(map(is_, of_all(map(dict.values, dicts)), self._values))\n",
         "",
         _MEMENTO_OF_OBJECTS,
     ),

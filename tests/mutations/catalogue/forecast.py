@@ -16,8 +16,8 @@ FAULTS = (
     Fault(
         "a forecast does not follow the merged curve",
         "forecast/law.py",
-        "terms = [halves, by_shape, -gain, -fall]",
-        "terms = [halves, by_shape, -gain, 0.0 * fall]",
+        "by_shape, -gain, -fall]",
+        "by_shape, -gain, 0.0 * fall]",
         _FORECAST,
     ),
     Fault(
