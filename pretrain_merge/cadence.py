@@ -211,8 +211,12 @@ def parse_interval(value: object, *, key: str = "every") -> Interval:
     Raises:
         ConfigError: The value is neither.
     """
-    is_share = isinstance(value, str) and "%" in value
-    return Share.parse(value, key=key) if is_share else Quantity.parse(value, key=key)
+    if isinstance(value, str) and "%" in value:
+        return Share.parse(value, key=key)
+    try:
+        return Quantity.parse(value, key=key)
+    except ConfigError as error:
+        raise ConfigError(f"{error} A share of the run so far is written as '10%'.") from error
 
 
 @dataclass(frozen=True)

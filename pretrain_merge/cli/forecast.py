@@ -41,7 +41,7 @@ def forecast(
     shape: Literal["linear", "cosine", "1-sqrt", "1-square"] = "linear",
     metric: str | None = None,
     coverage: float = 0.9,
-    target: float | None = None,
+    target: float | str | None = None,
     calibration: Path | None = None,
     every: int | str | None = None,
     average: Literal["last", "block"] | None = None,
@@ -68,8 +68,7 @@ def forecast(
         picture: Where the picture goes; default: forecast.png beside the records.
         json: Where the numbers go, too; - is standard output.
     """
-    if target is not None and not (math.isfinite(target) and target > 0.0):
-        raise ConfigError(f"target: {target} is not a loss to reach. Allowed: a number above 0. Leave it out for none.")
+    wanted = None if target is None else _loss(target)
     console = console_beside(json)
     records = read_run.read_run(run, every=every, average=average, name=name)
     # once, so that the table, the sentence and the picture are of the same metric
@@ -97,8 +96,8 @@ def forecast(
         say(printable(line))
     # lengths that the calibration does not cover leave the fan, as they left the table
     fan = [item for length in _lengths(step, _fan_shares()) if isinstance(item := ahead(length), Forecast)]
-    if target is not None:
-        say(_reached(records[-1], metric, target) or _budget(fan, target))
+    if wanted is not None:
+        say(_reached(records[-1], metric, wanted) or _budget(fan, wanted))
     expected = [item.expected for item in fan]
 
     def draw(path: Path) -> None:
@@ -107,6 +106,21 @@ def forecast(
     write_picture(console, draw, picture, folder_of(run) / "forecast.png", what="Picture")
     if json is not None:
         write_result(json, json_format.dumps([asdict(item) for item in found], indent=1) + "\n")
+
+
+def _loss(asked: float | str) -> float:
+    """A loss as a user wrote it; also what the command line cannot read as a number, so that the answer is ours.
+
+    Raises:
+        ConfigError: It is not a number above 0.
+    """
+    try:
+        loss = float(asked)
+    except ValueError:
+        loss = math.nan
+    if not (math.isfinite(loss) and loss > 0.0):
+        raise ConfigError(f"target: {asked} is not a loss to reach. Allowed: a number above 0. Leave it out for none.")
+    return loss
 
 
 def _length(asked: int | str, newest: MergeRecord) -> int:

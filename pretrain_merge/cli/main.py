@@ -3,6 +3,7 @@
 This module knows names and defaults of arguments. Whatever a subcommand does is imported when it runs.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,29 @@ def demo(model: Literal["llama", "moe"] = "llama", out: Path = Path("runs/demo")
 
 def main() -> None:
     """Run a subcommand; errors of ours end it with their message and exit code 1."""
+    try:
+        try:
+            _run()
+        finally:
+            # here and not as Python ends, where nobody could tell a reader who has left from a fault
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _end_unread()
+        raise
+
+
+def _end_unread() -> None:
+    """End quietly, with exit code 1, where whoever read our standard output has left: `| head -1` has what it wants."""
+    try:
+        # any other pipe's error is a fault, which keeps its traceback: this one's is seen by writing once more
+        print(flush=True)
+    except BrokenPipeError:
+        # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run() -> None:
     try:
         try:
             from jsonargparse import auto_cli

@@ -5,7 +5,7 @@ This module knows the command's options, what it prints, and ranks that torchrun
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,7 +144,7 @@ def _progress_bar(*, hidden: bool) -> Iterator[Any]:
 def _print_plan(plan: "MergePlan") -> None:
     print(f"read     {plan.bytes_read / _GB:.3g} GB")
     print(f"write    {plan.bytes_written / _GB:.3g} GB in {plan.files} files")
-    print(f"tensors  {plan.merged} merged, {len(plan.copied)} copied{_some(plan.copied)}")
+    print(f"tensors  {plan.merged} merged, {_counted(plan.copied)} copied{_some(plan.copied)}")
     print(f"memory   {plan.peak_memory / 2**20:.0f} MiB at most")
     print(f"time     {plan.seconds:.1f} s at the rates just measured" if plan.seconds else "time     moments")
 
@@ -153,8 +153,15 @@ def _print_result(out: str, about: dict[str, Any]) -> None:
     for source, coefficient in zip(about["sources"], about["coefficients"], strict=True):
         step = "" if source["step"] is None else f"step {source['step']}"
         print(f"{coefficient:+.4f}  {step:12}  {source['place']}")
-    print(f"spread {about['spread']:.3g}, effective snapshots {about['n_eff']:.3g}, copied {len(about['copied'])}")
+    print(f"spread {about['spread']:.3g}, effective snapshots {about['n_eff']:.3g}, copied {_counted(about['copied'])}")
     print(f"Merged: {out}")
+
+
+def _counted(names: Collection[str]) -> str:
+    """How many tensors of the model; an optimizer's counters are copied also where all of the model is merged."""
+    # states are named by their paths, whatever wrote the checkpoint: optimizer_states/0/…, optimizer/…
+    of_optimizer = sum(name.startswith("optim") and "/" in name for name in names)
+    return f"{len(names) - of_optimizer}" + (f" (and {of_optimizer} of the optimizer)" if of_optimizer else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -104,6 +104,8 @@ def _verdict(comparison: "Comparison") -> list[str]:
         # a best of many views is best by luck, too
         told = "" if comparison.is_clear else " The two are not told apart."
         lines.append(f"It is {margin} better than {comparison.next}, the next one{_in_errors(margin.in_errors)}.{told}")
+    if comparison.left_out:
+        lines.append(f"Not compared, being made at too few merge points: {', '.join(comparison.left_out)}.")
     return lines
 
 

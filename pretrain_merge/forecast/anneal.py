@@ -14,6 +14,7 @@ from pretrain_merge.lr_schedules import SHAPES
 from pretrain_merge.records import Expected, MergeRecord
 
 _LEAST_MERGES = 3
+_FEWEST = 2  # snapshots in a mean
 _ALARMS = ("below", "bend")
 _BENT = 1.5  # times wider
 _WIDER = 1.05  # times: less is no reason that a reader would see
@@ -205,10 +206,25 @@ def reading_of(history: History, steps: int, shape: str, kind: str, *, after: in
         spans = f"{shortest:g} steps" if shortest == longest else f"{shortest:g} to {longest:g} steps"
         raise ForecastError(
             f"an anneal of {steps} steps is not spanned by the means measured at step {curves.step}, which reach over "
-            f"{spans}. Ask for a length within, measure a mean over it (a view such as "
-            f"'sma4'), or change `window` or `every`."
+            f"{spans}. Ask for a length within, or {_remedy(history, steps)}."
         )
     return read(curves, steps, shape, kind, after=after)
+
+
+def _remedy(history: History, steps: int) -> str:
+    """What makes the means reach an anneal that none of them spans."""
+    means, more = history.means_at(-1), int(history.average == "last")
+    is_longer = steps > means[0].span
+    mean = means[-1] if is_longer else means[0]
+    interval = mean.span / (mean.number - more)
+    if is_longer:
+        # snapshots whose distance grows with the run lie closer the farther back, so it is not told to one of them
+        number = math.ceil(steps / interval) + more
+        return f"raise `window` or `every`: as the snapshots lie now, a mean over it takes about {number} of them"
+    number = int(steps / interval) + more
+    if number < _FEWEST:
+        return "lower `every`: two snapshots lie farther apart than it is long"
+    return f"measure a mean of fewer snapshots, about {number} of them as they lie now"
 
 
 def _basis(history: History, reading: Reading, calibration: Calibration, shape: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from pretrain_merge.errors import CheckpointError, MergeInputError, UnsupportedModelError
+from pretrain_merge.errors import CheckpointError, ConfigError, MergeInputError, UnsupportedModelError, nearest
 from pretrain_merge.offline.safetensors_format import NAMES
 from pretrain_merge.offline.tensors import MERGED_DTYPES, Dtype, Kind, Source
 
@@ -87,6 +87,18 @@ def agree(
             continue
         found[name] = Output(kind, len(sources))
     return found
+
+
+def refuse_idle(names: Sequence[str], **options: Sequence[str]) -> None:
+    """Raise a `ConfigError` where a pattern matches no tensor: what it was meant for would be merged in silence."""
+    for option, patterns in options.items():
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                meant = f"; did you mean {near!r}?" if (near := nearest(pattern, names)) else "."
+                raise ConfigError(
+                    f"{option}: {pattern!r} matches no tensor{meant} Allowed: patterns (as in fnmatch) of names such "
+                    f"as {', '.join(map(repr, names[:_LISTED]))}."
+                )
 
 
 def common_ties(sources: Sequence[Source]) -> Mapping[str, str]:

@@ -135,7 +135,7 @@ class Program:
                 f"{shlex.join(words)} cannot be run: {error}. Name a program that is there."
             ) from error
         if done.returncode:
-            said = (done.stderr or done.stdout)[-_SAID:].strip()
+            said = (done.stderr.strip() or done.stdout.strip())[-_SAID:] or "it said nothing."
             raise EvaluationError(
                 f"{shlex.join(words)} ended with code {done.returncode}: {said} Run it by hand on a folder of "
                 f"pretrain-merge merge, then sweep again: finished points are kept."

@@ -60,6 +60,7 @@ class Comparison:
         gains: By view, the best first, how much better than raw.
         next: The second best view; empty: there is only one.
         margin: How much better the best is than the next.
+        left_out: Views that were made at so few points that with them hardly a point was left to compare at.
     """
 
     metric: str
@@ -67,6 +68,7 @@ class Comparison:
     gains: dict[str, Difference]
     next: str
     margin: Difference
+    left_out: tuple[str, ...] = ()
 
     @property
     def is_clear(self) -> bool:
@@ -76,6 +78,8 @@ class Comparison:
 
 def compare(records: Sequence[MergeRecord], metric: str, *, larger_is_better: bool) -> Comparison:
     """Compare the views at those points at which all that were made at last were made.
+
+    Where these are fewer than a standard error takes, the views that are made at the fewest points are left out.
 
     Args:
         records: Of a sweep, oldest first.
@@ -92,7 +96,8 @@ def compare(records: Sequence[MergeRecord], metric: str, *, larger_is_better: bo
         known = sorted({name for record in records for name in record.raw})
         raise ConfigError(f"metric: {metric!r} was not measured of a merge. Measured: {', '.join(known) or 'nothing'}.")
     # a view that is ready late would else be judged on later, lower losses
-    points = [record for record in measured if set(views) <= set(_holding(record, metric))]
+    points, left_out = _common(measured, metric, views)
+    views = [view for view in views if view not in left_out]
     gains = {
         view: difference([sign * (record.views[view][metric] - record.raw[metric]) for record in points])
         for view in views
@@ -106,7 +111,9 @@ def compare(records: Sequence[MergeRecord], metric: str, *, larger_is_better: bo
         if rivals
         else Difference(math.nan, math.nan, 0)
     )
-    return Comparison(metric, ranked[0], {view: gains[view] for view in ranked}, rivals[0] if rivals else "", margin)
+    return Comparison(
+        metric, ranked[0], {view: gains[view] for view in ranked}, rivals[0] if rivals else "", margin, left_out
+    )
 
 
 def difference(values: Sequence[float]) -> Difference:
@@ -129,6 +136,24 @@ def difference(values: Sequence[float]) -> Difference:
     correlation = min(max(0.0, seen + (1.0 + 3.0 * seen) / number), 1.0 - 1.0 / number)
     independent = number * (1.0 - correlation) / (1.0 + correlation)
     return Difference(mean, math.sqrt(squares / (number - 1) / independent), number)
+
+
+def _common(
+    measured: Sequence[MergeRecord], metric: str, views: Sequence[str]
+) -> tuple[list[MergeRecord], tuple[str, ...]]:
+    """The points that views have in common, and the views that were left out so that there are enough of these."""
+    held = [set(_holding(record, metric)) for record in measured]
+    made = {view: sum(view in found for found in held) for view in views}
+    left_out: list[str] = []
+    while True:
+        points = [record for record, found in zip(measured, held, strict=True) if made.keys() <= found]
+        fewest = min(made.values())
+        # to leave out a view helps only where others were made more often
+        if len(points) >= _LEAST or fewest == max(made.values()):
+            return points, tuple(left_out)
+        rare = [view for view, number in made.items() if number == fewest]
+        left_out += rare
+        made = {view: number for view, number in made.items() if view not in rare}
 
 
 def _holding(record: MergeRecord, metric: str) -> list[str]:

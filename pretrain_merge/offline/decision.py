@@ -66,6 +66,7 @@ class Decision:
             recipe.sources, dtype=None if dtype is None else _DTYPES[dtype], newest=newest, average=average,
             on_missing=on_missing, base=base,
         )  # fmt: skip
+        agreement.refuse_idle([*outputs], newest=newest, average=average)
         states = _optimizer_outputs(recipe, optimizer)
         agreement.check_writable(outputs | states)
         # in the order of the newest source, which is mostly that of its layers: reads go forward in each file

@@ -99,6 +99,7 @@ class SweepJob:
         outputs = agreement.agree(
             sources, dtype=None, newest=newest, average=average, on_missing="error", base=given
         )  # fmt: skip
+        agreement.refuse_idle([*outputs], newest=newest, average=average)
         policy = {"newest": list(newest), "average": list(average), "intervals": list(intervals), **keys}
         return cls(sources, views, tuple(points), outputs, given, policy, target)
 
@@ -193,6 +194,7 @@ class SweepJob:
             "gains": {view: gain.to_plain() for view, gain in comparison.gains.items()},
             "next": comparison.next,
             "margin": comparison.margin.to_plain(),
+            "left_out": list(comparison.left_out),
             "sources": [{"place": source.place, "step": source.step} for source in self.sources],
             "base": self.base.place if self.base is not None else None,
         }

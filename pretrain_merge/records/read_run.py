@@ -6,7 +6,7 @@ This module knows which file of a folder is read, and by what. What metrics say 
 import csv
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pretrain_merge.errors import CheckpointError, ConfigError
 from pretrain_merge.files import untrusted
 from pretrain_merge.records import RAW, MergeRecord, export, read_records, wandb_file
 from pretrain_merge.records.export import Row
+from pretrain_merge.runtime.log import logger
 
 _READ = (".jsonl", ".csv", ".wandb")
 _OWN_FILE = "merges.run.json"  # of a run with a callback, also where it has not merged yet
@@ -64,6 +65,7 @@ def read_run(
             interval = parse_interval(told["every"])
         average = average or ("block" if told.get("average") == "block" else "last")
         records = list(export.records(name, merges, interval, average))
+        idle = every is not None and _says_itself(records, export.records(name, merges, None, average))
     except ConfigError:
         raise
     except ValueError as error:
@@ -75,7 +77,15 @@ def read_run(
             f"every: not given, and {source.name} does not say how far apart the snapshots were. Name the interval as "
             f"the run's configuration has it (--every 1000, --every 1%), or the run's merges.jsonl, which says."
         )
+    if idle:
+        logger.warning(f"every: {every} is not used, as {source.name} says itself over how many steps its means reach.")
     return records
+
+
+def _says_itself(records: Iterable[MergeRecord], without: Iterable[MergeRecord]) -> bool:
+    """Whether the merges of a file are the same ones without the interval that was named for it."""
+    recipes, alone = ([record.recipes for record in items] for items in (records, without))
+    return any(recipes) and recipes == alone
 
 
 def _source(path: Path, name: str) -> Path:

@@ -173,6 +173,20 @@ def test_a_length_that_is_none_is_refused_by_its_option(folder, monkeypatch, wor
         cli.main()
 
 
+@pytest.mark.parametrize("word", ["0", "-5", "nan"])
+def test_a_length_that_is_none_is_told_that_a_share_is_one(folder, monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", "forecast", str(folder), f"--steps={word}"])
+    with pytest.raises(SystemExit, match=r"is not a quantity.*'10%'"):
+        cli.main()
+
+
+@pytest.mark.parametrize("word", ["nan", "abc", "0", "-1"])
+def test_a_target_that_the_command_line_cannot_read_is_refused_in_our_words(folder, monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["pretrain-merge", "forecast", str(folder), f"--target={word}"])
+    with pytest.raises(SystemExit, match=rf"^ConfigError: target: {word}(\.0)? is not a loss to reach"):
+        cli.main()
+
+
 def of_metrics(folder, **values):
     for item in RUN:
         named = {name: item.raw["val_loss"] * value for name, value in values.items()}

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it leaves, and how it refuses."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -204,3 +205,23 @@ def test_a_place_that_cannot_be_written_is_an_error_of_ours(monkeypatch, run_to_
     told = r"^CheckpointError: cannot write .*/such\.png: No such file or directory\. .*in a folder that can be written"
     with pytest.raises(SystemExit, match=told):
         call(monkeypatch, name, run_to_forecast, *options, run_to_forecast / "no" / "such.png")
+
+
+@pytest.mark.parametrize("arguments", [["report", "{run}", "--json", "-"], ["--help"]])
+def test_a_reader_who_leaves_ends_a_command_quietly(monkeypatch, run, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as caught:
+            call(monkeypatch, *(argument.format(run=run) for argument in arguments))
+    assert caught.value.code == 1
+
+
+def test_a_broken_pipe_that_is_not_standard_output_keeps_its_traceback(monkeypatch, run):
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(BrokenPipeError):
+        call(monkeypatch, "report", run)

@@ -190,3 +190,19 @@ def test_export_writes_what_it_names(monkeypatch, capsys, places):
     call(monkeypatch, "export", "merged", "--to", "safetensors", "--out", "plain")
     assert "Exported" in capsys.readouterr().out
     assert json.dumps(read("plain")[1]["sources"][0]["place"]) == '"merged"'
+
+
+@pytest.mark.parametrize("option", ["newest", "average"])
+def test_a_pattern_that_matches_no_tensor_is_refused_with_names_that_are_there(monkeypatch, places, option):
+    said = rf"^ConfigError: {option}: '\*nothing\*' matches no tensor\. .*such as 'embed\.weight'"
+    with pytest.raises(SystemExit, match=said):
+        call(monkeypatch, "merge", *places, "--out", "out", f"--{option}", "*nothing*")
+
+
+def test_counters_of_an_optimizer_are_not_counted_as_tensors_of_the_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    state = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    weights = {"a.weight": torch.ones(3)}
+    named = [writers.lightning(tmp_path, step, weights, optimizer_states=[state]).name for step in (1, 2)]
+    call(monkeypatch, "merge", *named, "--optimizer", "average", "--out", "out")
+    assert "copied 0 (and 1 of the optimizer)" in capsys.readouterr().out

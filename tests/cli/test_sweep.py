@@ -105,3 +105,19 @@ def test_the_verdict_says_how_sure_it_is(margin, words):
         "Best: a, whose val_loss is 0.1 ± 0.01 better than raw on average of 9 merge points, 10.0"
     )
     assert lines[1].endswith(words)
+
+
+def test_a_program_that_fails_without_a_word_is_said_to_have_said_nothing(call):
+    with pytest.raises(SystemExit, match=r"ended with code 1: it said nothing\. Run it by hand"):
+        call("sweep", ".", "--evaluate", "false", "--out", "swept")
+
+
+def test_a_pattern_that_matches_no_tensor_is_refused_before_anything_is_evaluated(call):
+    with pytest.raises(SystemExit, match=r"newest: '\*nothing\*' matches no tensor.*'w'"):
+        call("sweep", ".", "--evaluate", "not-there", "--out", "swept", "--newest", "*nothing*")
+
+
+def test_a_view_that_was_left_out_is_named():
+    gains = {"a": Difference(0.1, 0.01, 9)}
+    compared = Comparison("val_loss", "a", gains, "", Difference(math.nan, math.nan, 0), ("sma10",))
+    assert _verdict(compared)[-1] == "Not compared, being made at too few merge points: sma10."

@@ -93,7 +93,11 @@ def test_intervals_hold_the_true_losses_of_the_suite_about_as_often_as_they_say(
         ({"steps": 2.5}, r"steps 2.5"),
         ({"steps": 200, "coverage": 0.99}, r"coverage 0.99: \d+ runs tell intervals of 0.5 to 0.95"),
         ({"steps": 10}, r"10 steps is not spanned by the means measured at step 2000, which reach over 50 to 350"),
-        ({"steps": 500, "kind": "nowcast"}, r"500 steps is not spanned"),
+        ({"steps": 10}, r"lower `every`: two snapshots lie farther apart"),
+        (
+            {"steps": 500, "kind": "nowcast"},
+            r"500 steps is not spanned.* or raise `window` or `every`: .* takes about 11 of them\.$",
+        ),
         ({"steps": 1500}, r"1500 steps is 75.0% of the steps so far.*covers \d\.\d% to 30.0%.*Ask for a length within"),
     ],
 )
@@ -105,6 +109,14 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_and_a_remedy(options
 def test_means_over_one_length_are_not_said_to_reach_from_it_to_itself():
     with pytest.raises(ForecastError, match=r"which reach over 350 steps\. Ask for a length within"):
         forecast_anneal(run(2000, spans=(8,)), steps=50, kind="nowcast")
+
+
+def test_an_anneal_that_is_shorter_than_every_mean_is_told_how_many_snapshots_span_it():
+    records = run(2000, spans=(5, 8))
+    with pytest.raises(ForecastError, match=r"measure a mean of fewer snapshots, about 3 of them") as refused:
+        forecast_anneal(records, steps=100, kind="nowcast")
+    assert "sma4" not in str(refused.value)
+    assert forecast_anneal(run(2000, spans=(3, 5, 8)), steps=100, kind="nowcast").steps == 100
 
 
 @pytest.mark.parametrize("kind", ["forecast", "nowcast"])

@@ -75,3 +75,16 @@ def test_a_view_that_is_the_same_merge_is_no_rival():
 def test_a_metric_that_nobody_measured_is_refused():
     with pytest.raises(ConfigError, match=r"metric: 'loss' was not measured of a merge\. Measured: val_loss"):
         compare([record(10, 1.0, a=1.0)], "loss", larger_is_better=False)
+
+
+def test_a_view_that_hardly_a_point_has_is_left_out_so_that_the_others_are_compared_at_more():
+    records = [
+        record(10, 3.0, a=2.5),
+        *[record(step, 3.0, a=2.5 + step / 1e4, b=2.0) for step in (20, 30, 40)],
+        record(50, 3.0, a=2.5, b=2.0, c=1.0),
+    ]
+    found = compare(records, "val_loss", larger_is_better=False)
+    assert (found.best, found.next, found.left_out) == ("b", "a", ("c",))
+    assert found.gains["b"].num_points == 4
+    # one view for which there are no other points is compared all the same
+    assert compare(records[-1:], "val_loss", larger_is_better=False).left_out == ()

@@ -278,3 +278,13 @@ def test_a_cell_that_is_no_finite_number_is_not_read(tmp_path):
     assert found.raw == {"val_loss": 2.0}
     assert found.views == {}
     assert math.isnan(found.spread)
+
+
+def test_an_interval_that_decides_nothing_is_said_to(tmp_path, caplog):
+    logger = CSVLogger(tmp_path)
+    for item in RECORDS:
+        Tracker().publish([logger], item)
+    path = tmp_path / "lightning_logs" / "version_0"
+    assert read_run(path, every=999) == read_run(path)
+    (said,) = caplog.messages
+    assert said == "every: 999 is not used, as metrics.csv says itself over how many steps its means reach."

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "a loss below 0 is a target",
         "cli/forecast.py",
-        "math.isfinite(target) and target > 0.0",
-        "math.isfinite(target)",
+        "math.isfinite(loss) and loss > 0.0",
+        "math.isfinite(loss)",
         "tests/cli/test_forecast.py",
     ),
     Fault(

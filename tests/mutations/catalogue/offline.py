@@ -222,9 +222,23 @@ FAULTS = (
     Fault(
         "views of a sweep are compared at unequal points",
         "offline/comparison.py",
-        "points = [record for record in measured if set(views) <= set(_holding(record, metric))]",
-        "points = [record for record in measured if _holding(record, metric)]",
+        "if made.keys() <= found]",
+        "if made.keys() & found]",
         "tests/offline/test_comparison.py",
+    ),
+    Fault(
+        "a view that one point has leaves all others that one point",
+        "offline/comparison.py",
+        "len(points) >= _LEAST or fewest",
+        "len(points) >= 1 or fewest",
+        "tests/offline/test_comparison.py",
+    ),
+    Fault(
+        "a pattern that matches no tensor is passed over",
+        "offline/decision.py",
+        "agreement.refuse_idle([*outputs], newest=newest, average=average)",
+        "agreement.refuse_idle([*outputs], average=average)",
+        "tests/cli/test_merge.py",
     ),
     Fault(
         "neighbouring points count as independent",
