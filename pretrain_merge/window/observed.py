@@ -136,11 +136,9 @@ class ObservedWindow:
         # its number of calls, and their code is no longer in a cache when a training step has run
         one = module if module is self._modules.one else self._modules.as_one(module)
         before = self._progress
-        is_next = type(progress) is Progress and progress.step > before.step
-        if is_next and progress.samples >= before.samples and progress.tokens >= before.tokens:
-            after = progress
-        else:
-            after = before.followed_by(progress)
+        after = progress if isinstance(progress, Progress) else Progress(step=progress)
+        if after.step <= before.step or after.samples < before.samples or after.tokens < before.tokens:
+            before.followed_by(after)  # raises, and says why
         if self._stored.num_swaps:
             self._capture.refuse_merged_weights(after)
         self._progress = after

@@ -64,6 +64,7 @@ ONE_SHOT = {
     "a generator": (lambda: (batch for batch in rows(8)), "generator"),
     "a chain": (lambda: itertools.chain(rows(8), rows(8, seed=1)), "chain"),
     "pairs": (lambda: zip(rows(8), rows(8), strict=True), "zip"),
+    "an iterator of a loader": (lambda: iter(rows(8)), "_SingleProcessDataLoaderIter"),
 }
 
 

@@ -101,7 +101,8 @@ class Memento:
         self.reach(-1, roots)
         # it grows meanwhile: breadth first, so that what is far away is what is left
         for index, item in enumerate(self._objects):
-            enter_for(type(item))(self, index, item)
+            kind: Any = type(item)
+            enter_for(kind)(self, index, item)
         del self._seen
 
     def reach(self, parent: int, items: Iterable[Any]) -> None:

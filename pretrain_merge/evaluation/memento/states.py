@@ -51,22 +51,40 @@ class ListState:
 
 
 class SetState:
-    """The items of a set."""
+    """The items of a set, and the order in which it goes through them.
 
-    __slots__ = ("item", "items")
+    That order is of its table, which remembers what came and went. It comes back with the items as a rule; where it
+    does not, `list(...)[0]` or `pop()` would give training another item.
+    """
+
+    __slots__ = ("item", "items", "size")
 
     def __init__(self, item: Any) -> None:
         self.item, self.items = item, list(set.__iter__(item))
+        self.size = set.__sizeof__(item)
 
     def is_same(self) -> bool:
         """By identity."""
         item, items = self.item, self.items
-        return set.__len__(item) == len(items) and set(map(id, set.__iter__(item))) == set(map(id, items))
+        return (
+            set.__len__(item) == len(items)
+            and set.__sizeof__(item) == self.size
+            and all(map(is_, set.__iter__(item), items))
+        )
 
     def put_back(self) -> None:
-        """The very same items."""
+        """The very same items.
+
+        Raises:
+            ValueError: In another order.
+        """
         set.clear(self.item)
         set.update(self.item, self.items)
+        if not all(map(is_, set.__iter__(self.item), self.items)):
+            raise ValueError(
+                "its items are what they were, in another order, which a set that grew meanwhile keeps; where order "
+                "matters hold a dict"
+            )
 
 
 class ObjectsState:

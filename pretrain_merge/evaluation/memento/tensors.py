@@ -174,7 +174,7 @@ class Tensors:
 def hooks_of(tensor: Tensor) -> tuple[Any, ...]:
     """What is called with its gradient: when that is computed, and when it is accumulated."""
     if type(tensor) in PLAIN:
-        hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        hooks: tuple[Any, ...] = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
         return _NO_HOOKS if hooks == _NO_HOOKS else hooks
     return tuple(get(tensor) for get in _HOOKS)
 
@@ -197,7 +197,7 @@ def _extent(tensor: Tensor) -> int:
     num_elements = tensor.numel()
     if num_elements and not tensor.is_contiguous():
         num_elements = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + num_elements) * tensor.itemsize if num_elements else 0
+    return int((tensor.storage_offset() + num_elements) * tensor.itemsize) if num_elements else 0
 
 
 def _place(tensor: Tensor) -> Any:

@@ -60,6 +60,20 @@ FAULTS = (
         _MEMENTO_KINDS,
     ),
     Fault(
+        "a set in another order is taken for the one before",
+        "evaluation/memento/states.py",
+        "if not all(map(is_, set.__iter__(self.item), self.items)):",
+        "if False:",
+        _MEMENTO_KINDS,
+    ),
+    Fault(
+        "an iterator of a DataLoader is taken for what starts over",
+        "evaluation/loaders.py",
+        '{*sys.stdlib_module_names, "torch"}',
+        "sys.stdlib_module_names",
+        "tests/callbacks/test_refusals.py",
+    ),
+    Fault(
         "what can be read only once is refused after it was read",
         "evaluation/evaluate.py",
         "if trainer.enable_validation and not source.is_module():",
