@@ -220,7 +220,10 @@ def _remedy(history: History, steps: int) -> str:
     if is_longer:
         # snapshots whose distance grows with the run lie closer the farther back, so it is not told to one of them
         number = math.ceil(steps / interval) + more
-        return f"raise `window` or `every`: as the snapshots lie now, a mean over it takes about {number} of them"
+        return (
+            f"raise `window` or `every`: as the snapshots lie now, a mean over it takes about {number} of them, which "
+            f"the view's `span` must allow, too"
+        )
     number = int(steps / interval) + more
     if number < _FEWEST:
         return "lower `every`: two snapshots lie farther apart than it is long"
@@ -240,8 +243,8 @@ def _widened(reading: Reading, calibration: Calibration, shape: str) -> list[str
         f"widened {below:.1f} times: halves of the mean lie below the whole, as no noise would have them": below
         > _WIDER,
         f"widened {bend:.1f} times: the merged loss of late is on no line, as after a sudden drop": bend > _BENT,
-        "widened, since no means over half the length were measured (a view such as 'sma4'), which say how much noise "
-        "the whole keeps": reading.is_reduced,
+        "widened, since no means over half the length were measured (a view of fewer snapshots), which say how much "
+        "noise the whole keeps": reading.is_reduced,
         f"widened, since no anneal calibrated on ended after step {calibration.latest:g}": (
             reading.end > calibration.latest
         ),

@@ -135,10 +135,10 @@ class Program:
                 f"{shlex.join(words)} cannot be run: {error}. Name a program that is there."
             ) from error
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip())[-_SAID:] or "it said nothing."
+            said = (done.stderr.strip() or done.stdout.strip())[-_SAID:] or "it said nothing"
             raise EvaluationError(
-                f"{shlex.join(words)} ended with code {done.returncode}: {said} Run it by hand on a folder of "
-                f"pretrain-merge merge, then sweep again: finished points are kept."
+                f"{shlex.join(words)} ended with code {done.returncode}: {said.rstrip('.')}. Run it by hand on a "
+                f"folder of pretrain-merge merge, then sweep again: finished points are kept."
             )
         # programs print warnings and tables before, and an empty line behind
         lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -25,6 +25,13 @@ FAULTS = (
         "tests/cli/test_merge.py",
     ),
     Fault(
+        "a reader who leaves ends a command with a traceback",
+        "cli/main.py",
+        "        _end_unread()\n        raise\n",
+        "        raise\n",
+        "tests/cli/test_main.py",
+    ),
+    Fault(
         "a loss below 0 is a target",
         "cli/forecast.py",
         "math.isfinite(loss) and loss > 0.0",
