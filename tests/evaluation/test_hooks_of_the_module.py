@@ -72,7 +72,15 @@ def test_hooks_of_the_module_find_the_trainers_callbacks(tmp_path):
 
 
 def test_hooks_of_the_module_find_a_silent_logger_with_the_users_folder(tmp_path):
-    folders, logger = Witness(), MemoryLogger(tmp_path / "logs")
+    diary = tmp_path / "diary"
+
+    class Logger(MemoryLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            # what an object keeps would be put back
+            diary.write_text(f"{diary.read_text()}{metrics}")
+
+    folders, logger = Witness(), Logger(tmp_path / "logs")
+    diary.write_text("")
 
     class Module(Regression):
         def on_validation_epoch_end(self) -> None:
@@ -83,9 +91,14 @@ def test_hooks_of_the_module_find_a_silent_logger_with_the_users_folder(tmp_path
                 each.log_metrics({"b": 1.0})
 
     def act(trainer: Any, module: Any) -> Any:
-        lines, shown = list(logger.lines), dict(trainer.progress_bar_metrics)
+        lines, shown = diary.read_text(), dict(trainer.progress_bar_metrics)
         values = measure_once(trainer, module)
-        return values, logger.lines == lines, trainer.progress_bar_metrics == shown, "logged" in trainer.logged_metrics
+        return (
+            values,
+            diary.read_text() == lines,
+            trainer.progress_bar_metrics == shown,
+            "logged" in trainer.logged_metrics,
+        )
 
     at = At(2, act)
     trainer(tmp_path, at, max_steps=2, logger=logger, check_val_every_n_epoch=9).fit(Module(), rows(), rows(4, seed=1))

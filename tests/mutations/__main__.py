@@ -39,7 +39,7 @@ def main() -> int:
     for fault, code, output in run_all(faults, arguments.jobs):
         failed = _FAILED.findall(output)
         # pytest exits with 1 for failed tests, and freed memory ends it by a signal; anything else proves nothing
-        is_noticed = (code == 1 and bool(failed)) or code == -signal.SIGSEGV
+        is_noticed = (code == 1 and bool(failed)) or code in (-signal.SIGSEGV, -signal.SIGABRT)
         num_caught += report(fault.what, is_noticed, "caught", f"NOT CAUGHT (exit code {code})")
         noticed.update(failed)
     # a full disk fails tests too: what failed for a fault must pass without one
