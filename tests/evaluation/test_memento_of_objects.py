@@ -309,3 +309,24 @@ def test_one_of_many_mappings_is_found_whichever_it_is_and_however_it_changed(pl
     for move in (grow, rename, shift):
         kept(items, move)
         assert [list(item.items()) for item in items] == before
+
+
+def grown(pool):
+    """Adds to a set what takes its table beyond its size, and takes it away."""
+    new = set(range(1000, 1050))
+    pool |= new
+    pool -= new
+
+
+def test_a_set_whose_items_came_back_in_another_order_is_said_to_have_changed(caplog):
+    module = nn.Module()
+    module.pool = {8 * number for number in range(7, 0, -1)} | {3}
+    before = list(module.pool)
+    kept(module, lambda module: grown(module.pool))
+    assert module.pool == set(before)
+    assert bool(caplog.messages) == (list(module.pool) != before)
+    caplog.clear()
+    module.pool = set(range(5))
+    kept(module, lambda module: module.pool.remove(3))
+    assert list(module.pool) == list(range(5))
+    assert not caplog.messages
