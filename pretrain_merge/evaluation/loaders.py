@@ -144,8 +144,8 @@ def refuse_loaders(loaders: Iterable[Any], *, stateful_data: str) -> None:
 def _refuse_one_shot(index: int, loader: Any) -> None:
     # iterators of Python (generators, zip, map, itertools) and of DataLoaders go on where they stopped; a class may
     # begin anew
-    is_known = type(loader).__module__.partition(".")[0] in {*sys.stdlib_module_names, "torch"}
-    if hasattr(loader, "__next__") and is_known:
+    library = type(loader).__module__.partition(".")[0]
+    if hasattr(loader, "__next__") and (library == "torch" or library in sys.stdlib_module_names):
         raise EvaluationError(
             f"validation loader {index} is an iterator ({type(loader).__name__}), which can be read only once: raw and "
             f"merged weights could not be measured on the same batches, and what a merge reads the run's own "

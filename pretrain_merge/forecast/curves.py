@@ -13,8 +13,7 @@ import numpy as np
 from pretrain_merge.forecast.history import History
 from pretrain_merge.forecast.noise import MEMORY, Floats, added_by_sampling, left_by_mean
 
-_TREND_FROM = 0.5  # of the steps so far: what lies before says little of the trend of the raw loss now
-_LEAST_FROM = 0.5  # of the steps so far: what lies before says nothing of now
+_LATE = 0.5  # of the steps so far: what lies before says little of now
 _EXPONENT = 0.5
 _RECENCY = 10  # a point a tenth of the steps ago counts a third of the newest one; by 8 and 12 errors are as large
 _UNKNOWN_DOUBT = 1 / 3  # of the fall, where the run is too short to tell: about what it is in the suite
@@ -75,7 +74,7 @@ class Curves:
         Returns:
             The gap, and how far the newest one is from it.
         """
-        steps = self._history.steps[np.searchsorted(self._history.steps, _LEAST_FROM * self.step) :]
+        steps = self._history.steps[np.searchsorted(self._history.steps, _LATE * self.step) :]
         halves = self._merged_at(span / 2, steps) + self._merged_at(span / 2, steps - span / 2)
         gaps = halves / 2 - self._merged_at(span, steps)
         known = np.isfinite(gaps)
@@ -129,7 +128,7 @@ class Curves:
     @cached_property
     def _recent_raw(self) -> tuple[Floats, Floats]:
         steps = self._history.steps
-        first = int(np.searchsorted(steps, _TREND_FROM * self.step - 1e-9))
+        first = int(np.searchsorted(steps, _LATE * self.step - 1e-9))
         first = max(0, min(first, len(steps) - 3))
         return np.log(steps[first:] / self.step), self._history.raw[first:]
 
@@ -161,7 +160,7 @@ class Curves:
         from.
         """
         if span not in self._known:
-            asked_from = _LEAST_FROM * self.step - span
+            asked_from = _LATE * self.step - span
             first = max(0, int(np.searchsorted(self._history.steps, asked_from)) - 1)
             steps, losses = self._history.steps[first:], self._measured(span, first)
             is_known = np.isfinite(losses)

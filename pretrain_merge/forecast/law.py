@@ -1,12 +1,13 @@
 """The law: what an anneal ends at, as the merged loss and four terms that are read off the records.
 
     annealed = M + aJ * J * s / (s + .01) + aS * G * (left(shape, r) - left(linear, r)) - c1 * G * gain(shape) * s
-                 - kappa * F,                                                                       s = D / end
+                 - kappa * F
 
     M       loss of the mean over the last D steps
     G       trend of the raw loss at the middle of that mean, minus M: how far the raw model lies above the river
     J       Jensen's gap of the halves of the mean: how much noise is left in it; r = J / G
     F       how much further the merged loss falls until the anneal's end, by lines in t^-1/2 through its means of late
+    s       share of training that the anneal is at its end, D / end
     left, gain    what a shape leaves and gains beside a linear anneal, by `quadratic`
 
 The identity of WSM (arXiv 2507.17634) says that M is a linear decay replayed on recorded updates. A real decay differs:

@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "an iterator of a DataLoader is taken for what starts over",
         "evaluation/loaders.py",
-        '{*sys.stdlib_module_names, "torch"}',
-        "sys.stdlib_module_names",
+        '(library == "torch" or library in sys.stdlib_module_names)',
+        "library in sys.stdlib_module_names",
         "tests/callbacks/test_refusals.py",
     ),
     Fault(
